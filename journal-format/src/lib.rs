@@ -1,0 +1,30 @@
+//! The bytes of qemu-cdp: units, records, frames, segments, index entries and wire messages.
+//!
+//! *Owns* every layout that is written to a disk, sent over a socket or compared across processes, the
+//! checks a reader makes on them, and the limits they obey. The authority for each layout is
+//! `docs/formats/`; a test compares it with the code.
+//!
+//! *Must not know* files, sockets, clocks or threads: every function here takes bytes and values and
+//! returns bytes and values.
+//!
+//! *Threads*: all of it is pure; any thread may call anything; nothing blocks. Decoders return errors on
+//! any input; they never panic, index out of range or allocate what a length field says (invariant I7).
+
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::arithmetic_side_effects)]
+#![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::arithmetic_side_effects))]
+#![forbid(unsafe_code)]
+
+#[cfg(feature = "codec")]
+pub mod codec;
+pub mod error;
+pub mod frame;
+pub mod limits;
+pub mod record;
+pub mod units;
+#[cfg(feature = "wire")]
+pub mod wire;
+
+pub use error::{FormatError, FormatErrorKind};
+pub use frame::{Codec, Frame, FrameHeader, FrameMeta};
+pub use record::{DataSpan, GapReason, Op, Record};
+pub use units::{ByteOffset, ByteRange, DiskId, Epoch, Lsn, Stamp};

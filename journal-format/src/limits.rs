@@ -1,0 +1,34 @@
+//! Every limit of the formats, and the relations between them.
+
+/// Largest disk, in bytes: 256 TiB. Keeps every end offset far from 64-bit overflow.
+pub const MAX_DISK_BYTES: u64 = 1 << 48;
+
+/// Largest data of one write record, in bytes. A larger guest request is split into several.
+pub const MAX_RECORD_DATA_BYTES: u32 = 4 << 20;
+
+/// The agent closes a frame before its raw data would pass this, in bytes, unless one record is larger.
+pub const TARGET_FRAME_RAW_BYTES: u32 = 512 << 10;
+
+/// Largest raw (uncompressed) data of a frame, in bytes.
+pub const MAX_FRAME_RAW_BYTES: u32 = MAX_RECORD_DATA_BYTES;
+
+/// Most records in one frame.
+pub const MAX_FRAME_RECORDS: u32 = 16 << 10;
+
+/// Largest encoded frame, in bytes: header, records, and data that is stored raw when compression does not pay.
+pub const MAX_FRAME_BYTES: usize = crate::frame::FRAME_HEADER_BYTES
+    + MAX_FRAME_RECORDS as usize * crate::record::RECORD_BYTES
+    + MAX_FRAME_RAW_BYTES as usize;
+
+/// Longest bookmark name, in bytes of UTF-8.
+pub const MAX_BOOKMARK_BYTES: u32 = 255;
+
+/// Granularity of the dirty bitmap, in bytes of disk per bit.
+pub const DIRTY_CHUNK_BYTES: u64 = 64 << 10;
+
+/// Granularity of a sealed segment's index, in bytes of disk per chunk.
+pub const INDEX_CHUNK_BYTES: u64 = 256 << 10;
+
+const _: () = assert!(TARGET_FRAME_RAW_BYTES <= MAX_FRAME_RAW_BYTES);
+const _: () = assert!(MAX_BOOKMARK_BYTES < MAX_RECORD_DATA_BYTES);
+const _: () = assert!(INDEX_CHUNK_BYTES.is_multiple_of(DIRTY_CHUNK_BYTES));
