@@ -1,1 +1,34 @@
-//! cdp-api.
+//! What the REST API under `/v1` says: its types, points in time as text, and a blocking client.
+//!
+//! *Owns* the JSON shapes (with their OpenAPI schemas), the one parser of points in time, and the client that
+//! `cdpctl` and `cdp-restore` share.
+//!
+//! *Must not know* the server's insides, the store, or the wire between agent and server.
+//!
+//! *Threads*: types and parser are pure. [`client`] (feature `client`) blocks the calling thread; do not call it from
+//! an async task.
+//!
+//! Conventions of the JSON: `snake_case`; the unit is the last word of a name (`disk_bytes`, `lag_s`); a time is
+//! RFC 3339 in UTC with nine digits of fraction, next to the same instant as an integer (`stamp_ns`), because the two
+//! round-trip exactly while a floating-point number would not.
+
+#![forbid(unsafe_code)]
+
+#[cfg(feature = "client")]
+pub mod client;
+pub mod error;
+pub mod limits;
+pub mod point_spec;
+pub mod problem;
+pub mod time;
+pub mod types;
+
+#[cfg(feature = "client")]
+pub use client::{Client, ClientError};
+pub use error::PointSpecError;
+pub use point_spec::PointSpec;
+pub use problem::{Kind, Problem};
+pub use types::{
+    Bookmark, CreateBookmark, Disk, DiskSummary, Extent, ExtentKind, Extents, Gap, Journal, PointKind,
+    Points, Protection, ProtectionPhase, ProtectionState, RecoverableRange, ResolvedPoint,
+};

@@ -1,0 +1,13 @@
+//! Limits that both ends of the API know.
+
+/// Most bytes that one `data` request returns: 16 MiB.
+pub const MAX_DATA_BYTES: u64 = 16 << 20;
+
+/// Most extents in one answer of `extents`; the answer then says where to go on.
+pub const MAX_EXTENTS: usize = 10_000;
+
+/// Longest bookmark name, in bytes of UTF-8. The same as the journal's (a test of the server compares them).
+pub const MAX_BOOKMARK_BYTES: usize = 255;
+
+/// Longest text of a point in time, in bytes: the longest bookmark name and its prefix.
+pub const MAX_POINT_BYTES: usize = MAX_BOOKMARK_BYTES + "bookmark:".len();

@@ -1,0 +1,340 @@
+//! What the API sends and takes.
+
+use core::fmt;
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use crate::time;
+
+/// One disk in the list.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize, ToSchema)]
+pub struct DiskSummary {
+    /// The disk's UUID.
+    pub id: String,
+    /// Name of its VM; empty when only the journal is known and not whose it is.
+    pub vm: String,
+    /// Device in the VM; with `vm` it is the disk's other name, `vm/device`.
+    pub device: String,
+    /// Name of the host it was last seen on.
+    pub host: String,
+    /// Size in bytes.
+    pub disk_bytes: u64,
+    /// Whether it is to be protected, and whether it is.
+    pub protection: ProtectionState,
+    /// Newest durable record, when there is a journal.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub newest: Option<ResolvedPoint>,
+}
+
+/// One disk with all that is known of it.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize, ToSchema)]
+pub struct Disk {
+    /// What the list says too.
+    #[serde(flatten)]
+    pub summary: DiskSummary,
+    /// UUID of the VM, where it has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vm_uuid: Option<String>,
+    /// Process id of the VM on its host, while it runs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vm_pid: Option<u32>,
+    /// Version of the QEMU that runs it, as it says itself.
+    pub qemu_version: String,
+    /// Node below the device.
+    pub node: String,
+    /// The node's driver (`qcow2`, `raw`, …).
+    pub driver: String,
+    /// Whether the guest can only read it.
+    pub read_only: bool,
+    /// Whether the host's agent is connected and reports this disk now.
+    pub online: bool,
+    /// When it was last reported, RFC 3339.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_seen: Option<String>,
+    /// Its journal, once it has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub journal: Option<Journal>,
+}
+
+/// A disk's journal in numbers.
+#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize, ToSchema)]
+pub struct Journal {
+    /// Last capture session.
+    pub epoch: u64,
+    /// Last record that survives a power cut.
+    pub durable_lsn: u64,
+    /// Last record the host has captured, as far as the server knows.
+    pub captured_lsn: u64,
+    /// Records captured and not yet durable.
+    pub lag_lsns: u64,
+    /// Raw bytes taken out of the ring and not yet acknowledged.
+    pub lag_bytes: u64,
+    /// How far the newest durable state is behind the host's clock, in seconds; 0 while nothing is outstanding.
+    pub lag_s: f64,
+    /// Bytes of guest data recorded.
+    pub raw_bytes: u64,
+    /// Bytes stored for it: data.
+    pub stored_data_bytes: u64,
+    /// Bytes stored for it: records and indexes.
+    pub stored_meta_bytes: u64,
+    /// Segment files.
+    pub segments: u64,
+    /// Bytes of disk that the initial sync or a resync still has to read.
+    pub dirty_bytes: u64,
+    /// Bytes of the host's capture ring in use.
+    pub ring_used_bytes: u64,
+    /// Bytes of the host's capture ring.
+    pub ring_bytes: u64,
+}
+
+/// Protection of a disk: wanted and real.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize, ToSchema)]
+pub struct ProtectionState {
+    /// What the operator wants; kept over restarts of guest, agent and server.
+    pub enabled: bool,
+    /// What is the case.
+    pub phase: ProtectionPhase,
+    /// Why it is so and what to do, where that is not plain; else empty.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub reason: String,
+}
+
+/// What is the case with a disk's protection.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ProtectionPhase {
+    /// Not wanted and not running.
+    Off,
+    /// Wanted; the agent has not reported that capture runs.
+    Starting,
+    /// Capture runs, and the disk's older contents are still being read; the gap is open, nothing of it can be
+    /// restored yet.
+    Syncing,
+    /// Capture runs and every new write becomes a point.
+    Protected,
+    /// Writes are only noted, not recorded: the ring was full. A gap is open.
+    Tracking,
+    /// Not wanted any more; the agent has not yet reported that capture ended.
+    Stopping,
+    /// Wanted, but the agent is not connected or the VM does not run. It starts when both are back.
+    Offline,
+}
+
+impl ProtectionPhase {
+    /// The name in JSON.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Off => "off",
+            Self::Starting => "starting",
+            Self::Syncing => "syncing",
+            Self::Protected => "protected",
+            Self::Tracking => "tracking",
+            Self::Stopping => "stopping",
+            Self::Offline => "offline",
+        }
+    }
+}
+
+impl fmt::Display for ProtectionPhase {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.as_str())
+    }
+}
+
+/// Body of `PUT /v1/disks/{disk}/protection`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Protection {
+    /// On or off.
+    pub enabled: bool,
+}
+
+/// A point of a disk's history: the state right after one record.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize, ToSchema)]
+pub struct ResolvedPoint {
+    /// The record.
+    pub lsn: u64,
+    /// Its stamp: RFC 3339, UTC, nine digits of fraction.
+    pub time: String,
+    /// Its stamp: nanoseconds since 1970 UTC.
+    pub stamp_ns: u64,
+    /// What the record is.
+    pub kind: PointKind,
+    /// Whether this is just what was asked for. `false` for a time newer than the newest record of a disk whose
+    /// host has not said that nothing came after: the newest record is then the best that is known.
+    pub exact: bool,
+}
+
+impl ResolvedPoint {
+    /// A point; the time's text is made from the stamp.
+    #[must_use]
+    pub fn new(lsn: u64, stamp_ns: u64, kind: PointKind, exact: bool) -> Self {
+        Self { lsn, time: time::rfc3339(stamp_ns), stamp_ns, kind, exact }
+    }
+}
+
+impl fmt::Display for ResolvedPoint {
+    /// One line for people: `lsn 1042, 2026-11-20T10:00:03.000000000Z, after a flush`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "lsn {}, {}, {}", self.lsn, self.time, self.kind.describe())
+    }
+}
+
+/// What the record of a point is.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum PointKind {
+    /// A guest write.
+    Write,
+    /// A guest write of zeroes.
+    Zero,
+    /// A discard.
+    Discard,
+    /// A guest flush: all that the guest had seen complete before it is in.
+    Flush,
+    /// A new size.
+    Resize,
+    /// A bookmark.
+    Bookmark,
+    /// The end of a gap: the disk is whole again from here.
+    GapEnd,
+    /// Any other record (the beginning of a gap, an empty slot).
+    #[serde(other)]
+    Other,
+}
+
+impl PointKind {
+    /// In words.
+    #[must_use]
+    pub const fn describe(self) -> &'static str {
+        match self {
+            Self::Write => "after a write",
+            Self::Zero => "after a write of zeroes",
+            Self::Discard => "after a discard",
+            Self::Flush => "after a flush",
+            Self::Resize => "after a change of size",
+            Self::Bookmark => "at a bookmark",
+            Self::GapEnd => "at the end of a gap",
+            Self::Other => "between writes",
+        }
+    }
+}
+
+/// What of a disk can be restored.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize, ToSchema)]
+pub struct Points {
+    /// The disk's UUID.
+    pub disk: String,
+    /// Every point in these ranges can be restored; in time order, none overlapping.
+    pub recoverable: Vec<RecoverableRange>,
+    /// Where and why writes may be missing; in time order.
+    pub gaps: Vec<Gap>,
+    /// The bookmarks, in time order.
+    pub bookmarks: Vec<Bookmark>,
+    /// The newest point that can be restored.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub newest: Option<ResolvedPoint>,
+    /// With `?at=`: what that resolves to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resolved: Option<ResolvedPoint>,
+}
+
+/// A run of points that can all be restored.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize, ToSchema)]
+pub struct RecoverableRange {
+    /// First point.
+    pub from_lsn: u64,
+    /// Its time, RFC 3339.
+    pub from_time: String,
+    /// Its time in nanoseconds since 1970 UTC.
+    pub from_stamp_ns: u64,
+    /// Last point.
+    pub to_lsn: u64,
+    /// Its time, RFC 3339.
+    pub to_time: String,
+    /// Its time in nanoseconds since 1970 UTC.
+    pub to_stamp_ns: u64,
+}
+
+/// A run of records whose points cannot be restored.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize, ToSchema)]
+pub struct Gap {
+    /// First record in the gap.
+    pub from_lsn: u64,
+    /// Its time, RFC 3339.
+    pub from_time: String,
+    /// Its time in nanoseconds since 1970 UTC.
+    pub from_stamp_ns: u64,
+    /// The record that ends it, which is a good point again; absent while the gap is open.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub to_lsn: Option<u64>,
+    /// Its time, RFC 3339.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub to_time: Option<String>,
+    /// Its time in nanoseconds since 1970 UTC.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub to_stamp_ns: Option<u64>,
+    /// `attach`, `overflow`, `write-failed`, `agent-lost`, `filter-fault`, `contents-changed` or `unclean-end`.
+    pub reason: String,
+}
+
+/// A named point.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize, ToSchema)]
+pub struct Bookmark {
+    /// The name, unique for the disk.
+    pub name: String,
+    /// The point: right after this record.
+    pub lsn: u64,
+    /// Its time, RFC 3339.
+    pub time: String,
+    /// Its time in nanoseconds since 1970 UTC.
+    pub stamp_ns: u64,
+}
+
+/// Body of `POST /v1/disks/{disk}/bookmarks`.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct CreateBookmark {
+    /// 1 to 255 bytes, unique for the disk.
+    pub name: String,
+    /// A point that exists; absent means now.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub at: Option<String>,
+}
+
+/// What a stretch of the disk holds at a point.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ExtentKind {
+    /// Bytes to be read with `data`.
+    Data,
+    /// Reads as zeroes.
+    Zero,
+}
+
+/// A stretch of the disk.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize, ToSchema)]
+pub struct Extent {
+    /// First byte.
+    pub offset: u64,
+    /// Length in bytes.
+    pub length: u64,
+    /// What it holds.
+    pub kind: ExtentKind,
+}
+
+/// What a range of the disk holds at a point: the extents cover it without holes or overlaps.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize, ToSchema)]
+pub struct Extents {
+    /// The point.
+    pub lsn: u64,
+    /// Size of the disk at that point, in bytes.
+    pub disk_bytes: u64,
+    /// In order of offset.
+    pub extents: Vec<Extent>,
+    /// Where to ask again, when this answer does not reach the range's end.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next_offset: Option<u64>,
+}
