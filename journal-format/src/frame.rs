@@ -12,6 +12,7 @@ use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::error::{FormatError, FormatErrorKind};
+use crate::layout::{header_crc, layout};
 use crate::limits::{MAX_FRAME_RAW_BYTES, MAX_FRAME_RECORDS};
 use crate::record::{Op, RECORD_BYTES, RawRecord, Record};
 use crate::units::{DiskId, Epoch, Lsn, Stamp};
@@ -86,6 +87,26 @@ pub struct FrameHeader {
     header_crc: U32,
 }
 
+layout!(FrameHeader {
+    magic,
+    version,
+    header_bytes,
+    codec,
+    reserved_a,
+    disk,
+    epoch,
+    first_lsn,
+    first_stamp,
+    last_stamp,
+    disk_bytes,
+    record_count,
+    raw_bytes,
+    data_bytes,
+    records_crc,
+    data_crc,
+    reserved_b,
+    header_crc,
+});
 const _: () = assert!(size_of::<FrameHeader>() == FRAME_HEADER_BYTES);
 const _: () = assert!(size_of::<RawRecord>() == RECORD_BYTES);
 
@@ -96,7 +117,8 @@ impl FrameHeader {
     /// `Truncated` when `bytes` is shorter than a header; otherwise what is wrong with it.
     pub fn parse(bytes: &[u8]) -> Result<Self, FormatError> {
         let err = |kind, detail| FormatError::new(kind, "frame header", detail);
-        let (header, _) = Self::read_from_prefix(bytes).map_err(|_| FormatError::truncated("frame header"))?;
+        let (header, _) =
+            Self::read_from_prefix(bytes).map_err(|_| FormatError::truncated("frame header"))?;
         if header.magic != FRAME_MAGIC {
             return Err(err(FormatErrorKind::Magic, "these bytes are not a frame"));
         }
@@ -106,16 +128,11 @@ impl FrameHeader {
         if usize::from(header.header_bytes.get()) != FRAME_HEADER_BYTES {
             return Err(err(FormatErrorKind::Invalid, "the header's length is not 128"));
         }
-        if header.header_crc.get() != header.computed_crc() {
+        if header.header_crc.get() != header_crc(header.as_bytes()) {
             return Err(err(FormatErrorKind::Checksum, "the header is torn or corrupt"));
         }
         header.check_fields()?;
         Ok(header)
-    }
-
-    fn computed_crc(&self) -> u32 {
-        let bytes = self.as_bytes();
-        crc32c::crc32c(bytes.get(..FRAME_HEADER_BYTES.saturating_sub(4)).unwrap_or(bytes))
     }
 
     fn check_fields(&self) -> Result<(), FormatError> {
@@ -290,7 +307,11 @@ impl<'a> Frame<'a> {
                 return Err(bad("a record's data lies outside the frame's"));
             }
         }
-        if last == self.header.last_stamp() { Ok(()) } else { Err(bad("the last stamp differs from the header's")) }
+        if last == self.header.last_stamp() {
+            Ok(())
+        } else {
+            Err(bad("the last stamp differs from the header's"))
+        }
     }
 
     fn raw_records(&self) -> &'a [RawRecord] {
@@ -323,7 +344,10 @@ impl<'a> Frame<'a> {
     /// The records in LSN order. (They were checked when the frame was parsed.)
     pub fn records(&self) -> impl Iterator<Item = Record> + use<'a> {
         let first = self.header.first_lsn();
-        self.raw_records().iter().enumerate().filter_map(move |(i, raw)| raw.decode(first.plus(i as u64)).ok())
+        self.raw_records()
+            .iter()
+            .enumerate()
+            .filter_map(move |(i, raw)| raw.decode(first.plus(i as u64)).ok())
     }
 }
 
@@ -336,7 +360,8 @@ impl<'a> Frame<'a> {
 /// `Invalid` or `TooLarge` when the result would not parse again (a programmer's error, caught here rather than at the
 /// other end).
 pub fn encode_head(meta: &FrameMeta, records: &[Record], data: &[u8]) -> Result<Vec<u8>, FormatError> {
-    let too_large = || FormatError::new(FormatErrorKind::TooLarge, "frame", "too many records or too much data");
+    let too_large =
+        || FormatError::new(FormatErrorKind::TooLarge, "frame", "too many records or too much data");
     let count = u32::try_from(records.len()).map_err(|_| too_large())?;
     let data_bytes = u32::try_from(data.len()).map_err(|_| too_large())?;
     let mut body = Vec::with_capacity(records.len().saturating_mul(RECORD_BYTES));
@@ -364,8 +389,9 @@ pub fn encode_head(meta: &FrameMeta, records: &[Record], data: &[u8]) -> Result<
         reserved_b: [0; 32],
         header_crc: U32::new(0),
     };
-    header.header_crc = U32::new(header.computed_crc());
-    let mut out = Vec::with_capacity(FRAME_HEADER_BYTES.saturating_add(body.len()).saturating_add(data.len()));
+    header.header_crc = U32::new(header_crc(header.as_bytes()));
+    let mut out =
+        Vec::with_capacity(FRAME_HEADER_BYTES.saturating_add(body.len()).saturating_add(data.len()));
     out.extend_from_slice(header.as_bytes());
     out.extend_from_slice(&body);
     Frame::from_head(&out)?;

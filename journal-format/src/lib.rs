@@ -11,15 +11,29 @@
 //! any input; they never panic, index out of range or allocate what a length field says (invariant I7).
 
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::arithmetic_side_effects)]
-#![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::arithmetic_side_effects))]
+#![cfg_attr(
+    test,
+    allow(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::indexing_slicing,
+        clippy::arithmetic_side_effects
+    )
+)]
 #![forbid(unsafe_code)]
 
+pub mod bookmarks;
 #[cfg(feature = "codec")]
 pub mod codec;
 pub mod error;
 pub mod frame;
+pub mod index;
+pub mod layout;
 pub mod limits;
+pub mod manifest;
 pub mod record;
+pub mod recovery;
+pub mod segment;
 pub mod units;
 #[cfg(feature = "wire")]
 pub mod wire;
@@ -27,4 +41,4 @@ pub mod wire;
 pub use error::{FormatError, FormatErrorKind};
 pub use frame::{Codec, Frame, FrameHeader, FrameMeta};
 pub use record::{DataSpan, GapReason, Op, Record};
-pub use units::{ByteOffset, ByteRange, DiskId, Epoch, Lsn, Stamp};
+pub use units::{ByteOffset, ByteRange, DiskId, Epoch, Lsn, SegmentNumber, Stamp};

@@ -29,6 +29,21 @@ pub const DIRTY_CHUNK_BYTES: u64 = 64 << 10;
 /// Granularity of a sealed segment's index, in bytes of disk per chunk.
 pub const INDEX_CHUNK_BYTES: u64 = 256 << 10;
 
+/// Largest file of a segment (data, metadata or index), in bytes: 64 GiB.
+pub const MAX_SEGMENT_BYTES: u64 = 64 << 30;
+
+/// Most live segments that a manifest names.
+pub const MAX_SEGMENTS: u32 = 1 << 20;
+
+/// Most bookmarks of one disk.
+pub const MAX_BOOKMARKS: u32 = 1 << 20;
+
+/// A zeroed or discarded range longer than this many bytes is indexed once, not once for each chunk that it covers:
+/// one discard of a whole 256 TiB disk would otherwise make a thousand million index entries.
+pub const WIDE_EXTENT_BYTES: u64 = 4 * INDEX_CHUNK_BYTES;
+
 const _: () = assert!(TARGET_FRAME_RAW_BYTES <= MAX_FRAME_RAW_BYTES);
 const _: () = assert!(MAX_BOOKMARK_BYTES < MAX_RECORD_DATA_BYTES);
 const _: () = assert!(INDEX_CHUNK_BYTES.is_multiple_of(DIRTY_CHUNK_BYTES));
+const _: () = assert!(MAX_DISK_BYTES / INDEX_CHUNK_BYTES <= u32::MAX as u64);
+const _: () = assert!(MAX_FRAME_BYTES as u64 * 2 < MAX_SEGMENT_BYTES);

@@ -4,6 +4,7 @@ use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::error::FormatError;
+use crate::layout::layout;
 use crate::limits::{MAX_BOOKMARK_BYTES, MAX_DISK_BYTES, MAX_RECORD_DATA_BYTES};
 use crate::units::{ByteRange, Lsn, Stamp};
 
@@ -181,6 +182,8 @@ pub struct RawRecord {
     pub data_pos: U32,
 }
 
+layout!(RawRecord { offset, length, stamp, kind, flags, reason, data_pos });
+
 impl RawRecord {
     /// Encodes a record (its LSN is implied by its place in the frame).
     #[must_use]
@@ -242,8 +245,12 @@ impl RawRecord {
         let bad = |detail| FormatError::invalid("record", detail);
         let (fill, fua) = (self.flags & FLAG_FILL != 0, self.flags & FLAG_FUA != 0);
         Ok(match self.kind {
-            KIND_WRITE => Op::Write { range: self.range()?, data: self.span(MAX_RECORD_DATA_BYTES)?, fill, fua },
-            KIND_ZERO => Op::Zero { range: self.range()?, fill, fua, may_unmap: self.flags & FLAG_MAY_UNMAP != 0 },
+            KIND_WRITE => {
+                Op::Write { range: self.range()?, data: self.span(MAX_RECORD_DATA_BYTES)?, fill, fua }
+            }
+            KIND_ZERO => {
+                Op::Zero { range: self.range()?, fill, fua, may_unmap: self.flags & FLAG_MAY_UNMAP != 0 }
+            }
             KIND_DISCARD => Op::Discard { range: self.range()? },
             KIND_RESIZE if self.length.get() == 0 && self.offset.get() <= MAX_DISK_BYTES => {
                 Op::Resize { disk_bytes: self.offset.get() }

@@ -80,6 +80,24 @@ impl fmt::Debug for Stamp {
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Debug)]
 pub struct Epoch(pub u64);
 
+/// Number of a segment; per disk from 1, never used again. Its files are `data-N.seg`, `meta-N.seg`, `index-N.idx`.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Debug)]
+pub struct SegmentNumber(pub u32);
+
+impl SegmentNumber {
+    /// The number after this one; saturating.
+    #[must_use]
+    pub const fn next(self) -> Self {
+        Self(self.0.saturating_add(1))
+    }
+}
+
+impl fmt::Display for SegmentNumber {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
 /// A position on a disk, in bytes from its start.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Debug)]
 pub struct ByteOffset(pub u64);
@@ -169,13 +187,16 @@ impl FromStr for DiskId {
 
     /// Reads the 8-4-4-4-12 hexadecimal form, either case.
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let bad = || FormatError::invalid("disk id", "expected a UUID such as 6a7d0a54-8a2c-4c0e-9d0b-1f2e3d4c5b6a");
+        let bad = || {
+            FormatError::invalid("disk id", "expected a UUID such as 6a7d0a54-8a2c-4c0e-9d0b-1f2e3d4c5b6a")
+        };
         if text.len() != 36 {
             return Err(bad());
         }
         let mut id = [0_u8; 16];
         let mut digits = text.bytes().enumerate().filter(|(i, _)| !matches!(i, 8 | 13 | 18 | 23));
-        let dashes = text.bytes().enumerate().filter(|(i, b)| matches!(i, 8 | 13 | 18 | 23) && *b == b'-').count();
+        let dashes =
+            text.bytes().enumerate().filter(|(i, b)| matches!(i, 8 | 13 | 18 | 23) && *b == b'-').count();
         if dashes != 4 {
             return Err(bad());
         }

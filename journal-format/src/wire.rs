@@ -17,6 +17,7 @@ use zerocopy::little_endian::{U16, U32};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::error::{FormatError, FormatErrorKind};
+use crate::layout::{header_crc, layout};
 use crate::limits::MAX_FRAME_BYTES;
 use crate::units::DiskId;
 
@@ -107,6 +108,7 @@ pub struct MessageHeader {
     header_crc: U32,
 }
 
+layout!(MessageHeader { magic, kind, reserved, body_bytes, header_crc });
 const _: () = assert!(size_of::<MessageHeader>() == MESSAGE_HEADER_BYTES);
 
 impl MessageHeader {
@@ -124,7 +126,7 @@ impl MessageHeader {
             body_bytes: U32::new(len),
             header_crc: U32::new(0),
         };
-        header.header_crc = U32::new(header.computed_crc());
+        header.header_crc = U32::new(header_crc(header.as_bytes()));
         Ok(header)
     }
 
@@ -134,25 +136,22 @@ impl MessageHeader {
     /// What is wrong with it; after any error the stream cannot be trusted and must be closed.
     pub fn parse(bytes: &[u8]) -> Result<(MessageType, usize), FormatError> {
         let err = |kind, detail| FormatError::new(kind, "message header", detail);
-        let (header, _) = Self::read_from_prefix(bytes).map_err(|_| FormatError::truncated("message header"))?;
+        let (header, _) =
+            Self::read_from_prefix(bytes).map_err(|_| FormatError::truncated("message header"))?;
         if header.magic != MESSAGE_MAGIC {
             return Err(err(FormatErrorKind::Magic, "the peer does not speak this protocol"));
         }
-        if header.header_crc.get() != header.computed_crc() {
+        if header.header_crc.get() != header_crc(header.as_bytes()) {
             return Err(err(FormatErrorKind::Checksum, "the header is corrupt"));
         }
         let kind = MessageType::from_u16(header.kind.get()).filter(|_| header.reserved.get() == 0);
-        let kind = kind.ok_or(err(FormatErrorKind::Version, "unknown message type; upgrade the older side"))?;
+        let kind =
+            kind.ok_or(err(FormatErrorKind::Version, "unknown message type; upgrade the older side"))?;
         let len = header.body_bytes.get() as usize;
         if len > kind.max_body_bytes() {
             return Err(err(FormatErrorKind::TooLarge, "body over the limit"));
         }
         Ok((kind, len))
-    }
-
-    fn computed_crc(&self) -> u32 {
-        let bytes = self.as_bytes();
-        crc32c::crc32c(bytes.get(..MESSAGE_HEADER_BYTES.saturating_sub(4)).unwrap_or(bytes))
     }
 }
 
@@ -194,7 +193,10 @@ pub fn decode<M: Control>(body: &[u8]) -> Result<M, FormatError> {
 /// # Errors
 /// `Invalid` for any other length.
 pub fn disk_id(field: &[u8]) -> Result<DiskId, FormatError> {
-    field.try_into().map(DiskId).map_err(|_| FormatError::invalid("message", "a disk id is not 16 bytes long"))
+    field
+        .try_into()
+        .map(DiskId)
+        .map_err(|_| FormatError::invalid("message", "a disk id is not 16 bytes long"))
 }
 
 macro_rules! control {
@@ -203,8 +205,18 @@ macro_rules! control {
     };
 }
 control!(
-    Hello, Welcome, Inventory, OpenDisk, DiskOpened, Ack, Refused, SetProtection, InsertBookmark, CommandResult,
-    DiskStatus, Ping,
+    Hello,
+    Welcome,
+    Inventory,
+    OpenDisk,
+    DiskOpened,
+    Ack,
+    Refused,
+    SetProtection,
+    InsertBookmark,
+    CommandResult,
+    DiskStatus,
+    Ping,
 );
 
 /// The agent introduces itself.

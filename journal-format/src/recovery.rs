@@ -1,0 +1,293 @@
+//! What recovery does with each combination of what it can find, as data. Prose: `docs/formats/segment.md`.
+//!
+//! Recovery walks the metadata volume from its start. At each place it looks at the metadata entry ([`see_meta`]), at
+//! the data entry that it names ([`see_data`]), and at how far the disk is known to have been durable
+//! ([`durable_floor`]); then [`decide`] gives the one action. The rows of [`CASES`] cover every combination exactly
+//! once; a test walks them all.
+//!
+//! Why the durable floor matters: entries of one commit reach the disk in any order, so after a power cut a torn entry
+//! may well be followed by a whole one. That is a tail to cut, nothing of it was acknowledged. But the same torn entry
+//! is corruption, never to be cut silently, if it had been durable: when it lies in a sealed segment, or when a later
+//! entry says (`durable_lsn`) that it was.
+
+use crate::error::FormatError;
+use crate::layout::is_zero;
+use crate::segment::{
+    DATA_ENTRY_BYTES, DataEntry, META_ENTRY_BYTES, META_ENTRY_MAGIC, MetaEntry, MetaEntryHeader, PAGE_BYTES,
+    Place, next_commit,
+};
+use crate::units::Lsn;
+
+/// What lies at a place of the metadata volume.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum MetaState {
+    /// Zeroes, or the end of the file: nothing was written.
+    Absent,
+    /// Something else than zeroes and than the expected entry.
+    Torn,
+    /// A whole entry with the expected LSN.
+    Valid,
+}
+
+/// What lies at the place of the data volume that the metadata entry names (or, without one, where data would go next).
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum DataState {
+    /// Zeroes, or the end of the file.
+    Absent,
+    /// Something else than zeroes and than the named data.
+    Torn,
+    /// The named data, or the frame has none.
+    Valid,
+}
+
+/// Whether the expected LSN is known to have been durable.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Standing {
+    /// Not known: a later entry than the last durable one that anything speaks of.
+    Tail,
+    /// Known: it lies in a sealed segment, or at or below the [`durable_floor`].
+    Durable,
+}
+
+/// What recovery does.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Action {
+    /// The frame is good; go on behind it.
+    Keep,
+    /// The log ends here; nothing is lost.
+    EndOfLog,
+    /// The log ends here; an unacknowledged tail is dropped. The agent sends it again.
+    CutHere,
+    /// Corrupt: refuse reads that need this frame's data and report it; the records say which ranges at which LSNs.
+    RefuseData,
+    /// Corrupt: refuse the history from this LSN to the next good entry and report it; what it held is unknown.
+    RefuseRecords,
+}
+
+/// One row of the table; `None` matches anything.
+#[derive(Clone, Copy, Debug)]
+pub struct Case {
+    /// The metadata entry.
+    pub meta: Option<MetaState>,
+    /// The data entry.
+    pub data: Option<DataState>,
+    /// How far it was known to be durable.
+    pub standing: Option<Standing>,
+    /// What to do.
+    pub action: Action,
+    /// What happened.
+    pub story: &'static str,
+}
+
+impl Case {
+    const fn new(
+        meta: Option<MetaState>,
+        data: Option<DataState>,
+        standing: Option<Standing>,
+        action: Action,
+        story: &'static str,
+    ) -> Self {
+        Self { meta, data, standing, action, story }
+    }
+
+    /// Whether the row is about this combination.
+    #[must_use]
+    pub fn matches(&self, meta: MetaState, data: DataState, standing: Standing) -> bool {
+        self.meta.is_none_or(|m| m == meta)
+            && self.data.is_none_or(|d| d == data)
+            && self.standing.is_none_or(|s| s == standing)
+    }
+}
+
+/// The decision table. Rows do not overlap and leave nothing out.
+pub const CASES: &[Case] = {
+    use Action::{CutHere, EndOfLog, Keep, RefuseData, RefuseRecords};
+    use Standing::{Durable, Tail};
+    &[
+        Case::new(Some(MetaState::Valid), Some(DataState::Valid), None, Keep, "both halves arrived"),
+        Case::new(
+            Some(MetaState::Absent),
+            Some(DataState::Absent),
+            Some(Tail),
+            EndOfLog,
+            "nothing was written here",
+        ),
+        Case::new(
+            Some(MetaState::Absent),
+            Some(DataState::Torn),
+            Some(Tail),
+            CutHere,
+            "cut while data was written",
+        ),
+        Case::new(
+            Some(MetaState::Absent),
+            Some(DataState::Valid),
+            Some(Tail),
+            CutHere,
+            "cut before the records came",
+        ),
+        Case::new(Some(MetaState::Torn), None, Some(Tail), CutHere, "cut while the records were written"),
+        Case::new(
+            Some(MetaState::Valid),
+            Some(DataState::Absent),
+            Some(Tail),
+            CutHere,
+            "cut before the data came",
+        ),
+        Case::new(
+            Some(MetaState::Valid),
+            Some(DataState::Torn),
+            Some(Tail),
+            CutHere,
+            "cut while data was written",
+        ),
+        Case::new(
+            Some(MetaState::Valid),
+            Some(DataState::Absent),
+            Some(Durable),
+            RefuseData,
+            "a lost data write",
+        ),
+        Case::new(
+            Some(MetaState::Valid),
+            Some(DataState::Torn),
+            Some(Durable),
+            RefuseData,
+            "rot or a stray write in data",
+        ),
+        Case::new(Some(MetaState::Absent), None, Some(Durable), RefuseRecords, "a lost metadata write"),
+        Case::new(
+            Some(MetaState::Torn),
+            None,
+            Some(Durable),
+            RefuseRecords,
+            "rot or a stray write in metadata",
+        ),
+    ]
+};
+
+/// The action for a combination: that of the one row of [`CASES`] that matches.
+#[must_use]
+pub fn decide(meta: MetaState, data: DataState, standing: Standing) -> Action {
+    // The test below proves that a row always matches; were it not so, refusing is the answer that harms nothing.
+    CASES
+        .iter()
+        .find(|case| case.matches(meta, data, standing))
+        .map_or(Action::RefuseRecords, |case| case.action)
+}
+
+/// What [`see_meta`] saw.
+#[derive(Clone, Debug)]
+pub enum MetaSeen<'a> {
+    /// See [`MetaState::Absent`].
+    Absent,
+    /// See [`MetaState::Torn`]; with what is wrong, for the report.
+    Torn(FormatError),
+    /// See [`MetaState::Valid`].
+    Valid(MetaEntry<'a>),
+}
+
+impl MetaSeen<'_> {
+    /// The state, for [`decide`].
+    #[must_use]
+    pub const fn state(&self) -> MetaState {
+        match self {
+            Self::Absent => MetaState::Absent,
+            Self::Torn(_) => MetaState::Torn,
+            Self::Valid(_) => MetaState::Valid,
+        }
+    }
+}
+
+/// Looks at the metadata entry at the start of `bytes` (the rest of the file from `place` on; may be empty), where the
+/// record `expected` should be.
+///
+/// Only the first [`META_ENTRY_BYTES`] decide whether an entry is absent: if a power cut lost just the page with the
+/// entry's header, the log ends there, and the writer's truncation removes what follows.
+#[must_use]
+pub fn see_meta<'a>(bytes: &'a [u8], place: &Place, expected: Lsn) -> MetaSeen<'a> {
+    if is_zero(bytes.get(..META_ENTRY_BYTES).unwrap_or(bytes)) {
+        return MetaSeen::Absent;
+    }
+    match MetaEntry::parse(bytes, place) {
+        Ok(entry) if entry.header.first_lsn == expected => MetaSeen::Valid(entry),
+        Ok(_) => {
+            MetaSeen::Torn(FormatError::invalid("metadata entry", "another LSN than the one that is next"))
+        }
+        Err(error) => MetaSeen::Torn(error),
+    }
+}
+
+/// Looks at the data of `entry`. `bytes` is the data file from the position that the entry names on (may be empty);
+/// `place` is that position. A frame without data is always `Valid`.
+#[must_use]
+pub fn see_data(bytes: &[u8], place: &Place, entry: &MetaEntry<'_>) -> DataState {
+    if entry.header.data.is_none() {
+        return DataState::Valid;
+    }
+    match DataEntry::parse(bytes, place) {
+        Ok(data) if belongs(&data, entry) => DataState::Valid,
+        Err(_) if is_zero(bytes.get(..DATA_ENTRY_BYTES).unwrap_or(bytes)) => DataState::Absent,
+        _ => DataState::Torn,
+    }
+}
+
+fn belongs(data: &DataEntry<'_>, entry: &MetaEntry<'_>) -> bool {
+    let header = entry.frame.header();
+    data.first_lsn == header.first_lsn()
+        && data.data.len() == header.data_bytes() as usize
+        && crc32c::crc32c(data.data) == header.data_crc()
+}
+
+/// The highest LSN that any later entry says was durable. `bytes` is the rest of the metadata file from `place` on;
+/// entries that begin a commit are looked for, those carry the newest number. `Lsn::ZERO` if there is none.
+///
+/// Call it when something else than a valid entry was found; the expected LSN has [`Standing::Durable`] when it is at or
+/// below the result.
+#[must_use]
+pub fn durable_floor(bytes: &[u8], place: &Place) -> Lsn {
+    let mut floor = Lsn::ZERO;
+    let mut position = next_commit(place.position);
+    while let Some(rest) =
+        position.checked_sub(place.position).and_then(|skip| bytes.get(usize::try_from(skip).ok()?..))
+    {
+        if rest.starts_with(&META_ENTRY_MAGIC)
+            && let Ok(entry) = MetaEntryHeader::parse(rest, &Place { position, ..*place })
+        {
+            floor = floor.max(entry.durable_lsn);
+        }
+        position = position.saturating_add(PAGE_BYTES);
+    }
+    floor
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exactly_one_row_matches_every_combination() {
+        for meta in [MetaState::Absent, MetaState::Torn, MetaState::Valid] {
+            for data in [DataState::Absent, DataState::Torn, DataState::Valid] {
+                for standing in [Standing::Tail, Standing::Durable] {
+                    let rows = CASES.iter().filter(|case| case.matches(meta, data, standing)).count();
+                    assert_eq!(rows, 1, "{meta:?} {data:?} {standing:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn nothing_that_was_durable_is_ever_cut() {
+        for case in CASES.iter().filter(|case| case.standing != Some(Standing::Tail)) {
+            assert!(!matches!(case.action, Action::CutHere | Action::EndOfLog), "{case:?}");
+        }
+    }
+
+    #[test]
+    fn nothing_is_kept_unless_both_halves_are_whole() {
+        for case in CASES.iter().filter(|case| case.action == Action::Keep) {
+            assert_eq!((case.meta, case.data), (Some(MetaState::Valid), Some(DataState::Valid)));
+        }
+    }
+}

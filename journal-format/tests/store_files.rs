@@ -1,0 +1,221 @@
+//! The files of a store: worked examples of what is read back and of each refusal.
+
+mod common;
+
+use common::*;
+use journal_format::index::{IndexBuilder, IndexShape, Source};
+use journal_format::manifest::{LiveSegment, Manifest, Sealed};
+use journal_format::recovery::{DataState, MetaSeen, durable_floor, see_data, see_meta};
+use journal_format::segment::{
+    DataEntry, DataPlace, MetaEntry, PAGE_BYTES, Place, SegmentKind, SegmentMeta, next_commit, next_entry,
+};
+use journal_format::{
+    DataSpan, Epoch, FormatErrorKind, Frame, Lsn, Op, SegmentNumber, Stamp, bookmarks, frame,
+};
+
+#[test]
+fn entries_start_on_64_bytes_and_commits_on_pages() {
+    assert_eq!((next_entry(4096), next_entry(4097), next_commit(4097)), (4096, 4160, 8192));
+    assert_eq!(next_commit(u64::MAX), u64::MAX, "no overflow on a hostile position");
+}
+
+#[test]
+fn both_entries_of_a_frame_are_read_back() {
+    let bytes = sample_frame(11);
+    let frame = Frame::parse(&bytes).unwrap();
+    let data = data_entry(&frame, &place(8192));
+    let meta = meta_entry(&frame, &place(4096), 10, 8192);
+
+    let entry = MetaEntry::parse(&meta, &place(4096)).unwrap();
+    assert_eq!(entry.header.entry_bytes(), meta.len() as u64);
+    assert_eq!(entry.header.durable_lsn, Lsn(10));
+    assert_eq!(entry.header.data, Some(DataPlace { segment: SegmentNumber(7), position: 8192 }));
+    let data = DataEntry::parse(&data, &place(8192)).unwrap();
+    let whole = Frame::from_parts(entry.frame.head(), data.data).unwrap();
+    assert!(whole.records().eq(frame.records()));
+}
+
+#[test]
+fn an_entry_at_another_place_is_refused() {
+    let bytes = sample_frame(11);
+    let frame = Frame::parse(&bytes).unwrap();
+    let (data, meta) = (data_entry(&frame, &place(8192)), meta_entry(&frame, &place(8192), 0, 8192));
+    let elsewhere = [
+        place(4096),
+        Place { segment: SegmentNumber(8), ..place(8192) },
+        Place { disk: journal_format::DiskId([1; 16]), ..place(8192) },
+    ];
+    for wrong in elsewhere {
+        assert_eq!(DataEntry::parse(&data, &wrong).unwrap_err().kind(), FormatErrorKind::Invalid);
+        assert_eq!(MetaEntry::parse(&meta, &wrong).unwrap_err().kind(), FormatErrorKind::Invalid);
+    }
+}
+
+#[test]
+fn a_frame_without_data_has_no_data_entry() {
+    let bytes = frame::encode(&meta(5, 0), &records(5, &[Op::Flush]), &[]).unwrap();
+    let frame = Frame::parse(&bytes).unwrap();
+    assert!(DataEntry::encode_header(&place(4096), frame.header()).is_err());
+    let meta = meta_entry(&frame, &place(4096), 4, 0);
+    let entry = MetaEntry::parse(&meta, &place(4096)).unwrap();
+    assert_eq!(entry.header.data, None);
+    assert_eq!(see_data(&[], &place(0), &entry), DataState::Valid);
+}
+
+#[test]
+fn a_segment_file_of_another_disk_is_refused() {
+    let header =
+        SegmentMeta { kind: SegmentKind::Meta, disk: DISK, segment: SegmentNumber(7), first_lsn: Lsn(11) };
+    let page = header.encode();
+    assert_eq!(page.len() as u64, PAGE_BYTES);
+    let read = SegmentMeta::parse(&page).unwrap();
+    assert_eq!(read, header);
+    assert!(read.expect(SegmentKind::Meta, DISK, SegmentNumber(7)).is_ok());
+    assert!(read.expect(SegmentKind::Data, DISK, SegmentNumber(7)).is_err());
+    assert!(read.expect(SegmentKind::Meta, DISK, SegmentNumber(6)).is_err());
+}
+
+#[test]
+fn recovery_tells_zeroes_from_torn_and_whole_entries() {
+    let bytes = sample_frame(11);
+    let frame = Frame::parse(&bytes).unwrap();
+    let entry = meta_entry(&frame, &place(4096), 10, 8192);
+    assert!(matches!(see_meta(&[], &place(4096), Lsn(11)), MetaSeen::Absent));
+    assert!(matches!(see_meta(&[0; 9000], &place(4096), Lsn(11)), MetaSeen::Absent));
+    assert!(matches!(see_meta(&entry, &place(4096), Lsn(11)), MetaSeen::Valid(_)));
+    assert!(
+        matches!(see_meta(&entry, &place(4096), Lsn(12)), MetaSeen::Torn(_)),
+        "another LSN than the next one"
+    );
+    assert!(matches!(see_meta(&entry[..200], &place(4096), Lsn(11)), MetaSeen::Torn(_)));
+
+    let parsed = MetaEntry::parse(&entry, &place(4096)).unwrap();
+    let mut data = data_entry(&frame, &place(8192));
+    assert_eq!(see_data(&data, &place(8192), &parsed), DataState::Valid);
+    assert_eq!(see_data(&[0; 4096], &place(8192), &parsed), DataState::Absent);
+    assert_eq!(see_data(&data[..100], &place(8192), &parsed), DataState::Torn);
+    *data.last_mut().unwrap() ^= 1;
+    assert_eq!(see_data(&data, &place(8192), &parsed), DataState::Torn);
+}
+
+#[test]
+fn a_later_entry_says_how_far_the_disk_was_durable() {
+    let (first, second) = (sample_frame(11), sample_frame(21));
+    let first = meta_entry(&Frame::parse(&first).unwrap(), &place(4096), 10, 8192);
+    let mut file = first.clone();
+    file.resize(4096, 0);
+    assert_eq!(durable_floor(&file, &place(4096)), Lsn(10));
+    file.extend(meta_entry(&Frame::parse(&second).unwrap(), &place(8192), 20, 12288));
+    file[100] ^= 1;
+    assert!(matches!(see_meta(&file, &place(4096), Lsn(11)), MetaSeen::Torn(_)));
+    assert_eq!(durable_floor(&file, &place(4096)), Lsn(20), "so LSN 11 was durable: corrupt, not a tail");
+    assert_eq!(durable_floor(&file[..4096], &place(4096)), Lsn(10));
+}
+
+fn example_manifest() -> Manifest {
+    let sealed = Sealed {
+        last_lsn: Lsn(10),
+        first_stamp: Stamp(100),
+        last_stamp: Stamp(200),
+        data_bytes: 1 << 20,
+        meta_bytes: 8192,
+        index_bytes: 5000,
+    };
+    Manifest {
+        revision: 5,
+        last_epoch: Epoch(2),
+        epoch_closed: false,
+        next_segment: SegmentNumber(3),
+        segments: vec![
+            LiveSegment { segment: SegmentNumber(1), first_lsn: Lsn(1), sealed: Some(sealed) },
+            LiveSegment { segment: SegmentNumber(2), first_lsn: Lsn(11), sealed: None },
+        ],
+        ..Manifest::new(DISK, 1 << 30)
+    }
+}
+
+#[test]
+fn a_manifest_is_read_back() {
+    for manifest in [Manifest::new(DISK, 0), example_manifest()] {
+        assert_eq!(Manifest::parse(&manifest.encode().unwrap()).unwrap(), manifest);
+    }
+}
+
+#[test]
+fn impossible_manifests_are_refused() {
+    let changes: [fn(&mut Manifest); 8] = [
+        |m| m.segments[1].first_lsn = Lsn(12),
+        |m| m.segments[1].segment = SegmentNumber(1),
+        |m| m.segments.swap(0, 1),
+        |m| m.next_segment = SegmentNumber(2),
+        |m| m.segments[0].sealed.as_mut().unwrap().last_lsn = Lsn::ZERO,
+        |m| m.closed_lsn = Lsn(3),
+        |m| m.disk_bytes = u64::MAX,
+        |m| m.segments[0].segment = SegmentNumber(0),
+    ];
+    for (i, change) in changes.iter().enumerate() {
+        let mut manifest = example_manifest();
+        change(&mut manifest);
+        assert!(manifest.encode().is_err(), "change {i}");
+    }
+}
+
+#[test]
+fn bookmarks_are_read_back_and_names_are_unique() {
+    let mark =
+        |lsn, name: &str| bookmarks::Bookmark { lsn: Lsn(lsn), stamp: Stamp(lsn), name: name.to_owned() };
+    for marks in [vec![], vec![mark(9, "before upgrade"), mark(3, "ä")]] {
+        let bytes = bookmarks::encode(DISK, &marks).unwrap();
+        assert_eq!(bookmarks::parse(&bytes).unwrap(), (DISK, marks));
+    }
+    assert!(bookmarks::encode(DISK, &[mark(1, "a"), mark(2, "a")]).is_err());
+    assert!(bookmarks::encode(DISK, &[mark(1, "")]).is_err());
+    assert!(bookmarks::encode(DISK, &[mark(0, "a")]).is_err());
+    assert!(bookmarks::encode(DISK, &[mark(1, &"a".repeat(256))]).is_err());
+}
+
+#[test]
+fn an_index_answers_by_chunk_lsn_and_stamp() {
+    let chunk = 256 << 10;
+    let data = pattern(1024);
+    let write = Op::Write {
+        range: range(chunk - 512, 1024),
+        data: DataSpan { pos: 0, len: 1024 },
+        fill: false,
+        fua: false,
+    };
+    let wide = Op::Discard { range: range(0, 2 << 20) };
+    let first = frame::encode(&meta(11, data.len()), &records(11, &[write, Op::Flush, wide]), &data).unwrap();
+    let second = sample_frame(14);
+
+    let mut builder = IndexBuilder::new(DISK, SegmentNumber(7));
+    let at = |position| Some(DataPlace { segment: SegmentNumber(7), position });
+    builder.push(&Frame::parse(&first).unwrap(), 4096, at(4096)).unwrap();
+    assert!(builder.push(&Frame::parse(&first).unwrap(), 8192, at(8192)).is_err(), "the same LSNs again");
+    builder.push(&Frame::parse(&second).unwrap(), 8192, at(8192)).unwrap();
+    let bytes = builder.finish().unwrap();
+
+    let shape = IndexShape::check(&bytes).unwrap();
+    let index = shape.open(&bytes);
+    assert_eq!((shape.first_lsn(), shape.last_lsn(), shape.disk_bytes()), (Lsn(11), Lsn(23), 1 << 30));
+    assert_eq!(index.chunks(0, u32::MAX).collect::<Vec<_>>(), [0, 1]);
+    assert_eq!(index.chunks(1, 2).collect::<Vec<_>>(), [1]);
+
+    let in_second_chunk: Vec<_> = index.extents(1, Lsn::ZERO, Lsn::MAX).collect();
+    assert_eq!(in_second_chunk[0].lsn, Lsn(11));
+    assert_eq!(in_second_chunk[0].range, range(chunk, 512));
+    assert_eq!(in_second_chunk[0].source, Source::Data { frame: 0, pos: 512 });
+    assert_eq!(in_second_chunk[1].lsn, Lsn(18), "the second half of the discard");
+    assert_eq!(in_second_chunk[1].source, Source::Zero);
+    assert_eq!(index.extents(1, Lsn(11), Lsn(17)).count(), 0, "after 11, up to 17");
+    assert_eq!(index.extents(2, Lsn::ZERO, Lsn::MAX).count(), 0);
+
+    assert_eq!(index.wide(Lsn::ZERO, Lsn::MAX).map(|e| e.lsn).collect::<Vec<_>>(), [Lsn(13), Lsn(16)]);
+    assert_eq!(index.marks().map(|r| r.lsn.0).collect::<Vec<_>>(), [14, 20, 21, 22]);
+    assert_eq!(index.frame_of(Lsn(13)).unwrap().first_lsn, Lsn(11));
+    assert_eq!(index.frame_of(Lsn(14)).unwrap().meta_position, 8192);
+    assert!(index.frame_of(Lsn(10)).is_none() && index.frame_of(Lsn(24)).is_none());
+    assert!(index.frame_at(Stamp(1010)).is_none());
+    assert_eq!(index.frame_at(Stamp(1013)).unwrap().first_lsn, Lsn(11));
+    assert_eq!(index.frame_at(Stamp::MAX).unwrap().last_lsn(), Lsn(23));
+}
