@@ -147,9 +147,16 @@ impl FrameHeader {
         if records == 0 || records > MAX_FRAME_RECORDS {
             return bad("the number of records is 0 or over the limit");
         }
-        // Data that did not shrink is stored raw, so stored bytes never exceed raw bytes.
-        if raw > MAX_FRAME_RAW_BYTES || data > raw || (codec == Codec::Raw && data != raw) {
+        // Data that did not shrink is stored raw, so compressed bytes are always fewer; and zstd makes something of nothing.
+        let fits = match codec {
+            Codec::Raw => data == raw,
+            Codec::Zstd => data > 0 && data < raw,
+        };
+        if raw > MAX_FRAME_RAW_BYTES || !fits {
             return bad("the data length is over its limit or does not fit the codec");
+        }
+        if self.epoch.get() == 0 {
+            return bad("the epoch is 0");
         }
         if self.first_lsn.get() == 0 || self.first_lsn.get().checked_add(u64::from(records)).is_none() {
             return bad("the first LSN is 0 or overflows");

@@ -15,10 +15,12 @@ pub const MAX_FRAME_RAW_BYTES: u32 = MAX_RECORD_DATA_BYTES;
 /// Most records in one frame.
 pub const MAX_FRAME_RECORDS: u32 = 16 << 10;
 
-/// Largest encoded frame, in bytes: header, records, and data that is stored raw when compression does not pay.
-pub const MAX_FRAME_BYTES: usize = crate::frame::FRAME_HEADER_BYTES
-    + MAX_FRAME_RECORDS as usize * crate::record::RECORD_BYTES
-    + MAX_FRAME_RAW_BYTES as usize;
+/// Largest head of a frame, in bytes: header and records.
+pub const MAX_FRAME_HEAD_BYTES: usize =
+    crate::frame::FRAME_HEADER_BYTES + MAX_FRAME_RECORDS as usize * crate::record::RECORD_BYTES;
+
+/// Largest encoded frame, in bytes: head, and data that is stored raw when compression does not pay.
+pub const MAX_FRAME_BYTES: usize = MAX_FRAME_HEAD_BYTES + MAX_FRAME_RAW_BYTES as usize;
 
 /// Longest bookmark name, in bytes of UTF-8.
 pub const MAX_BOOKMARK_BYTES: u32 = 255;

@@ -170,7 +170,7 @@ pub struct RawRecord {
     pub offset: U64,
     /// Bytes of disk covered, or of the bookmark's name; else 0.
     pub length: U64,
-    /// Nanoseconds since 1970 UTC.
+    /// Nanoseconds since 1970 UTC; neither 0 nor the largest number.
     pub stamp: U64,
     /// Kind, 1 to 9.
     pub kind: u8,
@@ -221,7 +221,7 @@ impl RawRecord {
     ///
     /// # Errors
     /// [`crate::FormatErrorKind::Invalid`] for an unknown kind or reason, a flag or field that must be zero and is
-    /// not, an empty or oversize range.
+    /// not, an empty or oversize range, a stamp that stands for no instant.
     pub fn decode(&self, lsn: Lsn) -> Result<Record, FormatError> {
         let bad = |detail| FormatError::invalid("record", detail);
         let (allowed_flags, has_reason, has_data) = match self.kind {
@@ -237,8 +237,13 @@ impl RawRecord {
         if (!has_reason && self.reason.get() != 0) || (!has_data && self.data_pos.get() != 0) {
             return Err(bad("a field that this kind does not use is not zero"));
         }
-        let op = self.decode_op()?;
-        Ok(Record { lsn, stamp: Stamp(self.stamp.get()), op })
+        let stamp = Stamp(self.stamp.get());
+        if stamp == Stamp::ZERO || stamp == Stamp::MAX {
+            return Err(bad(
+                "the stamp is 0 or the largest number, which stand for before and after every record",
+            ));
+        }
+        Ok(Record { lsn, stamp, op: self.decode_op()? })
     }
 
     fn decode_op(&self) -> Result<Op, FormatError> {

@@ -1,6 +1,6 @@
 //! What recovery does with each combination of what it can find, as data. Prose: `docs/formats/segment.md`.
 //!
-//! Recovery walks the metadata volume from its start. At each place it looks at the metadata entry ([`see_meta`]), at
+//! Recovery walks the metadata volume from its start. At each place it looks at the metadata entry ([`see_next`]), at
 //! the data entry that it names ([`see_data`]), and at how far the disk is known to have been durable
 //! ([`durable_floor`]); then [`decide`] gives the one action. The rows of [`CASES`] cover every combination exactly
 //! once; a test walks them all.
@@ -13,8 +13,8 @@
 use crate::error::FormatError;
 use crate::layout::is_zero;
 use crate::segment::{
-    DATA_ENTRY_BYTES, DataEntry, META_ENTRY_BYTES, META_ENTRY_MAGIC, MetaEntry, MetaEntryHeader, PAGE_BYTES,
-    Place, next_commit,
+    DATA_ENTRY_BYTES, DataEntry, ENTRY_ALIGN_BYTES, META_ENTRY_BYTES, META_ENTRY_MAGIC, MetaEntry,
+    MetaEntryHeader, PAGE_BYTES, Place, next_commit, next_entry,
 };
 use crate::units::Lsn;
 
@@ -218,6 +218,23 @@ pub fn see_meta<'a>(bytes: &'a [u8], place: &Place, expected: Lsn) -> MetaSeen<'
     }
 }
 
+/// Finds the next metadata entry and looks at it. `after` is where the entry before it ended (or the end of the header
+/// page), `bytes` is the rest of the file from there on. The entry is at the next aligned position, or, if that holds
+/// nothing, on the next page. Returns the place that was looked at last.
+#[must_use]
+pub fn see_next<'a>(bytes: &'a [u8], after: &Place, expected: Lsn) -> (Place, MetaSeen<'a>) {
+    let mut looked = (*after, MetaSeen::Absent);
+    for position in [next_entry(after.position), next_commit(after.position)] {
+        let skip = usize::try_from(position.saturating_sub(after.position)).unwrap_or(usize::MAX);
+        let place = Place { position, ..*after };
+        looked = (place, see_meta(bytes.get(skip..).unwrap_or(&[]), &place, expected));
+        if looked.1.state() != MetaState::Absent {
+            break;
+        }
+    }
+    looked
+}
+
 /// Looks at the data of `entry`. `bytes` is the data file from the position that the entry names on (may be empty);
 /// `place` is that position. A frame without data is always `Valid`.
 #[must_use]
@@ -236,7 +253,7 @@ fn belongs(data: &DataEntry<'_>, entry: &MetaEntry<'_>) -> bool {
     let header = entry.frame.header();
     data.first_lsn == header.first_lsn()
         && data.data.len() == header.data_bytes() as usize
-        && crc32c::crc32c(data.data) == header.data_crc()
+        && data.data_crc == header.data_crc()
 }
 
 /// The highest LSN that any later entry says was durable. `bytes` is the rest of the metadata file from `place` on;
@@ -259,6 +276,24 @@ pub fn durable_floor(bytes: &[u8], place: &Place) -> Lsn {
         position = position.saturating_add(PAGE_BYTES);
     }
     floor
+}
+
+/// The next whole metadata entry at or after `place`, where the entry that should be there was refused
+/// ([`Action::RefuseRecords`]): history goes on with it. `bytes` is the rest of the file from `place` on.
+#[must_use]
+pub fn find_entry<'a>(bytes: &'a [u8], place: &Place) -> Option<(Place, MetaEntry<'a>)> {
+    let mut position = next_entry(place.position);
+    loop {
+        let rest =
+            position.checked_sub(place.position).and_then(|skip| bytes.get(usize::try_from(skip).ok()?..))?;
+        let here = Place { position, ..*place };
+        if rest.starts_with(&META_ENTRY_MAGIC)
+            && let Ok(entry) = MetaEntry::parse(rest, &here)
+        {
+            return Some((here, entry));
+        }
+        position = position.checked_add(ENTRY_ALIGN_BYTES)?;
+    }
 }
 
 #[cfg(test)]

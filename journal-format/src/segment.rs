@@ -21,7 +21,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 use crate::error::{FormatError, FormatErrorKind};
 use crate::frame::{FRAME_HEADER_BYTES, Frame, FrameHeader};
 use crate::layout::{header_crc, is_zero, layout};
-use crate::limits::{MAX_FRAME_BYTES, MAX_FRAME_RAW_BYTES, MAX_SEGMENT_BYTES};
+use crate::limits::{MAX_FRAME_HEAD_BYTES, MAX_FRAME_RAW_BYTES, MAX_SEGMENT_BYTES};
 use crate::units::{DiskId, Lsn, SegmentNumber};
 
 /// Unit of writing, in bytes: what a power cut may leave half-written.
@@ -258,6 +258,8 @@ layout!(RawDataEntry {
 pub struct DataEntry<'a> {
     /// First LSN of the frame that the data belongs to.
     pub first_lsn: Lsn,
+    /// crc32c of the data; it was compared.
+    pub data_crc: u32,
     /// The data as stored (codec applied).
     pub data: &'a [u8],
 }
@@ -317,7 +319,7 @@ impl<'a> DataEntry<'a> {
         if crc32c::crc32c(data) != raw.data_crc.get() {
             return Err(err(FormatErrorKind::Checksum, "the data is torn or corrupt"));
         }
-        Ok(Self { first_lsn: Lsn(raw.first_lsn.get()), data })
+        Ok(Self { first_lsn: Lsn(raw.first_lsn.get()), data_crc: raw.data_crc.get(), data })
     }
 }
 
@@ -409,7 +411,7 @@ impl MetaEntryHeader {
         {
             return Err(err(FormatErrorKind::Invalid, "a field is out of its range"));
         }
-        if head_bytes > MAX_FRAME_BYTES || raw.data_bytes.get() > MAX_FRAME_RAW_BYTES {
+        if head_bytes > MAX_FRAME_HEAD_BYTES || raw.data_bytes.get() > MAX_FRAME_RAW_BYTES {
             return Err(err(FormatErrorKind::TooLarge, "more bytes than a frame can have"));
         }
         Ok(Self {

@@ -148,7 +148,7 @@ impl ByteRange {
     /// Whether the two share at least one byte.
     #[must_use]
     pub const fn overlaps(self, other: Self) -> bool {
-        self.offset < other.end() && other.offset < self.end()
+        !self.is_empty() && !other.is_empty() && self.offset < other.end() && other.offset < self.end()
     }
 
     /// The bytes that both cover, or `None`.

@@ -27,8 +27,11 @@ pub const MESSAGE_HEADER_BYTES: usize = 16;
 pub const MESSAGE_MAGIC: [u8; 4] = *b"CDPW";
 /// The protocol's version, said in [`Hello`] and [`Welcome`]; a different one is refused with a message.
 pub const PROTOCOL_VERSION: u32 = 1;
-/// Largest body of a message that is not a frame, in bytes.
-pub const MAX_CONTROL_BYTES: usize = 4 << 20;
+/// Largest body of an [`Inventory`], in bytes: some ten thousand disks.
+pub const MAX_INVENTORY_BYTES: usize = 4 << 20;
+/// Largest body of any other message that is not a frame, in bytes. So a peer that has not yet said who it is cannot
+/// make the other side hold more than this.
+pub const MAX_CONTROL_BYTES: usize = 64 << 10;
 
 /// What a message's body is.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -92,6 +95,7 @@ impl MessageType {
     pub const fn max_body_bytes(self) -> usize {
         match self {
             Self::Frame => MAX_FRAME_BYTES,
+            Self::Inventory => MAX_INVENTORY_BYTES,
             _ => MAX_CONTROL_BYTES,
         }
     }

@@ -5,7 +5,9 @@ mod common;
 use common::*;
 use journal_format::index::{IndexBuilder, IndexShape, Source};
 use journal_format::manifest::{LiveSegment, Manifest, Sealed};
-use journal_format::recovery::{DataState, MetaSeen, durable_floor, see_data, see_meta};
+use journal_format::recovery::{
+    DataState, MetaSeen, durable_floor, find_entry, see_data, see_meta, see_next,
+};
 use journal_format::segment::{
     DataEntry, DataPlace, MetaEntry, PAGE_BYTES, Place, SegmentKind, SegmentMeta, next_commit, next_entry,
 };
@@ -110,6 +112,9 @@ fn a_later_entry_says_how_far_the_disk_was_durable() {
     assert!(matches!(see_meta(&file, &place(4096), Lsn(11)), MetaSeen::Torn(_)));
     assert_eq!(durable_floor(&file, &place(4096)), Lsn(20), "so LSN 11 was durable: corrupt, not a tail");
     assert_eq!(durable_floor(&file[..4096], &place(4096)), Lsn(10));
+    let (at, entry) = find_entry(&file, &place(4096)).unwrap();
+    assert_eq!((at, entry.header.first_lsn), (place(8192), Lsn(21)), "history goes on there");
+    assert!(find_entry(&file[..4096], &place(4096)).is_none());
 }
 
 fn example_manifest() -> Manifest {
@@ -218,4 +223,37 @@ fn an_index_answers_by_chunk_lsn_and_stamp() {
     assert!(index.frame_at(Stamp(1010)).is_none());
     assert_eq!(index.frame_at(Stamp(1013)).unwrap().first_lsn, Lsn(11));
     assert_eq!(index.frame_at(Stamp::MAX).unwrap().last_lsn(), Lsn(23));
+}
+
+#[test]
+fn the_next_entry_is_found_behind_the_last_or_on_the_next_page() {
+    let (first, second, third) = (sample_frame(11), sample_frame(21), sample_frame(31));
+    let entry = |bytes: &[u8], position, durable| {
+        meta_entry(&Frame::parse(bytes).unwrap(), &place(position), durable, 1 << 20)
+    };
+    let mut file = vec![0; 4096];
+    file.extend(entry(&first, 4096, 10));
+    let (end_of_first, second_at) = (file.len() as u64, next_entry(file.len() as u64));
+    file.resize(second_at as usize, 0);
+    file.extend(entry(&second, second_at, 10));
+    let end_of_second = file.len() as u64;
+    file.resize(8192, 0);
+    file.extend(entry(&third, 8192, 30));
+    let end_of_third = file.len() as u64;
+    file.resize(65536, 0);
+
+    let next = |end: u64, expected| see_next(&file[end as usize..], &place(end), Lsn(expected));
+    for (end, expected, at) in [(4096, 11, 4096), (end_of_first, 21, second_at), (end_of_second, 31, 8192)] {
+        let (found, seen) = next(end, expected);
+        assert_eq!(found.position, at);
+        assert!(matches!(seen, MetaSeen::Valid(entry) if entry.header.first_lsn == Lsn(expected)));
+    }
+    assert!(matches!(next(end_of_third, 41).1, MetaSeen::Absent));
+    assert!(matches!(see_next(&[], &place(4096), Lsn(11)).1, MetaSeen::Absent));
+}
+
+#[test]
+fn an_empty_range_overlaps_nothing() {
+    assert!(!range(5, 0).overlaps(range(0, 10)) && !range(0, 10).overlaps(range(5, 0)));
+    assert!(range(5, 1).overlaps(range(0, 10)) && !range(10, 1).overlaps(range(0, 10)));
 }

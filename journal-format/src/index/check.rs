@@ -182,12 +182,13 @@ impl RawIndexFrame {
         };
         let stored = match Codec::from_u8(self.codec) {
             Some(Codec::Raw) => self.data_bytes.get() == self.raw_bytes.get(),
-            Some(Codec::Zstd) => self.data_bytes.get() <= self.raw_bytes.get(),
+            Some(Codec::Zstd) => (1..self.raw_bytes.get()).contains(&self.data_bytes.get()),
             None => false,
         };
         data && stored
             && at(self.meta_position.get())
             && self.reserved == [0; 3]
+            && self.epoch.get() != 0
             && self.raw_bytes.get() <= MAX_FRAME_RAW_BYTES
             && (1..=MAX_FRAME_RECORDS).contains(&self.record_count.get())
             && self.first_lsn.get().checked_add(u64::from(self.record_count.get())).is_some()
