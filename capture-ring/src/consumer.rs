@@ -1,0 +1,374 @@
+//! The consuming end. Whatever the memory holds, it returns records that keep every rule of `journal_format`, or an
+//! error; it never panics, never reads outside the mapping and never loops without bound.
+
+use std::sync::Arc;
+
+use journal_format::limits::{MAX_BOOKMARK_BYTES, MAX_DISK_BYTES, MAX_RECORD_DATA_BYTES};
+use journal_format::{ByteRange, DataSpan, GapReason, Lsn, Op, Record, Stamp};
+
+use crate::clock::HostClock;
+use crate::error::{RingError, RingErrorKind};
+use crate::layout::{STATE_FILL, STATE_FREE, flag, kind};
+use crate::limits::{CREDIT_BATCH, MAX_PIECES, MAX_STAMP, SLAB_UNITS, UNIT_BYTES};
+use crate::ring::Ring;
+use crate::slots::{Entry, Look};
+use crate::sync::Ordering;
+
+/// What [`Consumer::next`] found.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Next {
+    /// The next record. Its data, if it has any, was appended to the caller's vector; the record's span says where.
+    Record(Record),
+    /// The next record has this many bytes of data, more than the caller has room for. Nothing was taken.
+    NoRoom(u32),
+    /// Nothing is published.
+    Empty,
+}
+
+/// A record whose every field was copied and checked.
+#[derive(Clone, Copy, Debug)]
+struct Checked {
+    entry: Entry,
+    op: Op,
+    /// Block and bytes of each piece.
+    pieces: [(u32, u32); MAX_PIECES as usize],
+    count: usize,
+    data_bytes: u32,
+}
+
+/// The consuming end of a ring. There is one per ring, used by one thread.
+#[derive(Debug)]
+pub struct Consumer {
+    ring: Arc<Ring>,
+    clock: HostClock,
+    /// Number of the next record.
+    head: u64,
+    /// Records taken whose credits are not given back yet.
+    unreturned: u64,
+    last_stamp: Stamp,
+    /// The clock when last looked at: saves touching its cache line for every record.
+    clock_seen: Stamp,
+    /// The record at `head`, when it was looked at but there was no room for it.
+    looked: Option<Checked>,
+    /// Once the producers are dead: how many slots they had reserved.
+    closed_at: Option<u64>,
+    failed: Option<(RingErrorKind, &'static str, Lsn)>,
+}
+
+impl Consumer {
+    /// The consumer of a new ring, at its first record.
+    #[must_use]
+    pub const fn new(ring: Arc<Ring>, clock: HostClock) -> Self {
+        Self {
+            ring,
+            clock,
+            head: 0,
+            unreturned: 0,
+            last_stamp: Stamp::ZERO,
+            clock_seen: Stamp::ZERO,
+            looked: None,
+            closed_at: None,
+            failed: None,
+        }
+    }
+
+    /// The ring.
+    #[must_use]
+    pub fn ring(&self) -> &Ring {
+        &self.ring
+    }
+
+    /// LSN of the next record.
+    #[must_use]
+    pub fn next_lsn(&self) -> Lsn {
+        self.ring.slots().lsn(self.head)
+    }
+
+    /// Takes the next record out, if one is published: appends its data to `data` and frees its room. A record with
+    /// more than `max_bytes` of data stays where it is.
+    ///
+    /// # Errors
+    /// `Corrupt` when the memory breaks the ring's rules, `Stopped` when capture ended without a gap record. Either
+    /// is final: every later call returns it again, and nothing behind it may be used.
+    pub fn next(&mut self, data: &mut Vec<u8>, max_bytes: u32) -> Result<Next, RingError> {
+        if let Some((kind, what, lsn)) = self.failed {
+            return Err(RingError::new(kind, what).at(lsn));
+        }
+        let result = self.try_next(data, max_bytes);
+        result.map_err(|error| {
+            self.failed = Some((error.kind(), error.what(), self.next_lsn()));
+            error.at(self.next_lsn())
+        })
+    }
+
+    fn try_next(&mut self, data: &mut Vec<u8>, max_bytes: u32) -> Result<Next, RingError> {
+        let checked = match self.looked.take() {
+            Some(checked) => checked,
+            None => match self.ring.slots().look(self.head) {
+                Look::Published(_) if !self.is_usable()? => return Ok(Next::Empty),
+                Look::Published(entry) => self.check(entry)?,
+                Look::Pending => return self.nothing_published(),
+                Look::Corrupt => {
+                    return Err(RingError::corrupt("a slot's word is one that no producer writes"));
+                }
+            },
+        };
+        if checked.data_bytes > max_bytes {
+            self.looked = Some(checked);
+            return Ok(Next::NoRoom(checked.data_bytes));
+        }
+        let op = self.take_data(&checked, data)?;
+        Ok(Next::Record(self.step(checked.entry.stamp, op)))
+    }
+
+    /// Whether the record at the head comes before the point at which capture stopped; false while that is being
+    /// worked out.
+    fn is_usable(&self) -> Result<bool, RingError> {
+        let words = self.ring.memory().words();
+        // ORDERING: Relaxed: the slot's word was loaded with Acquire, and its publisher reserved after the stop.
+        if words.stopped.load(Ordering::Relaxed) == 0 {
+            return Ok(true);
+        }
+        // ORDERING: Acquire pairs with `Producer::stop`.
+        match words.stopped_at.load(Ordering::Acquire) {
+            0 if self.closed_at.is_none() => Ok(false),
+            at if at > self.head.wrapping_add(1) => Ok(true),
+            _ => Err(RingError::new(
+                RingErrorKind::Stopped,
+                "capture ended in the filter without a gap record",
+            )),
+        }
+    }
+
+    fn nothing_published(&mut self) -> Result<Next, RingError> {
+        self.return_credits();
+        match self.closed_at {
+            // A slot whose writer died with it.
+            Some(end) if self.head < end => Ok(Next::Record(self.step(0, Op::Void))),
+            _ => Ok(Next::Empty),
+        }
+    }
+
+    /// Counts one record as taken.
+    fn step(&mut self, stamp: u64, op: Op) -> Record {
+        let lsn = self.next_lsn();
+        self.last_stamp = self.last_stamp.max(Stamp(stamp));
+        self.head = self.head.saturating_add(1);
+        self.unreturned = self.unreturned.saturating_add(1);
+        if self.unreturned >= CREDIT_BATCH.min(self.ring.geometry().slots / 4) {
+            self.return_credits();
+        }
+        Record { lsn, stamp: self.last_stamp, op }
+    }
+
+    /// Gives the credits of taken records back, so that producers can use their slots.
+    fn return_credits(&mut self) {
+        if self.unreturned > 0 {
+            // ORDERING: a gauge, and the place to go on for an agent that comes back.
+            self.ring.memory().words().head.store(self.head, Ordering::Release);
+            self.ring.slots().give_back(self.unreturned);
+            self.unreturned = 0;
+        }
+    }
+
+    /// Checks every field of a slot's private copy, and walks its chain.
+    fn check(&mut self, entry: Entry) -> Result<Checked, RingError> {
+        self.check_stamp(entry.stamp)?;
+        let allowed = match entry.kind {
+            kind::WRITE => flag::FILL | flag::FUA,
+            kind::ZERO => flag::FILL | flag::FUA | flag::MAY_UNMAP,
+            _ => 0,
+        };
+        if entry.flags & !allowed != 0 || (entry.reason != 0 && entry.kind != kind::GAP_BEGIN) {
+            return Err(RingError::corrupt("a record has a flag or reason that its kind does not have"));
+        }
+        let (op, data_bytes) = op_of(&entry)?;
+        let (pieces, count) = self.walk(&entry, data_bytes)?;
+        Ok(Checked { entry, op, pieces, count, data_bytes })
+    }
+
+    fn check_stamp(&mut self, stamp: u64) -> Result<(), RingError> {
+        if Stamp(stamp) > self.clock_seen {
+            self.clock_seen = self.clock.last();
+        }
+        if Stamp(stamp) > self.clock_seen || stamp >= MAX_STAMP {
+            return Err(RingError::corrupt("a record's stamp is later than the host's clock"));
+        }
+        Ok(())
+    }
+
+    /// Copies and checks the headers of a record's pieces. Bounded by [`MAX_PIECES`].
+    fn walk(
+        &self,
+        entry: &Entry,
+        data_bytes: u32,
+    ) -> Result<([(u32, u32); MAX_PIECES as usize], usize), RingError> {
+        let mut pieces = [(0, 0); MAX_PIECES as usize];
+        let count = entry.pieces as usize;
+        let has_block = matches!(entry.kind, kind::WRITE | kind::BOOKMARK);
+        if count > pieces.len() || (has_block && count == 0) {
+            return Err(RingError::corrupt("a record has an impossible number of pieces"));
+        }
+        let (mut block, mut left) = (entry.block, data_bytes);
+        for place in pieces.iter_mut().take(count) {
+            let header = self.ring.memory().blocks().get(block as usize);
+            let header = header.ok_or(RingError::corrupt("a piece lies outside the arena"))?;
+            // ORDERING: Relaxed, made visible by the slot's word. Read once.
+            let link = header.link.load(Ordering::Relaxed);
+            let room = SLAB_UNITS.saturating_sub(block % SLAB_UNITS);
+            let units = u32::try_from(link >> 32).ok().filter(|units| (1..=room).contains(units));
+            let units = units.ok_or(RingError::corrupt("a piece does not lie in one slab"))?;
+            let bytes = left.min(units.saturating_mul(UNIT_BYTES));
+            *place = (block, bytes);
+            left = left.saturating_sub(bytes);
+            block = link as u32;
+        }
+        if left > 0 {
+            Err(RingError::corrupt("a record's pieces are smaller than its data"))
+        } else {
+            Ok((pieces, count))
+        }
+    }
+
+    /// Copies a checked record's data out and frees its pieces.
+    fn take_data(&self, checked: &Checked, data: &mut Vec<u8>) -> Result<Op, RingError> {
+        let pos =
+            u32::try_from(data.len()).map_err(|_| RingError::corrupt("the caller's data passes 4 GiB"))?;
+        let pieces = checked.pieces.iter().take(checked.count);
+        for &(block, bytes) in pieces.clone() {
+            if bytes > 0 && !self.ring.memory().copy_out(block, bytes, data) {
+                return Err(RingError::corrupt("a piece lies outside the arena"));
+            }
+        }
+        for &(block, _) in pieces {
+            self.ring.set_state(block, STATE_FREE, 0);
+            self.ring.arena().free(block);
+        }
+        let span = DataSpan { pos, len: checked.data_bytes };
+        match checked.op {
+            Op::Write { range, fill, fua, .. } => Ok(Op::Write { range, data: span, fill, fua }),
+            Op::Bookmark { .. } => {
+                let name = data.get(pos as usize..).unwrap_or(&[]);
+                if core::str::from_utf8(name).is_err() {
+                    return Err(RingError::corrupt("a bookmark's name is not UTF-8"));
+                }
+                Ok(Op::Bookmark { name: span })
+            }
+            op => Ok(op),
+        }
+    }
+
+    /// Whether a record can be taken without waiting.
+    #[must_use]
+    pub fn is_ready(&self) -> bool {
+        self.looked.is_some()
+            || self.closed_at.is_some_and(|end| self.head < end)
+            || !matches!(self.ring.slots().look(self.head), Look::Pending)
+    }
+
+    /// Tells producers that this end is about to sleep on its bell until the next record is published. False when
+    /// that has happened already: do not sleep. Call [`Consumer::disarm_sleep`] after waking, whatever woke it.
+    #[must_use]
+    pub fn arm_sleep(&mut self) -> bool {
+        self.return_credits();
+        !self.is_ready() && self.ring.slots().sleep_until(self.head)
+    }
+
+    /// Takes [`Consumer::arm_sleep`] back.
+    pub fn disarm_sleep(&self) {
+        self.ring.slots().awake();
+    }
+
+    /// The filter's process is dead, and this process has no bookmark under way: from now on a slot that was
+    /// reserved and never published is handed out as [`Op::Void`], up to the last one reserved.
+    ///
+    /// # Errors
+    /// `Corrupt` when the number of reserved slots is impossible; records published before are still handed out.
+    pub fn close_dead(&mut self) -> Result<(), RingError> {
+        let tail = self.ring.slots().tail();
+        let slots = self.ring.geometry().slots;
+        let in_reach = tail.checked_sub(self.head).is_some_and(|reserved| reserved <= slots);
+        self.closed_at = Some(if in_reach { tail } else { self.head });
+        if in_reach {
+            Ok(())
+        } else {
+            Err(RingError::corrupt("more slots are reserved than the ring has").at(self.next_lsn()))
+        }
+    }
+
+    /// After [`Consumer::close_dead`], when [`Consumer::next`] says `Empty`: the ranges of all requests that were
+    /// begun and have no record, sorted and merged. What the disk holds there is unknown.
+    ///
+    /// # Errors
+    /// `Corrupt` when a header is one that no producer writes: then the whole disk is unknown.
+    pub fn issued_ranges(&self) -> Result<Vec<ByteRange>, RingError> {
+        let mut ranges = Vec::new();
+        for header in self.ring.memory().blocks() {
+            // ORDERING: Acquire pairs with the Release in `set_state`; the writer is dead, so nothing changes.
+            let [state, ..] = header.state.load(Ordering::Acquire).to_le_bytes();
+            if state == STATE_FREE || state == STATE_FILL {
+                continue;
+            }
+            let (offset, length) =
+                (header.offset.load(Ordering::Relaxed), header.length.load(Ordering::Relaxed));
+            let range = ByteRange::new(offset, length).filter(|_| state < STATE_FILL);
+            ranges
+                .push(range.ok_or(RingError::corrupt("a block's header has an impossible state or range"))?);
+        }
+        ranges.retain(|range| !range.is_empty());
+        Ok(merged(ranges))
+    }
+}
+
+/// The record that a slot's copy means, with an empty span for its data, and how many bytes of data it has.
+fn op_of(entry: &Entry) -> Result<(Op, u32), RingError> {
+    let range = || {
+        ByteRange::new(entry.offset, entry.length)
+            .filter(|range| !range.is_empty())
+            .ok_or(RingError::corrupt("a record's range is empty or passes the largest disk"))
+    };
+    let data = |most: u32| {
+        u32::try_from(entry.length)
+            .ok()
+            .filter(|length| (1..=most).contains(length))
+            .ok_or(RingError::corrupt("a record's data is empty or too long"))
+    };
+    let (fill, fua) = (entry.flags & flag::FILL != 0, entry.flags & flag::FUA != 0);
+    let span = DataSpan { pos: 0, len: 0 };
+    Ok(match entry.kind {
+        kind::WRITE => (Op::Write { range: range()?, data: span, fill, fua }, data(MAX_RECORD_DATA_BYTES)?),
+        kind::ZERO => {
+            (Op::Zero { range: range()?, fill, fua, may_unmap: entry.flags & flag::MAY_UNMAP != 0 }, 0)
+        }
+        kind::DISCARD => (Op::Discard { range: range()? }, 0),
+        kind::BOOKMARK => (Op::Bookmark { name: span }, data(MAX_BOOKMARK_BYTES)?),
+        kind::RESIZE if entry.offset <= MAX_DISK_BYTES => (Op::Resize { disk_bytes: entry.offset }, 0),
+        kind::GAP_BEGIN => {
+            let reason = u8::try_from(entry.reason).ok().and_then(GapReason::from_u8);
+            let reason = reason.ok_or(RingError::corrupt("a gap has an unknown reason"))?;
+            (Op::GapBegin { reason, generation: entry.offset }, 0)
+        }
+        kind::GAP_END => (Op::GapEnd { generation: entry.offset }, 0),
+        kind::FLUSH => (Op::Flush, 0),
+        kind::VOID => (Op::Void, 0),
+        _ => return Err(RingError::corrupt("a record has an unknown kind or size")),
+    })
+}
+
+/// Sorts ranges and joins those that touch.
+fn merged(mut ranges: Vec<ByteRange>) -> Vec<ByteRange> {
+    ranges.sort_unstable_by_key(|range| range.offset());
+    let mut out: Vec<ByteRange> = Vec::new();
+    for range in ranges {
+        match out.last_mut() {
+            Some(last) if range.offset() <= last.end() => {
+                let end = last.end().max(range.end());
+                if let Some(joined) = ByteRange::new(last.offset(), end.saturating_sub(last.offset())) {
+                    *last = joined;
+                }
+            }
+            _ => out.push(range),
+        }
+    }
+    out
+}

@@ -1,0 +1,555 @@
+//! The producing end: a request's life from begin to its record.
+
+use core::ptr::NonNull;
+use std::sync::Arc;
+
+use journal_format::limits::{MAX_BOOKMARK_BYTES, MAX_RECORD_DATA_BYTES};
+use journal_format::{ByteRange, GapReason, Lsn, Stamp};
+
+use crate::arena::Run;
+use crate::bell::Bell;
+use crate::clock::HostClock;
+use crate::error::Full;
+use crate::layout::{STATE_FAILED, STATE_FILL, STATE_FREE, STATE_ISSUED, STATE_PUBLISHED, flag, kind};
+use crate::limits::{SLAB_UNITS, UNIT_BYTES};
+use crate::ring::Ring;
+use crate::slots::{Class, Entry};
+use crate::sync::Ordering;
+
+/// A request other than a write.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum OpKind {
+    /// The range is to read as zeroes.
+    Zero {
+        /// The request asked for force-unit-access.
+        fua: bool,
+        /// The guest allowed the range to be unmapped.
+        may_unmap: bool,
+    },
+    /// The guest no longer needs the range.
+    Discard,
+    /// The disk is to have this size; the range is what lies between the old and the new one.
+    Resize {
+        /// The new size in bytes.
+        disk_bytes: u64,
+    },
+}
+
+/// A request that has room in the ring: plain data, to be kept until the disk has answered, then given to exactly
+/// one of [`Producer::complete`], [`Producer::fail`] and [`Producer::cancel`]. One that is lost keeps its room and
+/// its range counts as issued.
+#[derive(Debug)]
+#[must_use = "its slot and its part of the arena come back only through complete, fail or cancel"]
+pub struct Ticket {
+    range: ByteRange,
+    first: Run,
+    pieces: u32,
+    kind: u8,
+    flags: u8,
+    /// For a resize, the new size.
+    disk_bytes: u64,
+}
+
+impl Ticket {
+    /// What the request covers.
+    #[must_use]
+    pub const fn range(&self) -> ByteRange {
+        self.range
+    }
+
+    /// How many pieces of the arena hold its data: 0 for a request without data, at most
+    /// [`crate::limits::MAX_PIECES`].
+    #[must_use]
+    pub const fn piece_count(&self) -> u32 {
+        if self.kind == kind::WRITE { self.pieces } else { 0 }
+    }
+}
+
+/// A background read that has its LSN and room for its data; to be given to exactly one of
+/// [`Producer::complete_fill_write`], [`Producer::complete_fill_zero`] and [`Producer::cancel_fill`]. While it is
+/// not, the consumer cannot pass its slot.
+#[derive(Debug)]
+#[must_use = "the consumer waits at its slot until the fill is completed or cancelled"]
+pub struct FillTicket {
+    number: u64,
+    stamp: Stamp,
+    first: Run,
+    pieces: u32,
+    max_bytes: u32,
+}
+
+impl FillTicket {
+    /// Bytes that the fill has room for.
+    #[must_use]
+    pub const fn max_bytes(&self) -> u32 {
+        self.max_bytes
+    }
+
+    /// How many pieces that room has.
+    #[must_use]
+    pub const fn piece_count(&self) -> u32 {
+        self.pieces
+    }
+}
+
+/// A contiguous part of a request's data in the arena, aligned to 4 KiB.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Piece {
+    /// First byte; mapped and writable while the ring is, and the request's own until its ticket is given back.
+    pub data: NonNull<u8>,
+    /// Length in bytes, 1 to 256 KiB.
+    pub bytes: u32,
+}
+
+/// The pieces of a ticket in the order of the disk's bytes.
+#[derive(Clone, Debug)]
+pub struct Pieces<'a> {
+    ring: &'a Ring,
+    walk: Walk,
+}
+
+impl Iterator for Pieces<'_> {
+    type Item = Piece;
+
+    #[inline]
+    fn next(&mut self) -> Option<Piece> {
+        let (block, bytes) = self.walk.next(self.ring)?;
+        Some(Piece { data: self.ring.memory().piece(block, bytes)?, bytes })
+    }
+}
+
+/// A walk along a chain that this process built: bounded by the number of pieces and of bytes.
+#[derive(Clone, Copy, Debug)]
+struct Walk {
+    run: Option<Run>,
+    pieces: u32,
+    bytes: u32,
+}
+
+impl Walk {
+    /// The next piece: its block and how many of the request's bytes it holds.
+    #[inline]
+    fn next(&mut self, ring: &Ring) -> Option<(u32, u32)> {
+        let run = self.run.take()?;
+        let bytes = self.bytes.min(run.units.saturating_mul(UNIT_BYTES));
+        self.bytes = self.bytes.saturating_sub(bytes);
+        self.pieces = self.pieces.saturating_sub(1);
+        if self.pieces > 0 {
+            self.run = ring.next_run(run.block);
+        }
+        (bytes > 0).then_some((run.block, bytes))
+    }
+}
+
+impl Ring {
+    /// The piece behind the one at `block`, if that is possible at all.
+    fn next_run(&self, block: u32) -> Option<Run> {
+        let blocks = self.memory().blocks();
+        // ORDERING: Relaxed: this process wrote it, in the thread that made the ticket, and the ticket came from there.
+        let next = blocks.get(block as usize)?.link.load(Ordering::Relaxed) as u32;
+        let units = (blocks.get(next as usize)?.link.load(Ordering::Relaxed) >> 32) as u32;
+        (units > 0 && units <= SLAB_UNITS).then_some(Run { block: next, units })
+    }
+
+    /// Marks the header at `block`.
+    #[inline]
+    pub(crate) fn set_state(&self, block: u32, state: u8, kind: u8) {
+        if let Some(header) = self.memory().blocks().get(block as usize) {
+            // ORDERING: Release: the rest of the header is written before its state says that it counts, and in
+            // that order it survives the death of the process.
+            header.state.store(u64::from(state) | u64::from(kind) << 8, Ordering::Release);
+        }
+    }
+
+    #[inline]
+    fn write_header(&self, run: Run, offset: u64, length: u64, state: u8, kind: u8) {
+        if let Some(header) = self.memory().blocks().get(run.block as usize) {
+            // ORDERING: Relaxed, published by the state (for survivors) or by the record's slot (for the consumer).
+            header.offset.store(offset, Ordering::Relaxed);
+            header.length.store(length, Ordering::Relaxed);
+            header.link.store(u64::from(run.units) << 32, Ordering::Relaxed);
+        }
+        self.set_state(run.block, state, kind);
+    }
+
+    /// Frees a chain that this process built.
+    fn free_chain(&self, first: Run, pieces: u32) {
+        let mut run = Some(first);
+        for left in (0..pieces).rev() {
+            let Some(this) = run else { return };
+            // Read before the header is anyone else's.
+            run = if left > 0 { self.next_run(this.block) } else { None };
+            self.set_state(this.block, STATE_FREE, 0);
+            self.arena().free(this.block);
+        }
+    }
+}
+
+/// One producing end of a ring. Any thread may call anything; nothing blocks, locks or allocates, and only a publish
+/// to a sleeping consumer makes a system call.
+#[derive(Debug)]
+pub struct Producer {
+    pub(crate) ring: Arc<Ring>,
+    pub(crate) clock: HostClock,
+    pub(crate) bell: Bell,
+}
+
+impl Producer {
+    /// A producing end over a mapped ring. `bell` is what the consumer waits on.
+    #[must_use]
+    pub const fn new(ring: Arc<Ring>, clock: HostClock, bell: Bell) -> Self {
+        Self { ring, clock, bell }
+    }
+
+    /// The ring.
+    #[must_use]
+    pub fn ring(&self) -> &Ring {
+        &self.ring
+    }
+
+    /// The host's clock.
+    #[must_use]
+    pub const fn clock(&self) -> &HostClock {
+        &self.clock
+    }
+
+    /// Takes a slot credit and room for a guest's write of `range`. The header of every piece says *issued* when
+    /// this returns, so that a survivor finds the range.
+    ///
+    /// # Errors
+    /// [`Full`], and nothing was taken. `Full::Length` for an empty range or one over
+    /// [`MAX_RECORD_DATA_BYTES`].
+    #[inline]
+    pub fn begin_write(&self, range: ByteRange, fua: bool) -> Result<Ticket, Full> {
+        let flags = if fua { flag::FUA } else { 0 };
+        let bytes = u32::try_from(range.length()).map_err(|_| Full::Length)?;
+        self.ring.slots().promise(Class::Request)?;
+        let chain = self.chain(range.offset(), bytes, STATE_ISSUED);
+        let (first, pieces) = chain.inspect_err(|_| self.ring.slots().give_back(1))?;
+        // The slot's line is with the consumer; fetch it while the disk works.
+        let slots = self.ring.slots();
+        self.ring.memory().prefetch_slot(slots.index(slots.tail()));
+        Ok(Ticket { range, first, pieces, kind: kind::WRITE, flags, disk_bytes: 0 })
+    }
+
+    /// Cuts pieces for `bytes` bytes, with headers that say where on the disk each belongs.
+    #[inline]
+    fn chain(&self, offset: u64, bytes: u32, state: u8) -> Result<(Run, u32), Full> {
+        if bytes == 0 || bytes > MAX_RECORD_DATA_BYTES {
+            return Err(Full::Length);
+        }
+        let units = bytes.div_ceil(UNIT_BYTES);
+        let first = self.ring.arena().cut(units).ok_or(Full::Arena)?;
+        let held = bytes.min(first.units.saturating_mul(UNIT_BYTES));
+        self.ring.write_header(first, offset, u64::from(held), state, kind::WRITE);
+        if first.units == units {
+            return Ok((first, 1));
+        }
+        self.chain_on(first, offset, bytes, state)
+    }
+
+    /// The rest of a chain whose first piece was too small.
+    #[cold]
+    fn chain_on(&self, first: Run, offset: u64, bytes: u32, state: u8) -> Result<(Run, u32), Full> {
+        let (mut last, mut pieces) = (first, 1_u32);
+        let mut done = first.units.saturating_mul(UNIT_BYTES);
+        while done < bytes {
+            let left = bytes.saturating_sub(done);
+            let Some(run) = self.ring.arena().cut(left.div_ceil(UNIT_BYTES)) else {
+                self.ring.free_chain(first, pieces);
+                return Err(Full::Arena);
+            };
+            let held = left.min(run.units.saturating_mul(UNIT_BYTES));
+            let at = offset.saturating_add(u64::from(done));
+            self.ring.write_header(run, at, u64::from(held), state, kind::WRITE);
+            if let Some(header) = self.ring.memory().blocks().get(last.block as usize) {
+                let link = u64::from(last.units) << 32 | u64::from(run.block);
+                // ORDERING: Relaxed, published by the record's slot.
+                header.link.store(link, Ordering::Relaxed);
+            }
+            (last, pieces, done) = (run, pieces.saturating_add(1), done.saturating_add(held));
+        }
+        Ok((first, pieces))
+    }
+
+    /// Takes a slot credit and a header for a request without data, so that a survivor finds it unfinished.
+    ///
+    /// # Errors
+    /// [`Full`], and nothing was taken. `Full::Length` for an empty range, unless it is a resize.
+    pub fn begin_op(&self, op: OpKind, range: ByteRange) -> Result<Ticket, Full> {
+        let on = |set: bool, bit: u8| if set { bit } else { 0 };
+        let (kind, flags, disk_bytes) = match op {
+            OpKind::Zero { fua, may_unmap } => {
+                (kind::ZERO, on(fua, flag::FUA) | on(may_unmap, flag::MAY_UNMAP), 0)
+            }
+            OpKind::Discard => (kind::DISCARD, 0, 0),
+            OpKind::Resize { disk_bytes } => (kind::RESIZE, 0, disk_bytes),
+        };
+        if range.is_empty() && kind != kind::RESIZE {
+            return Err(Full::Length);
+        }
+        self.ring.slots().promise(Class::Request)?;
+        let Some(first) = self.ring.arena().cut(1) else {
+            self.ring.slots().give_back(1);
+            return Err(Full::Arena);
+        };
+        self.ring.write_header(first, range.offset(), range.length(), STATE_ISSUED, kind);
+        Ok(Ticket { range, first, pieces: 1, kind, flags, disk_bytes })
+    }
+
+    /// The pieces of a write, for the guest's data and for the disk request that is issued from them.
+    #[inline]
+    #[must_use]
+    pub fn pieces(&self, ticket: &Ticket) -> Pieces<'_> {
+        let bytes = if ticket.kind == kind::WRITE { ticket.range.length() as u32 } else { 0 };
+        Pieces { ring: &self.ring, walk: Walk { run: Some(ticket.first), pieces: ticket.pieces, bytes } }
+    }
+
+    /// The room of a fill.
+    #[must_use]
+    pub fn fill_pieces(&self, ticket: &FillTicket) -> Pieces<'_> {
+        let walk = Walk { run: Some(ticket.first), pieces: ticket.pieces, bytes: ticket.max_bytes };
+        Pieces { ring: &self.ring, walk }
+    }
+
+    /// Copies `bytes` to the start of a write's data; false when they are more than it has. For callers that have
+    /// the data in one slice; others use [`Producer::pieces`].
+    #[must_use]
+    pub fn copy_in(&self, ticket: &Ticket, bytes: &[u8]) -> bool {
+        let room = if ticket.kind == kind::WRITE { ticket.range.length() as u32 } else { 0 };
+        self.copy_along(Walk { run: Some(ticket.first), pieces: ticket.pieces, bytes: room }, bytes)
+    }
+
+    /// Copies `bytes` to the start of a fill's room; false when they are more than it has.
+    #[must_use]
+    pub fn copy_in_fill(&self, ticket: &FillTicket, bytes: &[u8]) -> bool {
+        self.copy_along(
+            Walk { run: Some(ticket.first), pieces: ticket.pieces, bytes: ticket.max_bytes },
+            bytes,
+        )
+    }
+
+    fn copy_along(&self, mut walk: Walk, bytes: &[u8]) -> bool {
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            let Some((block, room)) = walk.next(&self.ring) else { return false };
+            let Some((now, later)) = rest.split_at_checked(rest.len().min(room as usize)) else {
+                return false;
+            };
+            if !self.ring.memory().copy_in(block, 0, now) {
+                return false;
+            }
+            rest = later;
+        }
+        true
+    }
+
+    /// The disk did what was asked: gives the request its stamp and its LSN and publishes its record. To be called
+    /// before the guest learns of the completion.
+    #[inline]
+    pub fn complete(&self, ticket: Ticket) -> Lsn {
+        self.mark_chain(&ticket, STATE_PUBLISHED);
+        let (offset, length) = match ticket.kind {
+            kind::RESIZE => (ticket.disk_bytes, 0),
+            _ => (ticket.range.offset(), ticket.range.length()),
+        };
+        if ticket.kind == kind::RESIZE {
+            self.note_size(ticket.disk_bytes);
+        }
+        // The stamp comes first: see `docs/formats/ring.md`, "Why any instant is consistent".
+        let stamp = self.clock.now();
+        let number = self.ring.slots().reserve();
+        let entry = Entry {
+            stamp: stamp.0,
+            offset,
+            length,
+            kind: ticket.kind,
+            flags: ticket.flags,
+            reason: 0,
+            pieces: ticket.pieces,
+            block: ticket.first.block,
+        };
+        self.publish(number, &entry)
+    }
+
+    #[inline]
+    fn publish(&self, number: u64, entry: &Entry) -> Lsn {
+        let slots = self.ring.slots();
+        if slots.publish(number, entry) {
+            self.bell.ring();
+        }
+        slots.lsn(number)
+    }
+
+    #[inline]
+    fn mark_chain(&self, ticket: &Ticket, state: u8) {
+        self.ring.set_state(ticket.first.block, state, ticket.kind);
+        let mut run = ticket.first;
+        for _ in 1..ticket.pieces {
+            let Some(next) = self.ring.next_run(run.block) else { return };
+            self.ring.set_state(next.block, state, ticket.kind);
+            run = next;
+        }
+    }
+
+    /// The disk refused, so nobody knows what the range now holds: marks it dirty, opens a gap
+    /// ([`GapReason::WriteFailed`]) that the next resync closes, and frees the request's room. To be called before
+    /// the guest learns of the failure.
+    pub fn fail(&self, ticket: Ticket) {
+        self.mark_chain(&ticket, STATE_FAILED);
+        self.mark_dirty(ticket.range);
+        self.begin_gap(GapReason::WriteFailed);
+        self.release(ticket);
+    }
+
+    /// The request came to nothing and changed nothing on the disk (a driver that answers "not supported", say):
+    /// frees its room without a record.
+    pub fn cancel(&self, ticket: Ticket) {
+        self.release(ticket);
+    }
+
+    fn release(&self, ticket: Ticket) {
+        self.ring.free_chain(ticket.first, ticket.pieces);
+        self.ring.slots().give_back(1);
+    }
+
+    /// A guest flush begins.
+    ///
+    /// # Errors
+    /// [`Full`]; then the point after this flush is not marked as one, and nothing else is lost.
+    pub fn flush_record(&self) -> Result<Lsn, Full> {
+        self.bare(Class::Request, Entry { kind: kind::FLUSH, ..Entry::default() }).map(|(lsn, _)| lsn)
+    }
+
+    /// The disk has a new size although no ticket was held (the ring was full): publishes the resize from the
+    /// control reserve. Call it in any mode, before the guest learns of the new size.
+    ///
+    /// # Errors
+    /// [`Full`] when even the reserve is used up; then end capture.
+    pub fn resized(&self, disk_bytes: u64) -> Result<Lsn, Full> {
+        self.note_size(disk_bytes);
+        self.bare(Class::Control, Entry { kind: kind::RESIZE, offset: disk_bytes, ..Entry::default() })
+            .map(|(lsn, _)| lsn)
+    }
+
+    fn note_size(&self, disk_bytes: u64) {
+        // ORDERING: Release pairs with `Ring::disk_bytes`.
+        self.ring.memory().words().disk_bytes.store(disk_bytes, Ordering::Release);
+    }
+
+    /// A named point. Used by the agent, which holds a producing end for it.
+    ///
+    /// # Errors
+    /// `Full::Length` for an empty name or one over 255 bytes, else [`Full`]: try again when records were taken out.
+    pub fn bookmark(&self, name: &str) -> Result<(Lsn, Stamp), Full> {
+        let length = u32::try_from(name.len()).map_err(|_| Full::Length)?;
+        if length == 0 || length > MAX_BOOKMARK_BYTES {
+            return Err(Full::Length);
+        }
+        self.ring.slots().promise(Class::Bookmark)?;
+        let Some(run) = self.ring.arena().cut(1) else {
+            self.ring.slots().give_back(1);
+            return Err(Full::Arena);
+        };
+        self.ring.write_header(run, 0, 0, STATE_FILL, kind::BOOKMARK);
+        let copied = self.ring.memory().copy_in(run.block, 0, name.as_bytes());
+        debug_assert!(copied, "a name fits one unit");
+        let stamp = self.clock.now();
+        let number = self.ring.slots().reserve();
+        let entry = Entry {
+            stamp: stamp.0,
+            length: u64::from(length),
+            kind: kind::BOOKMARK,
+            pieces: 1,
+            block: run.block,
+            ..Entry::default()
+        };
+        Ok((self.publish(number, &entry), stamp))
+    }
+
+    /// Publishes a record without data from the credits of `class`.
+    pub(crate) fn bare(&self, class: Class, mut entry: Entry) -> Result<(Lsn, Stamp), Full> {
+        self.ring.slots().promise(class)?;
+        let stamp = self.clock.now();
+        entry.stamp = stamp.0;
+        let number = self.ring.slots().reserve();
+        Ok((self.publish(number, &entry), stamp))
+    }
+
+    /// Reserves the LSN of a background read, and room for up to `max_bytes` of data. Call it *before* the dirty
+    /// bits are taken ([`crate::Dirty::take_run`]) and before the disk is read: then every guest write that races
+    /// with the read gets a greater LSN and wins.
+    ///
+    /// # Errors
+    /// [`Full`] when less than a quarter of the slots or of the arena is free: fills yield to the guest.
+    pub fn reserve_fill(&self, max_bytes: u32) -> Result<FillTicket, Full> {
+        if self.ring.arena().free_slabs() <= self.ring.geometry().slabs / 4 {
+            return Err(Full::Arena);
+        }
+        self.ring.slots().promise(Class::Fill)?;
+        let chain = self.chain(0, max_bytes, STATE_FILL);
+        let (first, pieces) = chain.inspect_err(|_| self.ring.slots().give_back(1))?;
+        // ORDERING: SeqCst pairs with `finish_resync`: a gap does not end while a fill is under way.
+        self.ring.memory().words().fills.fetch_add(1, Ordering::SeqCst);
+        let stamp = self.clock.now();
+        let number = self.ring.slots().reserve();
+        Ok(FillTicket { number, stamp, first, pieces, max_bytes })
+    }
+
+    /// The range was read into the fill's pieces: publishes it.
+    ///
+    /// # Errors
+    /// `Full::Length` when the range is empty or larger than the room; it is then dirty again and the slot is void.
+    pub fn complete_fill_write(&self, ticket: FillTicket, range: ByteRange) -> Result<Lsn, Full> {
+        if range.is_empty() || range.length() > u64::from(ticket.max_bytes) {
+            self.cancel_fill(ticket, range);
+            return Err(Full::Length);
+        }
+        let entry = Entry {
+            stamp: ticket.stamp.0,
+            offset: range.offset(),
+            length: range.length(),
+            kind: kind::WRITE,
+            flags: flag::FILL,
+            reason: 0,
+            pieces: ticket.pieces,
+            block: ticket.first.block,
+        };
+        Ok(self.end_fill(ticket.number, &entry))
+    }
+
+    /// The range reads as zeroes (a hole): publishes that. The range may be larger than the fill's room.
+    ///
+    /// # Errors
+    /// `Full::Length` when the range is empty; the slot is then void.
+    pub fn complete_fill_zero(&self, ticket: FillTicket, range: ByteRange) -> Result<Lsn, Full> {
+        if range.is_empty() {
+            self.cancel_fill(ticket, range);
+            return Err(Full::Length);
+        }
+        self.ring.free_chain(ticket.first, ticket.pieces);
+        let entry = Entry {
+            stamp: ticket.stamp.0,
+            offset: range.offset(),
+            length: range.length(),
+            kind: kind::ZERO,
+            flags: flag::FILL,
+            ..Entry::default()
+        };
+        Ok(self.end_fill(ticket.number, &entry))
+    }
+
+    /// The read came to nothing: closes the slot as void. `unread` (perhaps empty) is marked dirty again first.
+    pub fn cancel_fill(&self, ticket: FillTicket, unread: ByteRange) {
+        self.mark_dirty(unread);
+        self.ring.free_chain(ticket.first, ticket.pieces);
+        self.end_fill(ticket.number, &Entry { stamp: ticket.stamp.0, kind: kind::VOID, ..Entry::default() });
+    }
+
+    fn end_fill(&self, number: u64, entry: &Entry) -> Lsn {
+        let lsn = self.publish(number, entry);
+        // ORDERING: SeqCst as in `reserve_fill`; dirty bits marked again come before.
+        self.ring.memory().words().fills.fetch_sub(1, Ordering::SeqCst);
+        lsn
+    }
+}

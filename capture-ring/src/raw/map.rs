@@ -1,0 +1,236 @@
+//! Mappings of real memfds.
+
+use core::ptr::NonNull;
+use core::sync::atomic::AtomicU64;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+
+use crate::error::{RingError, RingErrorKind};
+use crate::layout::{
+    Block, CLOCK_BYTES, DESCRIPTION_BYTES, Description, Geometry, HEADER_BYTES, Slab, Slot, Words,
+};
+use crate::limits::{SLAB_UNITS, UNIT_BYTES};
+
+const SEALS: SealFlag = SealFlag::F_SEAL_SHRINK.union(SealFlag::F_SEAL_GROW).union(SealFlag::F_SEAL_SEAL);
+
+/// A new memfd of that size, which nobody can resize any more.
+pub(crate) fn create_sealed(name: &std::ffi::CStr, bytes: u64) -> Result<OwnedFd, RingError> {
+    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+    let fd = memfd_create(name, flags).map_err(|e| RingError::os("cannot create a memfd", e))?;
+    let size = libc::off_t::try_from(bytes)
+        .map_err(|_| RingError::new(RingErrorKind::Limits, "the ring is larger than a file can be"))?;
+    nix::unistd::ftruncate(&fd, size).map_err(|e| RingError::os("cannot size the memfd", e))?;
+    fcntl(&fd, FcntlArg::F_ADD_SEALS(SEALS)).map_err(|e| RingError::os("cannot seal the memfd", e))?;
+    Ok(fd)
+}
+
+/// Size of a memfd that is sealed against shrinking (or else a peer could turn our accesses into SIGBUS).
+pub(crate) fn file_bytes(fd: BorrowedFd<'_>) -> Result<u64, RingError> {
+    let seals = fcntl(fd, FcntlArg::F_GET_SEALS)
+        .map_err(|_| RingError::new(RingErrorKind::Layout, "the descriptor is not a memfd"))?;
+    if !SealFlag::from_bits_retain(seals).contains(SealFlag::F_SEAL_SHRINK) {
+        return Err(RingError::new(RingErrorKind::Layout, "the memfd is not sealed against shrinking"));
+    }
+    let stat = nix::sys::stat::fstat(fd).map_err(|e| RingError::os("cannot stat the memfd", e))?;
+    u64::try_from(stat.st_size).map_err(|_| RingError::new(RingErrorKind::Layout, "the memfd has no size"))
+}
+
+/// A private copy of a ring's description.
+pub(crate) fn read_description(fd: BorrowedFd<'_>) -> Result<[u8; DESCRIPTION_BYTES], RingError> {
+    let mut bytes = [0_u8; DESCRIPTION_BYTES];
+    let read =
+        nix::sys::uio::pread(fd, &mut bytes, 0).map_err(|e| RingError::os("cannot read the ring", e))?;
+    if read == DESCRIPTION_BYTES {
+        Ok(bytes)
+    } else {
+        Err(RingError::new(RingErrorKind::Layout, "the ring's description is cut"))
+    }
+}
+
+/// Writes the description of a new ring.
+pub(crate) fn write_description(fd: BorrowedFd<'_>, description: &Description) -> Result<(), RingError> {
+    use zerocopy::IntoBytes;
+    let written = nix::sys::uio::pwrite(fd, description.as_bytes(), 0)
+        .map_err(|e| RingError::os("cannot write the ring's description", e))?;
+    if written == DESCRIPTION_BYTES {
+        Ok(())
+    } else {
+        Err(RingError::new(RingErrorKind::Os, "the ring's description was written in part"))
+    }
+}
+
+/// A shared mapping of a whole memfd.
+struct Mapping {
+    base: NonNull<u8>,
+    bytes: usize,
+}
+
+// SAFETY: the mapping is process-wide memory that no thread owns; every access through it is atomic or, for arena
+// bytes, ordered by the protocol above it.
+unsafe impl Send for Mapping {}
+// SAFETY: as for `Send`; `&Mapping` hands out only shared references to atomics and raw pointers.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    fn new(fd: BorrowedFd<'_>, bytes: u64) -> Result<Self, RingError> {
+        let limits = || RingError::new(RingErrorKind::Limits, "the ring does not fit the address space");
+        let bytes = usize::try_from(bytes).map_err(|_| limits())?;
+        let length = bytes.try_into().map_err(|_| limits())?;
+        let prot = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        // SAFETY: a fresh mapping at an address of the kernel's choice aliases no Rust object.
+        let mapped = unsafe { mmap(None, length, prot, MapFlags::MAP_SHARED, fd, 0) };
+        let base = mapped.map_err(|e| RingError::os("cannot map the memfd", e))?.cast();
+        Ok(Self { base, bytes })
+    }
+
+    /// `count` values of `T` at byte offset `at`; `T` consists of `AtomicU64` only. Empty when that is not inside.
+    fn atomics<T>(&self, at: u64, count: u64) -> &[T] {
+        let Some((at, count)) = self.inside::<T>(at, count) else { return &[] };
+        // SAFETY: `inside` proved that `at` lies in the mapping.
+        let start = unsafe { self.base.add(at) }.cast::<T>();
+        // SAFETY: `inside` proved alignment and that all values lie in the mapping, which lives as long as `self`;
+        // memory from `mmap` is initialised, any bit pattern is an `AtomicU64`, and atomics may be shared with
+        // other writers, in this process or another.
+        unsafe { core::slice::from_raw_parts(start.as_ptr(), count) }
+    }
+
+    fn inside<T>(&self, at: u64, count: u64) -> Option<(usize, usize)> {
+        let (at, count) = (usize::try_from(at).ok()?, usize::try_from(count).ok()?);
+        let end = at.checked_add(count.checked_mul(size_of::<T>())?)?;
+        (end <= self.bytes && at.is_multiple_of(align_of::<T>())).then_some((at, count))
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: base and length are those of the mapping, and every reference into it borrows `self`. A raw
+        // pointer from `Memory::piece` must not outlive the ring; its documentation says so.
+        let _ = unsafe { munmap(self.base.cast(), self.bytes) };
+    }
+}
+
+/// A mapped ring.
+pub(crate) struct Memory {
+    mapping: Mapping,
+    geometry: Geometry,
+}
+
+impl Memory {
+    /// Maps a ring whose file has exactly `geometry.total_bytes`.
+    pub(crate) fn map(fd: BorrowedFd<'_>, geometry: Geometry) -> Result<Self, RingError> {
+        let mapping = Mapping::new(fd.as_fd(), geometry.total_bytes)?;
+        Ok(Self { mapping, geometry })
+    }
+
+    pub(crate) const fn geometry(&self) -> &Geometry {
+        &self.geometry
+    }
+
+    /// The page of shared words.
+    pub(crate) fn words(&self) -> &Words {
+        // SAFETY: the header's second page is inside every mapping: `Geometry::lay_out` puts all regions behind it.
+        let words = unsafe { self.mapping.base.add(HEADER_BYTES as usize / 2) }.cast::<Words>();
+        // SAFETY: mapped, page-aligned and initialised; `Words` consists of `AtomicU64` only, which may be shared
+        // with other writers.
+        unsafe { words.as_ref() }
+    }
+
+    pub(crate) fn dirty(&self) -> &[AtomicU64] {
+        self.mapping.atomics(self.geometry.dirty_at, self.geometry.dirty_bits / 64)
+    }
+
+    pub(crate) fn slots(&self) -> &[Slot] {
+        self.mapping.atomics(self.geometry.slots_at, self.geometry.slots)
+    }
+
+    pub(crate) fn blocks(&self) -> &[Block] {
+        self.mapping.atomics(self.geometry.blocks_at, self.geometry.units)
+    }
+
+    pub(crate) fn slabs(&self) -> &[Slab] {
+        self.mapping.atomics(self.geometry.slabs_at, self.geometry.slabs)
+    }
+
+    /// The arena bytes of a piece of `length` bytes that begins at `block`; `None` unless it lies in one slab.
+    /// The pointer is good for as long as the ring is mapped.
+    pub(crate) fn piece(&self, block: u32, length: u32) -> Option<NonNull<u8>> {
+        let room = SLAB_UNITS.checked_sub(block.checked_rem(SLAB_UNITS)?)?.checked_mul(UNIT_BYTES)?;
+        if u64::from(block) >= self.geometry.units || length > room {
+            return None;
+        }
+        let at = u64::from(block).checked_mul(u64::from(UNIT_BYTES))?.checked_add(self.geometry.arena_at)?;
+        let (at, _) = self.mapping.inside::<u8>(at, u64::from(length))?;
+        // SAFETY: `inside` proved that the piece lies in the mapping.
+        Some(unsafe { self.mapping.base.add(at) })
+    }
+
+    /// Copies `bytes` into a piece, from `at` on; false when they do not fit in it. The caller owns the piece.
+    pub(crate) fn copy_in(&self, block: u32, at: u32, bytes: &[u8]) -> bool {
+        let end = u32::try_from(bytes.len()).ok().and_then(|len| len.checked_add(at));
+        let Some(start) = end.and_then(|end| self.piece(block, end)) else { return false };
+        // SAFETY: `piece` proved that `at + bytes.len()` bytes from `start` are mapped.
+        let to = unsafe { start.add(at as usize) };
+        // SAFETY: source and destination are valid for that length and cannot overlap: a Rust slice never points
+        // into the mapping. Another process may write there at the same time; these are plain bytes that nobody
+        // has interpreted.
+        unsafe { core::ptr::copy_nonoverlapping(bytes.as_ptr(), to.as_ptr(), bytes.len()) };
+        true
+    }
+
+    /// Appends the first `length` bytes of a piece to `out`, read once; false when it is not in the arena.
+    pub(crate) fn copy_out(&self, block: u32, length: u32, out: &mut Vec<u8>) -> bool {
+        let Some(from) = self.piece(block, length) else { return false };
+        let length = length as usize;
+        out.reserve(length);
+        let (to, used) = (out.spare_capacity_mut().as_mut_ptr().cast::<u8>(), out.len());
+        // SAFETY: `piece` proved the source mapped for `length` bytes, `reserve` made the destination so; a vector's
+        // memory is not the mapping. What a concurrent writer does only changes which bytes are copied.
+        unsafe { core::ptr::copy_nonoverlapping(from.as_ptr(), to, length) };
+        // SAFETY: capacity was reserved and the bytes up to the new length are initialised by the copy.
+        unsafe { out.set_len(used.saturating_add(length)) };
+        true
+    }
+
+    /// Asks the processor to fetch a slot that is about to be written.
+    #[inline]
+    pub(crate) fn prefetch_slot(&self, index: u64) {
+        #[cfg(target_arch = "x86_64")]
+        if let Some(slot) = self.slots().get(index as usize) {
+            use core::arch::x86_64::{_MM_HINT_ET0, _mm_prefetch};
+            // SAFETY: a prefetch of any address has no effect on the program's state; SSE is part of x86-64.
+            unsafe { _mm_prefetch::<_MM_HINT_ET0>(core::ptr::from_ref(slot).cast()) };
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = index;
+    }
+}
+
+/// A mapped clock page.
+pub(crate) struct ClockMemory(Mapping);
+
+impl ClockMemory {
+    pub(crate) fn map(fd: BorrowedFd<'_>) -> Result<Self, RingError> {
+        Mapping::new(fd, CLOCK_BYTES).map(Self)
+    }
+
+    fn word(&self, at: usize) -> &AtomicU64 {
+        debug_assert!(at.is_multiple_of(8) && at < CLOCK_BYTES as usize);
+        // SAFETY: both callers' offsets lie in the page that `map` mapped.
+        let word = unsafe { self.0.base.add(at) }.cast::<AtomicU64>();
+        // SAFETY: mapped, aligned to 8, initialised by `mmap`, and an atomic may be shared with other writers.
+        unsafe { word.as_ref() }
+    }
+
+    /// Magic number and version.
+    pub(crate) fn signature(&self) -> [&AtomicU64; 2] {
+        [self.word(0), self.word(8)]
+    }
+
+    /// The newest stamp given out, on cache lines of its own.
+    pub(crate) fn last(&self) -> &AtomicU64 {
+        self.word(128)
+    }
+}
