@@ -4,16 +4,14 @@ mod common;
 
 use common::*;
 use journal_format::index::{IndexBuilder, IndexShape, Source};
-use journal_format::manifest::{LiveSegment, Manifest, Sealed};
+use journal_format::manifest::Manifest;
 use journal_format::recovery::{
     DataState, MetaSeen, durable_floor, find_entry, see_data, see_meta, see_next,
 };
 use journal_format::segment::{
     DataEntry, DataPlace, MetaEntry, PAGE_BYTES, Place, SegmentKind, SegmentMeta, next_commit, next_entry,
 };
-use journal_format::{
-    DataSpan, Epoch, FormatErrorKind, Frame, Lsn, Op, SegmentNumber, Stamp, bookmarks, frame,
-};
+use journal_format::{DataSpan, FormatErrorKind, Frame, Lsn, Op, SegmentNumber, Stamp, bookmarks, frame};
 
 #[test]
 fn entries_start_on_64_bytes_and_commits_on_pages() {
@@ -117,31 +115,9 @@ fn a_later_entry_says_how_far_the_disk_was_durable() {
     assert!(find_entry(&file[..4096], &place(4096)).is_none());
 }
 
-fn example_manifest() -> Manifest {
-    let sealed = Sealed {
-        last_lsn: Lsn(10),
-        first_stamp: Stamp(100),
-        last_stamp: Stamp(200),
-        data_bytes: 1 << 20,
-        meta_bytes: 8192,
-        index_bytes: 5000,
-    };
-    Manifest {
-        revision: 5,
-        last_epoch: Epoch(2),
-        epoch_closed: false,
-        next_segment: SegmentNumber(3),
-        segments: vec![
-            LiveSegment { segment: SegmentNumber(1), first_lsn: Lsn(1), sealed: Some(sealed) },
-            LiveSegment { segment: SegmentNumber(2), first_lsn: Lsn(11), sealed: None },
-        ],
-        ..Manifest::new(DISK, 1 << 30)
-    }
-}
-
 #[test]
 fn a_manifest_is_read_back() {
-    for manifest in [Manifest::new(DISK, 0), example_manifest()] {
+    for manifest in [Manifest::new(DISK, 0), sample_manifest()] {
         assert_eq!(Manifest::parse(&manifest.encode().unwrap()).unwrap(), manifest);
     }
 }
@@ -159,7 +135,7 @@ fn impossible_manifests_are_refused() {
         |m| m.segments[0].segment = SegmentNumber(0),
     ];
     for (i, change) in changes.iter().enumerate() {
-        let mut manifest = example_manifest();
+        let mut manifest = sample_manifest();
         change(&mut manifest);
         assert!(manifest.encode().is_err(), "change {i}");
     }
@@ -167,16 +143,14 @@ fn impossible_manifests_are_refused() {
 
 #[test]
 fn bookmarks_are_read_back_and_names_are_unique() {
-    let mark =
-        |lsn, name: &str| bookmarks::Bookmark { lsn: Lsn(lsn), stamp: Stamp(lsn), name: name.to_owned() };
-    for marks in [vec![], vec![mark(9, "before upgrade"), mark(3, "ä")]] {
+    for marks in [vec![], vec![bookmark(9, "before upgrade"), bookmark(3, "ä")]] {
         let bytes = bookmarks::encode(DISK, &marks).unwrap();
         assert_eq!(bookmarks::parse(&bytes).unwrap(), (DISK, marks));
     }
-    assert!(bookmarks::encode(DISK, &[mark(1, "a"), mark(2, "a")]).is_err());
-    assert!(bookmarks::encode(DISK, &[mark(1, "")]).is_err());
-    assert!(bookmarks::encode(DISK, &[mark(0, "a")]).is_err());
-    assert!(bookmarks::encode(DISK, &[mark(1, &"a".repeat(256))]).is_err());
+    assert!(bookmarks::encode(DISK, &[bookmark(1, "a"), bookmark(2, "a")]).is_err());
+    assert!(bookmarks::encode(DISK, &[bookmark(1, "")]).is_err());
+    assert!(bookmarks::encode(DISK, &[bookmark(0, "a")]).is_err());
+    assert!(bookmarks::encode(DISK, &[bookmark(1, &"a".repeat(256))]).is_err());
 }
 
 #[test]

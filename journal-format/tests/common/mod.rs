@@ -1,7 +1,12 @@
 //! Values that the tests share.
 #![allow(dead_code, reason = "each test file uses its own part")]
 
-use journal_format::segment::{DATA_ENTRY_BYTES, DataEntry, DataPlace, META_ENTRY_BYTES, MetaEntry, Place};
+use journal_format::bookmarks::Bookmark;
+use journal_format::index::IndexBuilder;
+use journal_format::manifest::{LiveSegment, Manifest, Sealed};
+use journal_format::segment::{
+    DATA_ENTRY_BYTES, DataEntry, DataPlace, META_ENTRY_BYTES, MetaEntry, Place, SegmentKind, SegmentMeta,
+};
 use journal_format::{
     ByteRange, Codec, DataSpan, DiskId, Epoch, Frame, FrameMeta, GapReason, Lsn, Op, Record, SegmentNumber,
     Stamp, frame,
@@ -84,4 +89,49 @@ pub(crate) fn meta_entry(frame: &Frame<'_>, place: &Place, durable: u64, data_po
     assert_eq!(out.len(), META_ENTRY_BYTES);
     out.extend_from_slice(frame.head());
     out
+}
+
+/// An encoded manifest with a sealed and an active segment.
+pub(crate) fn sample_manifest() -> Manifest {
+    let sealed = Sealed {
+        last_lsn: Lsn(10),
+        first_stamp: Stamp(100),
+        last_stamp: Stamp(200),
+        data_bytes: 1 << 20,
+        meta_bytes: 8192,
+        index_bytes: 5000,
+    };
+    Manifest {
+        revision: 5,
+        last_epoch: Epoch(2),
+        epoch_closed: false,
+        next_segment: SegmentNumber(3),
+        segments: vec![
+            LiveSegment { segment: SegmentNumber(1), first_lsn: Lsn(1), sealed: Some(sealed) },
+            LiveSegment { segment: SegmentNumber(2), first_lsn: Lsn(11), sealed: None },
+        ],
+        ..Manifest::new(DISK, 1 << 30)
+    }
+}
+
+/// A bookmark at that LSN.
+pub(crate) fn bookmark(lsn: u64, name: &str) -> Bookmark {
+    Bookmark { lsn: Lsn(lsn), stamp: Stamp(lsn), name: name.to_owned() }
+}
+
+/// The encoded index of a segment with two sample frames, LSNs 11 to 30.
+pub(crate) fn sample_index() -> Vec<u8> {
+    let mut builder = IndexBuilder::new(DISK, SegmentNumber(7));
+    for (i, first_lsn) in [11, 21].into_iter().enumerate() {
+        let at = 4096 * (i as u64 + 1);
+        let data = DataPlace { segment: SegmentNumber(7), position: at };
+        builder.push(&Frame::parse(&sample_frame(first_lsn)).unwrap(), at, Some(data)).unwrap();
+    }
+    builder.finish().unwrap()
+}
+
+/// The encoded header page of a metadata file.
+pub(crate) fn sample_page() -> Vec<u8> {
+    SegmentMeta { kind: SegmentKind::Meta, disk: DISK, segment: SegmentNumber(7), first_lsn: Lsn(11) }
+        .encode()
 }
