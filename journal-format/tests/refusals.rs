@@ -1,0 +1,236 @@
+//! What decoders refuse, one worked example each, with the kind of error that it must be.
+
+mod common;
+
+use common::*;
+use journal_format::record::RawRecord;
+use journal_format::segment::{
+    DataEntry, DataPlace, META_ENTRY_BYTES, MetaEntry, SegmentHeader, SegmentMeta,
+};
+use journal_format::wire::{self, MessageHeader, MessageType};
+use journal_format::{
+    Codec, DataSpan, DiskId, Epoch, FormatErrorKind, Frame, FrameHeader, FrameMeta, Lsn, Op, Record,
+    SegmentNumber, Stamp, codec, frame,
+};
+use zerocopy::little_endian::{U16, U32, U64};
+
+fn seal(header: &mut [u8]) {
+    let (body, crc) = header.split_at_mut(header.len() - 4);
+    crc.copy_from_slice(&crc32c::crc32c(body).to_le_bytes());
+}
+
+/// Changes a field of the header at the start of `bytes` and makes the header's checksum right again.
+fn with_field(bytes: &[u8], layout: &[journal_format::layout::Field], name: &str, value: &[u8]) -> Vec<u8> {
+    let (_, at, length) = *layout.iter().find(|field| field.0 == name).unwrap();
+    let header = layout.iter().map(|field| field.2).sum();
+    let mut out = bytes.to_vec();
+    assert_eq!(value.len(), length, "{name}");
+    out[at..at + length].copy_from_slice(value);
+    seal(&mut out[..header]);
+    out
+}
+
+#[test]
+fn a_frame_header_says_why_it_is_refused() {
+    use FormatErrorKind::{Invalid, Magic, Truncated, Version};
+    let cases: &[(&str, &[u8], FormatErrorKind)] = &[
+        ("magic", b"CDPFRAMF", Magic),
+        ("version", &2_u16.to_le_bytes(), Version),
+        ("header_bytes", &127_u16.to_le_bytes(), Invalid),
+        ("codec", &[2], Invalid),
+        ("codec", &[1], Invalid),
+        ("reserved_a", &[0, 1, 0], Invalid),
+        ("reserved_b", &[9; 32], Invalid),
+        ("epoch", &[0; 8], Invalid),
+        ("first_lsn", &[0; 8], Invalid),
+        ("first_lsn", &(u64::MAX - 9).to_le_bytes(), Invalid),
+        ("first_stamp", &u64::MAX.to_le_bytes(), Invalid),
+        ("first_stamp", &1_u64.to_le_bytes(), Invalid),
+        ("last_stamp", &9999_u64.to_le_bytes(), Invalid),
+        ("disk_bytes", &((1_u64 << 48) + 1).to_le_bytes(), Invalid),
+        ("record_count", &[0; 4], Invalid),
+        ("record_count", &((16 << 10) + 1_u32).to_le_bytes(), Invalid),
+        ("record_count", &1000_u32.to_le_bytes(), Truncated),
+        ("raw_bytes", &299_u32.to_le_bytes(), Invalid),
+        ("raw_bytes", &((4 << 20) + 1_u32).to_le_bytes(), Invalid),
+        ("data_bytes", &301_u32.to_le_bytes(), Invalid),
+    ];
+    for (name, value, kind) in cases {
+        let bytes = with_field(&sample_frame(11), FrameHeader::LAYOUT, name, value);
+        assert_eq!(Frame::parse(&bytes).unwrap_err().kind(), *kind, "{name} = {value:?}");
+    }
+}
+
+#[test]
+fn a_frame_of_compressed_data_that_did_not_shrink_is_refused() {
+    let ops = [Op::Flush];
+    for (raw_bytes, data) in [(0, &b""[..]), (100, b""), (3, b"abc"), (2, b"abc")] {
+        let meta = FrameMeta { codec: Codec::Zstd, ..meta(1, raw_bytes) };
+        assert!(frame::encode(&meta, &records(1, &ops), data).is_err(), "{raw_bytes} bytes as {data:?}");
+    }
+}
+
+#[test]
+fn a_frame_that_would_not_parse_is_not_encoded() {
+    let data = pattern(10);
+    let write = |pos, len| {
+        let range = range(0, u64::from(len));
+        Op::Write { range, data: DataSpan { pos, len }, fill: false, fua: false }
+    };
+    let encode = |records: &[Record]| frame::encode(&meta(1, 10), records, &data);
+    assert!(encode(&records(1, &[write(0, 10)])).is_ok());
+    assert!(encode(&[]).is_err(), "no record");
+    assert!(encode(&records(1, &[write(1, 10)])).is_err(), "data past the frame's");
+    let mut backwards = records(1, &[Op::Flush, Op::Flush]);
+    backwards[0].stamp = Stamp(backwards[1].stamp.0 + 1);
+    assert!(encode(&backwards).is_err(), "stamps run backwards");
+    assert!(encode(&records(1, &vec![Op::Flush; (16 << 10) + 1])).is_err(), "too many records");
+    let late = FrameMeta { epoch: Epoch(0), ..meta(1, 10) };
+    assert!(frame::encode(&late, &records(1, &[Op::Flush]), &data).is_err(), "no epoch");
+}
+
+fn raw(op: Op) -> RawRecord {
+    RawRecord::encode(&Record { lsn: Lsn(1), stamp: Stamp(7), op })
+}
+
+#[test]
+fn a_record_with_a_field_out_of_range_is_refused() {
+    let [gap, write, _, zero, discard, flush, resize, bookmark, gap_end, void]: [Op; 10] =
+        one_of_each().try_into().unwrap();
+    type Change = fn(&mut RawRecord);
+    let changes: &[(&str, Op, Change)] = &[
+        ("unknown kind", flush, |r| r.kind = 10),
+        ("kind 0", void, |r| r.kind = 0),
+        ("stamp 0", flush, |r| r.stamp = U64::new(0)),
+        ("largest stamp", flush, |r| r.stamp = U64::new(u64::MAX)),
+        ("write with may-unmap", write, |r| r.flags |= 4),
+        ("write with a reserved flag", write, |r| r.flags |= 8),
+        ("write of nothing", write, |r| r.length = U64::new(0)),
+        ("write over 4 MiB", write, |r| r.length = U64::new((4 << 20) + 1)),
+        ("write past the largest disk", write, |r| r.offset = U64::new(1 << 48)),
+        ("write past 64 bits", write, |r| r.offset = U64::new(u64::MAX)),
+        ("write with data past 4 GiB", write, |r| r.data_pos = U32::new(u32::MAX)),
+        ("write with a reason", write, |r| r.reason = U16::new(1)),
+        ("zero of nothing", zero, |r| r.length = U64::new(0)),
+        ("zero with data", zero, |r| r.data_pos = U32::new(1)),
+        ("discard with a flag", discard, |r| r.flags = 1),
+        ("discard of nothing", discard, |r| r.length = U64::new(0)),
+        ("flush with an offset", flush, |r| r.offset = U64::new(1)),
+        ("flush with a length", flush, |r| r.length = U64::new(1)),
+        ("flush with FUA", flush, |r| r.flags = 2),
+        ("resize with a length", resize, |r| r.length = U64::new(1)),
+        ("resize over the limit", resize, |r| r.offset = U64::new((1 << 48) + 1)),
+        ("bookmark with an offset", bookmark, |r| r.offset = U64::new(1)),
+        ("bookmark without a name", bookmark, |r| r.length = U64::new(0)),
+        ("bookmark of 256 bytes", bookmark, |r| r.length = U64::new(256)),
+        ("gap for no reason", gap, |r| r.reason = U16::new(0)),
+        ("gap for an unknown reason", gap, |r| r.reason = U16::new(8)),
+        ("gap for a reason over 255", gap, |r| r.reason = U16::new(257)),
+        ("gap with a length", gap, |r| r.length = U64::new(1)),
+        ("gap-end with a reason", gap_end, |r| r.reason = U16::new(1)),
+        ("gap-end with a length", gap_end, |r| r.length = U64::new(1)),
+        ("void with an offset", void, |r| r.offset = U64::new(1)),
+    ];
+    for (name, op, change) in changes {
+        let mut bytes = raw(*op);
+        assert!(bytes.decode(Lsn(1)).is_ok(), "{name}: before the change");
+        change(&mut bytes);
+        assert_eq!(bytes.decode(Lsn(1)).map_err(|e| e.kind()), Err(FormatErrorKind::Invalid), "{name}");
+    }
+}
+
+#[test]
+fn a_segment_header_says_why_it_is_refused() {
+    use FormatErrorKind::{Invalid, Magic, Version};
+    let cases: &[(&str, &[u8], FormatErrorKind)] = &[
+        ("magic", b"CDPSEGMX", Magic),
+        ("version", &2_u16.to_le_bytes(), Version),
+        ("header_bytes", &64_u16.to_le_bytes(), Invalid),
+        ("kind", &[0], Invalid),
+        ("kind", &[4], Invalid),
+        ("reserved_a", &[1, 0, 0], Invalid),
+        ("reserved_b", &[1; 16], Invalid),
+        ("first_lsn", &[0; 8], Invalid),
+        ("segment", &[0; 4], Invalid),
+    ];
+    for (name, value, kind) in cases {
+        let page = with_field(&sample_page(), SegmentHeader::LAYOUT, name, value);
+        assert_eq!(SegmentMeta::parse(&page).unwrap_err().kind(), *kind, "{name} = {value:?}");
+    }
+}
+
+#[test]
+fn an_entry_where_none_can_be_is_not_encoded() {
+    let bytes = sample_frame(11);
+    let frame = Frame::parse(&bytes).unwrap();
+    let data = |position| Some(DataPlace { segment: SegmentNumber(7), position });
+    let no_segment = journal_format::segment::Place { segment: SegmentNumber(0), ..place(4096) };
+    let other_disk = journal_format::segment::Place { disk: DiskId([1; 16]), ..place(4096) };
+    for wrong in
+        [place(0), place(4095), place(4100), place(64 << 30), place(u64::MAX), no_segment, other_disk]
+    {
+        assert!(DataEntry::encode_header(&wrong, frame.header()).is_err(), "{wrong:?}");
+        assert!(MetaEntry::encode_header(&wrong, &frame, Lsn(0), data(4096)).is_err(), "{wrong:?}");
+    }
+    for wrong in [None, data(0), data(4100), data(64 << 30)] {
+        assert!(MetaEntry::encode_header(&place(4096), &frame, Lsn(0), wrong).is_err(), "data at {wrong:?}");
+    }
+    assert!(
+        MetaEntry::encode_header(&place(4096), &frame, Lsn(11), data(4096)).is_err(),
+        "durable before written"
+    );
+}
+
+#[test]
+fn a_metadata_entry_whose_head_is_another_frames_is_refused() {
+    let (bytes, other) = (sample_frame(11), sample_frame(12));
+    let mut entry = meta_entry(&Frame::parse(&bytes).unwrap(), &place(4096), 0, 4096);
+    entry.truncate(META_ENTRY_BYTES);
+    entry.extend_from_slice(Frame::parse(&other).unwrap().head());
+    assert_eq!(MetaEntry::parse(&entry, &place(4096)).unwrap_err().kind(), FormatErrorKind::Checksum);
+}
+
+#[test]
+fn a_message_header_says_why_it_is_refused() {
+    use FormatErrorKind::{Magic, TooLarge, Version};
+    let message = wire::encode(&wire::Ping { number: 1 }).unwrap();
+    let cases: &[(&str, &[u8], FormatErrorKind)] = &[
+        ("magic", b"HTTP", Magic),
+        ("kind", &[0, 0], Version),
+        ("kind", &[15, 0], Version),
+        ("reserved", &[1, 0], Version),
+        ("body_bytes", &((64 << 10) + 1_u32).to_le_bytes(), TooLarge),
+    ];
+    for (name, value, kind) in cases {
+        let bytes = with_field(&message[..16], MessageHeader::LAYOUT, name, value);
+        assert_eq!(MessageHeader::parse(&bytes).unwrap_err().kind(), *kind, "{name} = {value:?}");
+    }
+    let most = MessageType::Frame.max_body_bytes();
+    assert!(MessageHeader::new(MessageType::Frame, most).is_ok());
+    assert_eq!(MessageHeader::new(MessageType::Frame, most + 1).unwrap_err().kind(), TooLarge);
+    assert!(wire::disk_id(&[0; 15]).is_err() && wire::disk_id(&[0; 17]).is_err());
+    assert!(wire::decode::<wire::Ping>(&[0xff; 3]).is_err());
+}
+
+#[test]
+fn data_of_another_length_than_the_header_says_is_refused() {
+    let (codec, packed) = codec::compress(&[0; 4096], 1);
+    let packed = packed.unwrap();
+    assert!(codec::decompress(codec, &packed, 4096).is_ok());
+    for wrong in [0, 4095, 4097, (4 << 20) + 1] {
+        assert!(codec::decompress(codec, &packed, wrong).is_err(), "{wrong}");
+    }
+    assert!(codec::decompress(Codec::Raw, &[1, 2, 3], 4).is_err());
+}
+
+#[test]
+fn texts_that_are_no_disk_id_are_refused() {
+    let good = "6a7d0a54-8a2c-4c0e-9d0b-1f2e3d4c5b6a";
+    assert!(good.parse::<DiskId>().is_ok());
+    let wrong = ["", "6a7d0a548a2c4c0e9d0b1f2e3d4c5b6a", &good[1..], "6a7d0a54-8a2c-4c0e-9d0b-1f2e3d4c5b6g"];
+    let multibyte = "6a7d0a54-8a2c-4c0e-9d0b-1f2e3d4c5bé";
+    let dashes = "6a7d0a548-a2c-4c0e-9d0b-1f2e3d4c5b6a";
+    for text in wrong.into_iter().chain([multibyte, dashes]) {
+        assert!(text.parse::<DiskId>().is_err(), "{text}");
+    }
+}
