@@ -38,6 +38,8 @@ mod arena;
 mod bell;
 mod clock;
 mod consumer;
+#[cfg(not(loom))]
+pub mod control;
 mod dirty;
 mod error;
 pub mod layout;

@@ -2,7 +2,7 @@
 
 use core::ptr::NonNull;
 use core::sync::atomic::AtomicU64;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -36,6 +36,13 @@ pub(crate) fn file_bytes(fd: BorrowedFd<'_>) -> Result<u64, RingError> {
     }
     let stat = nix::sys::stat::fstat(fd).map_err(|e| RingError::os("cannot stat the memfd", e))?;
     u64::try_from(stat.st_size).map_err(|_| RingError::new(RingErrorKind::Layout, "the memfd has no size"))
+}
+
+/// Takes over a descriptor that the kernel has just made for this process (`recvmsg`, `accept4`).
+pub(crate) fn own(fd: RawFd) -> OwnedFd {
+    // SAFETY: both callers pass a number that the kernel returned from the call before, which nobody else has seen,
+    // so it is open and has no other owner.
+    unsafe { OwnedFd::from_raw_fd(fd) }
 }
 
 /// A private copy of a ring's description.

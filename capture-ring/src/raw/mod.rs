@@ -14,7 +14,9 @@ mod map;
 #[cfg(loom)]
 pub(crate) use heap::{ClockMemory, Memory};
 #[cfg(not(loom))]
-pub(crate) use map::{ClockMemory, Memory, create_sealed, file_bytes, read_description, write_description};
+pub(crate) use map::{
+    ClockMemory, Memory, create_sealed, file_bytes, own, read_description, write_description,
+};
 
 #[cfg(doc)]
 use crate::layout::Geometry;
