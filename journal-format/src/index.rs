@@ -15,6 +15,7 @@
 
 mod build;
 mod check;
+mod live;
 
 pub use build::IndexBuilder;
 

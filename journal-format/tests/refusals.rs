@@ -3,6 +3,7 @@
 mod common;
 
 use common::*;
+use journal_format::index::{IndexBuilder, IndexHeader, IndexShape};
 use journal_format::record::RawRecord;
 use journal_format::segment::{
     DataEntry, DataPlace, META_ENTRY_BYTES, MetaEntry, SegmentHeader, SegmentMeta,
@@ -188,6 +189,107 @@ fn a_metadata_entry_whose_head_is_another_frames_is_refused() {
     entry.truncate(META_ENTRY_BYTES);
     entry.extend_from_slice(Frame::parse(&other).unwrap().head());
     assert_eq!(MetaEntry::parse(&entry, &place(4096)).unwrap_err().kind(), FormatErrorKind::Checksum);
+}
+
+/// Where the index's tables begin: header page, own header, then two frames, chunks, extents, wide extents, marks.
+const INDEX_BODY: usize = 4096 + 96;
+
+/// Changes `value.len()` bytes of a table and makes both checksums right again.
+fn with_entry(bytes: &[u8], at: usize, value: &[u8]) -> Vec<u8> {
+    let mut out = bytes.to_vec();
+    out[INDEX_BODY + at..][..value.len()].copy_from_slice(value);
+    let crc = crc32c::crc32c(&out[INDEX_BODY..]).to_le_bytes();
+    let (_, at, _) = *IndexHeader::LAYOUT.iter().find(|field| field.0 == "body_crc").unwrap();
+    out[4096 + at..][..4].copy_from_slice(&crc);
+    seal(&mut out[4096..INDEX_BODY]);
+    out
+}
+
+#[test]
+fn an_index_entry_that_cannot_be_is_refused() {
+    let (bytes, one) = (sample_index(), 1_u32.to_le_bytes());
+    // Chunks 0 and 1; chunk 0 has the write, the zero and the first half of the discard of both frames.
+    let (chunks, extents) = (2 * 72, 2 * 72 + 2 * 12);
+    let (wide, marks) = (extents + 8 * 24, extents + 8 * 24 + 2 * 24);
+    assert_eq!(bytes.len(), INDEX_BODY + marks + 8 * 40);
+    let cases: &[(&str, usize, &[u8])] = &[
+        ("frames with a hole between them", 72, &[99]),
+        ("frame before its header's first stamp", 8, &[1]),
+        ("second frame before the first", 72 + 8, &[0; 8]),
+        ("frame that ends before it begins", 16, &[0; 8]),
+        ("frame without an epoch", 24, &[0; 8]),
+        ("frame on no multiple of 64", 32, &[1]),
+        ("frame in the header page", 32, &[0; 8]),
+        ("data in the header page", 40, &[0; 8]),
+        ("data in no segment", 48, &[0; 4]),
+        ("frame without records", 52, &[0; 4]),
+        ("raw data of another length than stored", 56, &one),
+        ("unknown codec", 68, &[2]),
+        ("compressed data that did not shrink", 68, &[1]),
+        ("reserved byte in a frame", 69, &[1]),
+        ("chunks out of order", chunks, &one),
+        ("chunk whose extents are not next", chunks + 4, &one),
+        ("chunk without extents", chunks + 8, &[0; 4]),
+        ("chunk with more extents than there are", chunks + 12 + 8, &[200]),
+        ("extents out of order", extents, &[255]),
+        ("extent before the segment", extents, &[1]),
+        ("extent over the end of its chunk", extents + 8, &[0, 0, 4, 0]),
+        ("empty extent", extents + 12, &[0; 4]),
+        ("extent of no frame", extents + 16, &[2, 0, 0, 0]),
+        ("extent of another frame", extents + 16, &one),
+        ("extent past its frame's data", extents + 20, &[45, 0, 0, 0]),
+        ("wide extents out of order", wide, &[255]),
+        ("wide extent that is not wide", wide + 16, &[0; 8]),
+        ("wide extent past the largest disk", wide + 8, &[0xff; 8]),
+        ("marks out of order", marks, &[255]),
+        ("mark that is no record", marks + 8 + 24, &[77]),
+        ("mark that is a flush", marks + 8, &raw_bytes(Op::Flush)),
+    ];
+    assert!(IndexShape::check(&with_entry(&bytes, 0, &[])).is_ok());
+    for (name, at, value) in cases {
+        let error = IndexShape::check(&with_entry(&bytes, *at, value)).expect_err(name);
+        assert_eq!(error.kind(), FormatErrorKind::Invalid, "{name}: {error}");
+    }
+}
+
+fn raw_bytes(op: Op) -> [u8; 32] {
+    zerocopy::transmute!(raw(op))
+}
+
+#[test]
+fn an_index_header_says_why_it_is_refused() {
+    use FormatErrorKind::{Invalid, Magic, Truncated};
+    let cases: &[(&str, &[u8], FormatErrorKind)] = &[
+        ("magic", b"CDPINDEY", Magic),
+        ("first_lsn", &12_u64.to_le_bytes(), Invalid),
+        ("last_lsn", &31_u64.to_le_bytes(), Invalid),
+        ("last_lsn", &u64::MAX.to_le_bytes(), Invalid),
+        ("first_stamp", &1_u64.to_le_bytes(), Invalid),
+        ("last_stamp", &9999_u64.to_le_bytes(), Invalid),
+        ("disk_bytes", &((1_u64 << 48) + 1).to_le_bytes(), Invalid),
+        ("frame_count", &u32::MAX.to_le_bytes(), Truncated),
+        ("mark_count", &7_u32.to_le_bytes(), Invalid),
+        ("reserved", &[1; 20], Invalid),
+    ];
+    for (name, value, kind) in cases {
+        let mut bytes = sample_index();
+        let own = with_field(&bytes[4096..], IndexHeader::LAYOUT, name, value);
+        bytes.splice(4096.., own);
+        assert_eq!(IndexShape::check(&bytes).unwrap_err().kind(), *kind, "{name} = {value:?}");
+    }
+}
+
+#[test]
+fn a_frame_that_is_not_next_is_not_indexed() {
+    let (bytes, again) = (sample_frame(11), sample_frame(21));
+    let (frame, next) = (Frame::parse(&bytes).unwrap(), Frame::parse(&again).unwrap());
+    let at = Some(DataPlace { segment: SegmentNumber(7), position: 4096 });
+    let mut builder = IndexBuilder::new(DiskId([1; 16]), SegmentNumber(7));
+    assert!(builder.push(&frame, 4096, at).is_err(), "another disk's");
+    let mut builder = IndexBuilder::new(DISK, SegmentNumber(7));
+    builder.push(&next, 4096, at).unwrap();
+    assert!(builder.push(&frame, 8192, at).is_err(), "an earlier one");
+    assert!(IndexBuilder::new(DISK, SegmentNumber(7)).finish().is_err(), "no frame at all");
 }
 
 #[test]

@@ -129,7 +129,7 @@ impl IndexBuilder {
     ///
     /// # Errors
     /// `Invalid` without frames, or when a position is impossible; `TooLarge` when a table is full.
-    pub fn finish(self) -> Result<Vec<u8>, FormatError> {
+    pub fn finish(&self) -> Result<Vec<u8>, FormatError> {
         let (Some(first), Some(last)) = (self.frames.first().copied(), self.frames.last().copied()) else {
             return Err(FormatError::invalid("index", "a segment without frames"));
         };
