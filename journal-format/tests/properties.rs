@@ -307,7 +307,10 @@ proptest! {
         let bytes = builder.finish().unwrap();
         let shape = IndexShape::check(&bytes).unwrap();
         let index = shape.open(&bytes);
-
+        let live: Vec<_> = builder.extents(chunk, Lsn(after), Lsn(upto)).collect();
+        prop_assert_eq!(live, index.extents(chunk, Lsn(after), Lsn(upto)).collect::<Vec<_>>(), "before and after sealing");
+        prop_assert!(builder.chunks(0, chunk).eq(index.chunks(0, chunk)));
+        prop_assert!(builder.tables().frames().eq(index.frames()) && builder.tables().marks().eq(index.marks()));
         let whole = range(u64::from(chunk) * INDEX_CHUNK_BYTES, INDEX_CHUNK_BYTES);
         let wanted = |record: &Record| after < record.lsn.0 && record.lsn.0 <= upto;
         let (mut extents, mut wides) = (Vec::new(), Vec::new());

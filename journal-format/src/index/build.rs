@@ -23,10 +23,10 @@ pub struct IndexBuilder {
     disk: DiskId,
     segment: SegmentNumber,
     disk_bytes: u64,
-    frames: Vec<RawIndexFrame>,
-    chunks: BTreeMap<u32, Vec<RawExtent>>,
-    wide: Vec<RawWide>,
-    marks: Vec<RawMark>,
+    pub(super) frames: Vec<RawIndexFrame>,
+    pub(super) chunks: BTreeMap<u32, Vec<RawExtent>>,
+    pub(super) wide: Vec<RawWide>,
+    pub(super) marks: Vec<RawMark>,
 }
 
 impl IndexBuilder {
