@@ -1,0 +1,195 @@
+//! Settings: defaults, then the TOML file, then the command line, the later winning.
+
+use std::path::{Path, PathBuf};
+
+use clap::Parser;
+use serde::Deserialize;
+
+use crate::error::AgentError;
+use crate::limits::{MAX_BUFFER_BYTES, MIN_OUTBOX_BYTES, MIN_RING_BYTES};
+
+/// Drains the capture rings of this host's QEMU processes and ships their writes to a cdp-server.
+#[derive(Parser, Debug, Default)]
+#[command(name = "cdp-agent", version)]
+pub struct Args {
+    /// TOML file with settings; its keys are the long names of these options with `_` for `-`.
+    #[arg(long, value_name = "FILE", env = "CDP_AGENT_CONFIG")]
+    pub config: Option<PathBuf>,
+    /// Data address of the server [default: 127.0.0.1:7411].
+    #[arg(long, value_name = "HOST:PORT", env = "CDP_AGENT_SERVER")]
+    pub server: Option<String>,
+    /// Unix socket on which filters connect [default: /run/qemu-cdp/agent.sock].
+    #[arg(long, value_name = "PATH", env = "CDP_AGENT_SOCKET")]
+    pub socket: Option<PathBuf>,
+    /// Access mode of the socket, octal [default: 660].
+    #[arg(long, value_name = "MODE")]
+    pub socket_mode: Option<String>,
+    /// Group that owns the socket, so that QEMU may connect (libvirt-qemu, kvm, …) [default: the agent's own].
+    #[arg(long, value_name = "GROUP")]
+    pub socket_group: Option<String>,
+    /// Room for written data in each disk's capture ring, in MiB [default: 64].
+    #[arg(long, value_name = "MIB")]
+    pub ring_mib: Option<u64>,
+    /// Room for packed frames that wait for the server, for each disk, in MiB [default: 256].
+    #[arg(long, value_name = "MIB")]
+    pub outbox_mib: Option<u64>,
+    /// Name of this host for people [default: its host name].
+    #[arg(long, value_name = "NAME")]
+    pub host_name: Option<String>,
+    /// File with 32 hexadecimal digits that name this host for ever [default: /etc/machine-id].
+    #[arg(long, value_name = "FILE")]
+    pub machine_id: Option<PathBuf>,
+    /// File whose first line is the token that the server asks for [default: none].
+    #[arg(long, value_name = "FILE")]
+    pub token_file: Option<PathBuf>,
+    /// Use plain system calls even where the kernel offers io_uring.
+    #[arg(long)]
+    pub no_io_uring: bool,
+}
+
+/// The TOML file: every key optional, unknown keys refused (a misspelt key must not be ignored in silence).
+#[derive(Deserialize, Debug, Default)]
+#[serde(deny_unknown_fields, default)]
+struct File {
+    server: Option<String>,
+    socket: Option<PathBuf>,
+    socket_mode: Option<String>,
+    socket_group: Option<String>,
+    ring_mib: Option<u64>,
+    outbox_mib: Option<u64>,
+    host_name: Option<String>,
+    machine_id: Option<PathBuf>,
+    token_file: Option<PathBuf>,
+    no_io_uring: Option<bool>,
+}
+
+/// Checked settings.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Data address of the server, `HOST:PORT`.
+    pub server: String,
+    /// Unix socket on which filters connect.
+    pub socket: PathBuf,
+    /// Access mode of the socket.
+    pub socket_mode: u32,
+    /// Group that owns the socket; `None` leaves it to the agent's own.
+    pub socket_group: Option<String>,
+    /// Bytes of arena in each ring.
+    pub ring_bytes: u64,
+    /// Bytes of each outbox.
+    pub outbox_bytes: u64,
+    /// Name of the host for people.
+    pub host_name: String,
+    /// File that names the host for ever.
+    pub machine_id: PathBuf,
+    /// Token for the server, or empty.
+    pub token: String,
+    /// Plain system calls only.
+    pub no_io_uring: bool,
+}
+
+impl Config {
+    /// Merges and checks all sources of settings.
+    ///
+    /// # Errors
+    /// [`AgentError::Config`] naming the setting, [`AgentError::Os`] for a file that cannot be read.
+    pub fn load(args: Args) -> Result<Self, AgentError> {
+        let file = args.config.as_deref().map(read_file).transpose()?.unwrap_or_default();
+        let token_file = args.token_file.or(file.token_file);
+        let ring_mib = args.ring_mib.or(file.ring_mib).unwrap_or(64);
+        let outbox_mib = args.outbox_mib.or(file.outbox_mib).unwrap_or(256);
+        let mode = args.socket_mode.or(file.socket_mode).unwrap_or_else(|| "660".into());
+        let server = args.server.or(file.server).unwrap_or_else(|| "127.0.0.1:7411".into());
+        if !server
+            .rsplit_once(':')
+            .is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok())
+        {
+            return Err(bad("server", format!("`{server}` is not HOST:PORT")));
+        }
+        Ok(Self {
+            server,
+            socket: args.socket.or(file.socket).unwrap_or_else(|| "/run/qemu-cdp/agent.sock".into()),
+            socket_mode: parse_mode(&mode)?,
+            socket_group: args.socket_group.or(file.socket_group),
+            ring_bytes: buffer_bytes("ring_mib", ring_mib, MIN_RING_BYTES)?,
+            outbox_bytes: buffer_bytes("outbox_mib", outbox_mib, MIN_OUTBOX_BYTES)?,
+            host_name: args.host_name.or(file.host_name).unwrap_or_else(host_name),
+            machine_id: args.machine_id.or(file.machine_id).unwrap_or_else(|| "/etc/machine-id".into()),
+            token: token_file.as_deref().map(read_token).transpose()?.unwrap_or_default(),
+            no_io_uring: args.no_io_uring || file.no_io_uring.unwrap_or(false),
+        })
+    }
+}
+
+fn bad(setting: &'static str, detail: String) -> AgentError {
+    AgentError::Config { setting, detail }
+}
+
+fn read_file(path: &Path) -> Result<File, AgentError> {
+    let text = std::fs::read_to_string(path)
+        .map_err(|error| bad("config", format!("cannot read {}: {error}", path.display())))?;
+    toml::from_str(&text).map_err(|error| bad("config", format!("{}: {error}", path.display())))
+}
+
+fn read_token(path: &Path) -> Result<String, AgentError> {
+    let text = std::fs::read_to_string(path)
+        .map_err(|error| bad("token_file", format!("cannot read {}: {error}", path.display())))?;
+    Ok(text.lines().next().unwrap_or_default().trim().to_owned())
+}
+
+fn parse_mode(text: &str) -> Result<u32, AgentError> {
+    u32::from_str_radix(text, 8)
+        .ok()
+        .filter(|mode| *mode <= 0o777)
+        .ok_or_else(|| bad("socket_mode", format!("`{text}` is not an octal mode such as 660")))
+}
+
+fn buffer_bytes(setting: &'static str, mib: u64, least: u64) -> Result<u64, AgentError> {
+    mib.checked_mul(1 << 20).filter(|bytes| (least..=MAX_BUFFER_BYTES).contains(bytes)).ok_or_else(|| {
+        bad(setting, format!("{mib} is outside {} to {} MiB", least >> 20, MAX_BUFFER_BYTES >> 20))
+    })
+}
+
+fn host_name() -> String {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    if name.trim().is_empty() { "localhost".into() } else { name.trim().to_owned() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn with_file(text: &str, args: Args) -> Result<Config, AgentError> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("agent.toml");
+        std::fs::write(&path, text).unwrap();
+        Config::load(Args { config: Some(path), ..args })
+    }
+
+    #[test]
+    fn command_line_wins_over_file_over_defaults() {
+        let text = "server = \"a:1\"\nring_mib = 32\nsocket_mode = \"600\"\n";
+        let config = with_file(text, Args { server: Some("b:2".into()), ..Args::default() }).unwrap();
+        assert_eq!(config.server, "b:2");
+        assert_eq!(config.ring_bytes, 32 << 20);
+        assert_eq!(config.socket_mode, 0o600);
+        assert_eq!(config.outbox_bytes, 256 << 20);
+    }
+
+    #[test]
+    fn misspelt_keys_and_senseless_values_are_refused() {
+        assert!(with_file("ring_mb = 32\n", Args::default()).is_err());
+        assert!(with_file("ring_mib = 1\n", Args::default()).is_err());
+        assert!(with_file("socket_mode = \"9\"\n", Args::default()).is_err());
+        assert!(with_file("server = \"nowhere\"\n", Args::default()).is_err());
+    }
+
+    #[test]
+    fn token_is_the_first_line_of_its_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("token");
+        std::fs::write(&path, "s3cret \nsecond line\n").unwrap();
+        let config = Config::load(Args { token_file: Some(path), ..Args::default() }).unwrap();
+        assert_eq!(config.token, "s3cret");
+    }
+}

@@ -1,0 +1,394 @@
+//! The hub: the thread that drives the session. It alone talks to the server, and it performs what the session decides.
+
+use std::collections::{HashMap, VecDeque};
+use std::net::{TcpStream, ToSocketAddrs};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::mpsc::Receiver;
+use std::time::{Duration, Instant};
+
+use capture_ring::HostClock;
+use journal_format::{DiskId, Epoch, FormatError, wire};
+use nix::poll::{PollFd, PollFlags, poll};
+use nix::sys::eventfd::EventFd;
+
+use crate::config::Config;
+use crate::error::AgentError;
+use crate::events::{Input, Sender};
+use crate::filters::FilterLink;
+use crate::inbox::Inbox;
+use crate::limits::{
+    CONNECT_TIMEOUT, EVENT_QUEUE, MAX_UNSENT_BYTES, SEND_BATCH_BYTES, SEND_BATCH_FRAMES, STOP_FLUSH, TICK,
+};
+use crate::link::Link;
+use crate::live::Live;
+use crate::seam::batch::SendBatch;
+use crate::seam::plain::poll_timeout;
+use crate::session::{Action, Attach, Event, FilterId, Identity, Session, ToServer, VmInfo};
+
+/// The driver of the session.
+pub struct Hub {
+    config: Config,
+    session: Session,
+    started: Instant,
+    clock: HostClock,
+    clock_fd: OwnedFd,
+    inputs: Receiver<Input>,
+    sender: Sender,
+    wake: Arc<EventFd>,
+    link: Option<Link>,
+    /// Number of the newest attempt to connect; the outcome of an older one is ignored.
+    attempt: u64,
+    inbox: Inbox,
+    /// Encoded messages that go out before the next frame.
+    unsent: Vec<u8>,
+    filters: HashMap<FilterId, Arc<FilterLink>>,
+    /// Lost filters whose processes still hold rings.
+    watched: Vec<(FilterId, Arc<FilterLink>)>,
+    rings: HashMap<DiskId, Live>,
+    queue: VecDeque<Event>,
+    next_tick: Instant,
+    stop_at: Option<Instant>,
+}
+
+impl Hub {
+    /// A hub that has not begun.
+    ///
+    /// # Errors
+    /// When the host's clock page cannot be made.
+    pub fn new(
+        config: Config,
+        identity: Identity,
+        sender: Sender,
+        inputs: Receiver<Input>,
+        wake: Arc<EventFd>,
+    ) -> Result<Self, AgentError> {
+        let (clock, clock_fd) = HostClock::create().map_err(|error| AgentError::Ring(error.to_string()))?;
+        let now = Instant::now();
+        Ok(Self {
+            config,
+            session: Session::new(identity),
+            started: now,
+            clock,
+            clock_fd,
+            inputs,
+            sender,
+            wake,
+            link: None,
+            attempt: 0,
+            inbox: Inbox::default(),
+            unsent: Vec::new(),
+            filters: HashMap::new(),
+            watched: Vec::new(),
+            rings: HashMap::new(),
+            queue: VecDeque::new(),
+            next_tick: now,
+            stop_at: None,
+        })
+    }
+
+    /// Runs until the agent was stopped and its outboxes are empty, or the time for that is over.
+    pub fn run(mut self) {
+        loop {
+            self.take_inputs();
+            self.tick_if_due();
+            self.read_messages();
+            self.send();
+            if self.is_over() {
+                return;
+            }
+            self.wait();
+        }
+    }
+
+    fn is_over(&self) -> bool {
+        self.stop_at.is_some_and(|at| self.session.is_flushed() || Instant::now() >= at)
+    }
+
+    fn take_inputs(&mut self) {
+        // Before the queue is looked at: whoever sends later wakes us again.
+        let _ = self.wake.read();
+        for _ in 0..EVENT_QUEUE {
+            let Ok(input) = self.inputs.try_recv() else { return };
+            match input {
+                Input::Event(event) => self.handle(event),
+                Input::Filter(filter, link, info) => self.filter_joined(filter, link, info),
+                Input::Connected(attempt, outcome) => self.connected(attempt, outcome),
+            }
+        }
+        // There may be more: do not sleep on it.
+        let _ = self.wake.write(1);
+    }
+
+    fn filter_joined(&mut self, filter: FilterId, link: Arc<FilterLink>, info: VmInfo) {
+        self.filters.insert(filter, link);
+        self.handle(Event::FilterUp(filter, info));
+    }
+
+    fn connected(&mut self, attempt: u64, outcome: std::io::Result<TcpStream>) {
+        if attempt != self.attempt || self.link.is_some() {
+            return;
+        }
+        let link =
+            outcome.and_then(|socket| Link::new(socket, Arc::clone(&self.wake), self.config.no_io_uring));
+        match link {
+            Ok(link) => {
+                tracing::info!(server = self.config.server, driver = link.driver(), "connected");
+                self.link = Some(link);
+                self.handle(Event::ServerConnected);
+            }
+            Err(error) => {
+                tracing::warn!(server = self.config.server, %error, "cannot connect; is cdp-server running there?");
+                self.handle(Event::ServerLost);
+            }
+        }
+    }
+
+    fn tick_if_due(&mut self) {
+        let now = Instant::now();
+        if now < self.next_tick {
+            return;
+        }
+        self.next_tick = now + TICK;
+        let dead = self.watched.extract_if(.., |(_, link)| link.is_dead()).map(|(filter, _)| filter);
+        let dead: Vec<FilterId> = dead.collect();
+        for filter in dead {
+            self.handle(Event::ProcessDead(filter));
+        }
+        let live: Vec<(DiskId, Epoch)> = self.session.live().collect();
+        for (disk, epoch) in live {
+            if let Some(live) = self.rings.get(&disk).filter(|live| live.epoch == epoch) {
+                let sample = live.sample(&self.clock);
+                self.handle(Event::Sampled(disk, epoch, sample));
+            }
+        }
+        self.handle(Event::Tick);
+    }
+
+    fn read_messages(&mut self) {
+        while self.link.is_some() {
+            match self.inbox.next() {
+                Ok(Some(message)) => self.handle(message.into()),
+                Ok(None) => return,
+                Err(error) => self.drop_link(&error.to_string(), true),
+            }
+        }
+    }
+
+    /// Gives the socket more to do if it is idle: control messages first, then frames of all disks in turn.
+    fn send(&mut self) {
+        let Some(link) = self.link.as_mut().filter(|link| !link.is_sending()) else { return };
+        let mut batch = SendBatch::default();
+        if !self.unsent.is_empty() {
+            batch.push_bytes(core::mem::take(&mut self.unsent));
+        }
+        let (mut bytes, mut frames) = (0, 0);
+        while bytes < SEND_BATCH_BYTES && frames < SEND_BATCH_FRAMES {
+            let Some(next) = self.session.next_to_ship() else { break };
+            let Some(live) = self.rings.get(&next.disk).filter(|live| live.epoch == next.epoch) else {
+                break;
+            };
+            let entries =
+                live.outbox.entries_from(next.from, SEND_BATCH_BYTES - bytes, SEND_BATCH_FRAMES - frames);
+            let (Some(first), Some(last)) = (entries.first(), entries.last()) else { break };
+            debug_assert!(
+                first.first_lsn <= next.from,
+                "a frame between the acknowledged and the oldest is missing"
+            );
+            for entry in &entries {
+                batch.push_memory(live.outbox.memory(), entry.at, entry.len);
+                bytes += entry.len;
+                frames += 1;
+            }
+            self.session.shipped(next.disk, next.epoch, last.last_lsn);
+        }
+        if !batch.is_done() {
+            link.start_send(batch);
+        }
+    }
+
+    fn wait(&mut self) {
+        let timeout = self.next_tick.saturating_duration_since(Instant::now());
+        let Some(link) = &mut self.link else {
+            let mut fds = [PollFd::new(std::os::fd::AsFd::as_fd(&*self.wake), PollFlags::POLLIN)];
+            // A failed or interrupted wait is an early return, which the loop expects anyway.
+            let _ = poll(&mut fds, poll_timeout(timeout));
+            return;
+        };
+        if let Err(error) = link.wait(timeout, self.inbox.buffer()) {
+            // What came before the end may still be whole messages, but their answers could not be sent.
+            self.drop_link(&error.to_string(), true);
+        }
+    }
+
+    fn drop_link(&mut self, reason: &str, tell: bool) {
+        if self.link.take().is_some() {
+            tracing::warn!(
+                server = self.config.server,
+                reason,
+                "connection ended; frames are kept until it is back"
+            );
+        }
+        self.inbox.clear();
+        self.unsent.clear();
+        if tell {
+            self.handle(Event::ServerLost);
+        }
+    }
+
+    /// Gives an event to the session and performs its actions, and the events that those bring about.
+    fn handle(&mut self, event: Event) {
+        if matches!(event, Event::Stop) && self.stop_at.is_none() {
+            tracing::info!("stopping: shipping what the outboxes hold");
+            self.stop_at = Some(Instant::now() + STOP_FLUSH);
+        }
+        if let Event::FilterLost(filter) = &event
+            && let Some(link) = self.filters.remove(filter)
+        {
+            link.close();
+            self.watched.push((*filter, link));
+        }
+        self.queue.push_back(event);
+        while let Some(event) = self.queue.pop_front() {
+            let lost = match &event {
+                Event::FilterLost(filter) => Some(*filter),
+                _ => None,
+            };
+            let actions = self.session.handle(self.started.elapsed(), event);
+            if let Some(filter) = lost
+                && !actions.contains(&Action::Watch(filter))
+            {
+                self.watched.retain(|(id, _)| *id != filter);
+            }
+            for action in actions {
+                self.perform(action);
+            }
+        }
+    }
+
+    fn perform(&mut self, action: Action) {
+        match action {
+            Action::Connect => self.connect(),
+            Action::Disconnect(reason) => self.drop_link(&reason, false),
+            Action::Send(message) => self.enqueue(&message),
+            Action::Attach(order) => self.attach(&order),
+            Action::Detach(filter, request, device) => {
+                self.ask(filter, request, |link| link.detach(request, &device));
+            }
+            Action::Resync(filter, request, device) => {
+                self.ask(filter, request, |link| link.resync(request, &device));
+            }
+            Action::Watch(_) => self.next_tick = Instant::now(),
+            Action::EndRing(disk, epoch, ending) => match self.ring(disk, epoch) {
+                Some(live) => live.drain.end(ending),
+                // It could not be made.
+                None => self.queue.push_back(Event::Drained(disk, epoch, journal_format::Lsn::ZERO)),
+            },
+            Action::Release(disk, epoch, lsn) => {
+                if let Some(live) = self.ring(disk, epoch) {
+                    live.outbox.release(lsn);
+                }
+            }
+            Action::PutBookmark(disk, request, name) => {
+                let gone = || Err("the disk is not being captured now".to_owned());
+                let result = self.rings.get(&disk).map_or_else(gone, |live| live.bookmark(&name));
+                self.queue.push_back(Event::BookmarkPut(disk, request, result));
+            }
+            Action::DropCapture(disk, epoch) => {
+                if self.ring(disk, epoch).is_some() {
+                    self.rings.remove(&disk);
+                    tracing::info!(%disk, epoch = epoch.0, "capture closed");
+                }
+            }
+        }
+    }
+
+    fn ring(&self, disk: DiskId, epoch: Epoch) -> Option<&Live> {
+        self.rings.get(&disk).filter(|live| live.epoch == epoch)
+    }
+
+    fn enqueue(&mut self, message: &ToServer) {
+        if self.link.is_none() {
+            return;
+        }
+        match encode(message) {
+            Ok(bytes) => self.unsent.extend_from_slice(&bytes),
+            Err(error) => tracing::error!(%error, "a message to the server is too large; it is left out"),
+        }
+        if self.unsent.len() > MAX_UNSENT_BYTES {
+            self.drop_link("the server does not take messages", true);
+        }
+    }
+
+    /// Asks a filter; one that cannot be asked is closed, and its end is an event like any other's.
+    fn ask(
+        &mut self,
+        filter: FilterId,
+        request: u64,
+        ask: impl FnOnce(&FilterLink) -> Result<(), AgentError>,
+    ) {
+        let Some(link) = self.filters.get(&filter) else { return };
+        if let Err(error) = ask(link) {
+            tracing::warn!(?filter, request, %error, "cannot ask a filter; closing its connection");
+            link.close();
+        }
+    }
+
+    fn attach(&mut self, order: &Attach) {
+        let made =
+            Live::start(order, &self.clock, self.config.ring_bytes, self.config.outbox_bytes, &self.sender);
+        match made {
+            Ok((live, fds)) => {
+                tracing::info!(disk = %order.disk, device = order.device, epoch = order.epoch.0,
+                    first_lsn = order.first_lsn.0, "capture starts");
+                self.rings.insert(order.disk, live);
+                let clock_fd = self.clock_fd.try_clone();
+                self.ask(order.filter, order.request, |link| {
+                    let clock_fd = clock_fd.map_err(AgentError::os("cannot duplicate the clock"))?;
+                    link.attach(order.request, &order.device, [fds.ring, clock_fd, fds.bell])
+                });
+            }
+            Err(error) => {
+                tracing::error!(disk = %order.disk, %error, "cannot make a ring and an outbox");
+                let refused = format!("the agent cannot make a ring and an outbox: {error}");
+                self.queue.push_back(Event::FilterResult(order.filter, order.request, refused));
+            }
+        }
+    }
+
+    fn connect(&mut self) {
+        self.attempt += 1;
+        let (attempt, address, sender) = (self.attempt, self.config.server.clone(), self.sender.clone());
+        // Names and connects may take seconds; the hub must not.
+        let spawned = std::thread::Builder::new().name("cdp-connect".into()).spawn(move || {
+            let _ = sender.send(Input::Connected(attempt, connect_to(&address, CONNECT_TIMEOUT)));
+        });
+        if let Err(error) = spawned {
+            tracing::warn!(%error, "cannot start a thread to connect");
+            self.queue.push_back(Event::ServerLost);
+        }
+    }
+}
+
+fn connect_to(address: &str, timeout: Duration) -> std::io::Result<TcpStream> {
+    let mut last = std::io::Error::new(std::io::ErrorKind::NotFound, "the name has no address");
+    for address in address.to_socket_addrs()? {
+        match TcpStream::connect_timeout(&address, timeout) {
+            Ok(socket) => return Ok(socket),
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
+}
+
+fn encode(message: &ToServer) -> Result<Vec<u8>, FormatError> {
+    match message {
+        ToServer::Hello(message) => wire::encode(message),
+        ToServer::Inventory(message) => wire::encode(message),
+        ToServer::OpenDisk(message) => wire::encode(message),
+        ToServer::CommandResult(message) => wire::encode(message),
+        ToServer::DiskStatus(message) => wire::encode(message),
+        ToServer::Ping(message) => wire::encode(message),
+        ToServer::Pong(message) => wire::encode_as(wire::MessageType::Pong, message),
+    }
+}

@@ -1,0 +1,103 @@
+//! Every limit of the agent, and the relations between them.
+
+use core::time::Duration;
+
+use journal_format::limits::{MAX_FRAME_BYTES, TARGET_FRAME_RAW_BYTES};
+
+/// zstd level of frames: the cheapest, because the agent shares the host with its guests.
+pub const ZSTD_LEVEL: i32 = 1;
+
+/// Raw bytes at which a frame is closed.
+pub const FRAME_TARGET_BYTES: usize = TARGET_FRAME_RAW_BYTES as usize;
+
+/// Most records the agent puts into one frame, though the format takes more: a frame of flushes and small
+/// zeroes must not hold back its first record for long.
+pub const FRAME_MAX_RECORDS: usize = 4096;
+
+/// Age of its first record at which a frame is closed, however small it is.
+pub const FRAME_MAX_AGE: Duration = Duration::from_micros(1500);
+
+/// Pause between two looks at a ring while writes come.
+pub const DRAIN_POLL: Duration = Duration::from_micros(75);
+
+/// A ring that has been empty this long is waited for on its eventfd instead.
+pub const DRAIN_IDLE: Duration = Duration::from_millis(4);
+
+/// Longest sleep of a drain thread before it looks whether it should stop.
+pub const DRAIN_NAP: Duration = Duration::from_millis(250);
+
+/// Smallest outbox: two of the largest frames, or the drain could wait for room that never comes.
+pub const MIN_OUTBOX_BYTES: u64 = 16 << 20;
+
+/// Smallest ring arena, in bytes: twice the largest record.
+pub const MIN_RING_BYTES: u64 = 16 << 20;
+
+/// Largest ring arena and outbox, in bytes, that a configuration may ask for.
+pub const MAX_BUFFER_BYTES: u64 = 64 << 30;
+
+/// Most bytes handed to one send.
+pub const SEND_BATCH_BYTES: usize = 2 << 20;
+
+/// Most frames handed to one send: one iovec each, far below the kernel's 1024.
+pub const SEND_BATCH_FRAMES: usize = 64;
+
+/// Most bytes of control messages that may wait for the socket; a server that takes none for so long is gone.
+pub const MAX_UNSENT_BYTES: usize = 32 << 20;
+
+/// Bytes asked for by one receive.
+pub const RECV_BYTES: usize = 64 << 10;
+
+/// How often the agent looks at modes, fill levels, dead processes and timers.
+pub const TICK: Duration = Duration::from_millis(100);
+
+/// How often the state of each protected disk is reported.
+pub const STATUS_EVERY: Duration = Duration::from_secs(1);
+
+/// Quiet time after which a ping is sent.
+pub const PING_AFTER: Duration = Duration::from_secs(5);
+
+/// Quiet time after which a connection is given up.
+pub const SERVER_SILENT: Duration = Duration::from_secs(20);
+
+/// First pause before connecting again; doubles up to [`RECONNECT_MOST`].
+pub const RECONNECT_FIRST: Duration = Duration::from_millis(100);
+
+/// Longest pause before connecting again.
+pub const RECONNECT_MOST: Duration = Duration::from_secs(5);
+
+/// How long a TCP connect may take.
+pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long the server waits for QEMU to answer an attach or detach before it hears that QEMU is stuck.
+/// The request itself stays valid: a late answer still counts.
+pub const FILTER_ANSWER: Duration = Duration::from_secs(30);
+
+/// Pause between two resync requests for a disk that stays in tracking.
+pub const RESYNC_EVERY: Duration = Duration::from_millis(500);
+
+/// How long a disk whose capture broke is not captured again, so that a fault that repeats does not read
+/// the whole disk over and over.
+pub const FAULT_HOLD: Duration = Duration::from_secs(30);
+
+/// How long a stopping agent keeps shipping what it has.
+pub const STOP_FLUSH: Duration = Duration::from_secs(5);
+
+/// Most filters connected at a time.
+pub const MAX_FILTERS: usize = 1024;
+
+/// Most disks of one filter that are listed: what a thousand filters say still fits the inventory's message.
+pub const MAX_DISKS_PER_FILTER: usize = 256;
+
+/// A new connection must say hello within this time.
+pub const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Events that may wait for the hub; senders block beyond it.
+pub const EVENT_QUEUE: usize = 4096;
+
+/// Most requests of the server that may wait for one disk.
+pub const MAX_WAITERS: usize = 256;
+
+const _: () = assert!(MIN_OUTBOX_BYTES as usize >= 2 * (MAX_FRAME_BYTES + 4096));
+const _: () = assert!(FRAME_MAX_RECORDS <= journal_format::limits::MAX_FRAME_RECORDS as usize);
+const _: () = assert!(MIN_RING_BYTES >= 2 * journal_format::limits::MAX_RECORD_DATA_BYTES as u64);
+const _: () = assert!(PING_AFTER.as_secs() * 2 < SERVER_SILENT.as_secs());

@@ -1,0 +1,107 @@
+//! One protected disk's ring, outbox and drain.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use capture_ring::{Bell, Consumer, HostClock, Mode, Producer, Ring, RingConfig, RingError};
+use journal_format::{Epoch, Lsn, Stamp};
+
+use crate::drain::Drain;
+use crate::error::AgentError;
+use crate::events::Sender;
+use crate::outbox::Outbox;
+use crate::session::{Attach, Sample};
+
+/// Everything that one epoch of a disk needs. Dropping it ends the drain's thread and unmaps both memfds.
+#[derive(Debug)]
+pub struct Live {
+    /// The capture session it serves.
+    pub epoch: Epoch,
+    /// Frames that wait for the server.
+    pub outbox: Arc<Outbox>,
+    /// The thread that fills the outbox.
+    pub drain: Drain,
+    ring: Arc<Ring>,
+    /// The agent's own producing end, for bookmarks.
+    producer: Producer,
+}
+
+/// Descriptors for the filter.
+#[derive(Debug)]
+pub struct RingFds {
+    /// The ring.
+    pub ring: OwnedFd,
+    /// What wakes the drain.
+    pub bell: OwnedFd,
+}
+
+impl Live {
+    /// Makes ring and outbox and starts the drain.
+    ///
+    /// # Errors
+    /// When the kernel refuses memory, descriptors or a thread, or the disk's size is impossible.
+    pub fn start(
+        order: &Attach,
+        clock: &HostClock,
+        ring_bytes: u64,
+        outbox_bytes: u64,
+        events: &Sender,
+    ) -> Result<(Self, RingFds), AgentError> {
+        clock.raise_to(order.clock_floor);
+        let config = RingConfig {
+            arena_bytes: ring_bytes,
+            ..RingConfig::new(order.disk, order.epoch, order.first_lsn, order.disk_bytes)
+        };
+        let (ring, ring_fd) = Ring::create(&config).map_err(ring_error)?;
+        let bell = Bell::create().map_err(ring_error)?;
+        let bell_fd =
+            bell.as_fd().try_clone_to_owned().map_err(AgentError::os("cannot duplicate an eventfd"))?;
+        let producer = Producer::new(Arc::clone(&ring), clock.clone(), bell.duplicate().map_err(ring_error)?);
+        let (outbox, writer) = Outbox::create(order.disk, order.epoch, outbox_bytes)
+            .map_err(AgentError::os("cannot make an outbox"))?;
+        let consumer = Consumer::new(Arc::clone(&ring), clock.clone());
+        let drain = Drain::start(consumer, writer, bell, events.clone())?;
+        let live = Self { epoch: order.epoch, outbox, drain, ring, producer };
+        Ok((live, RingFds { ring: ring_fd, bell: bell_fd }))
+    }
+
+    /// Puts a bookmark into the ring.
+    ///
+    /// # Errors
+    /// Why not, in words for the operator.
+    pub fn bookmark(&self, name: &str) -> Result<(Lsn, Stamp), String> {
+        self.producer.bookmark(name).map_err(|full| format!("{full}; try again in a moment"))
+    }
+
+    /// What it looks like now.
+    #[must_use]
+    pub fn sample(&self, clock: &HostClock) -> Sample {
+        // The clock first: what is older and was captured has its LSN by the time the ring is looked at.
+        let host_stamp = clock.now();
+        let mode = match self.ring.mode().mode {
+            Mode::Off => "off",
+            Mode::Tracking => "tracking",
+            Mode::Capturing => "capturing",
+        };
+        Sample {
+            mode,
+            captured_lsn: self.ring.captured_lsn(),
+            captured_stamp: self.drain.captured_stamp(),
+            ring_has_room: self.ring.has_room(),
+            ring_used_bytes: self.ring.arena_used_bytes(),
+            ring_bytes: self.ring.config().arena_bytes,
+            dirty_bytes: self.ring.dirty().bytes(),
+            outbox_used_bytes: self.outbox.used_bytes(),
+            outbox_bytes: self.outbox.capacity_bytes(),
+            unacked_bytes: self.outbox.raw_bytes(),
+            host_stamp,
+        }
+    }
+}
+
+fn ring_error(error: RingError) -> AgentError {
+    AgentError::Ring(match std::error::Error::source(&error) {
+        Some(source) => format!("{error}: {source}"),
+        None => error.to_string(),
+    })
+}

@@ -1,0 +1,206 @@
+//! Packs records and their data into frames: the part of the drain that only computes.
+
+use std::time::Instant;
+
+use journal_format::frame::{FrameMeta, encode_head};
+use journal_format::limits::MAX_RECORD_DATA_BYTES;
+use journal_format::{DiskId, Epoch, FormatError, Op, Record, codec};
+
+use crate::limits::{FRAME_MAX_AGE, FRAME_MAX_RECORDS, FRAME_TARGET_BYTES, ZSTD_LEVEL};
+use crate::outbox::PackedFrame;
+
+/// A frame under construction.
+///
+/// The consumer appends at most [`Packer::room`] bytes of a record's data to [`Packer::data`]; then the record goes to
+/// [`Packer::add`]. When there is not room enough, the frame is closed first.
+#[derive(Debug)]
+pub struct Packer {
+    disk: DiskId,
+    epoch: Epoch,
+    disk_bytes: u64,
+    records: Vec<Record>,
+    data: Vec<u8>,
+    opened: Option<Instant>,
+}
+
+impl Packer {
+    /// A packer for one epoch of a disk that has `disk_bytes` now.
+    #[must_use]
+    pub fn new(disk: DiskId, epoch: Epoch, disk_bytes: u64) -> Self {
+        Self {
+            disk,
+            epoch,
+            disk_bytes,
+            records: Vec::with_capacity(FRAME_MAX_RECORDS),
+            data: Vec::with_capacity(FRAME_TARGET_BYTES + MAX_RECORD_DATA_BYTES as usize),
+            opened: None,
+        }
+    }
+
+    /// Where the next record's data is appended.
+    pub fn data(&mut self) -> &mut Vec<u8> {
+        &mut self.data
+    }
+
+    /// Whether no record waits.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.records.is_empty()
+    }
+
+    /// Bytes of data that the next record may have: an empty frame takes any record.
+    #[must_use]
+    pub fn room(&self) -> u32 {
+        if self.records.is_empty() {
+            return MAX_RECORD_DATA_BYTES;
+        }
+        u32::try_from(FRAME_TARGET_BYTES.saturating_sub(self.data.len())).unwrap_or(0)
+    }
+
+    /// Takes a record whose data (if it has any) was just appended to [`Packer::data`], with its span.
+    pub fn add(&mut self, now: Instant, record: Record) {
+        if let Op::Resize { disk_bytes } = record.op {
+            self.disk_bytes = disk_bytes;
+        }
+        self.opened.get_or_insert(now);
+        self.records.push(record);
+    }
+
+    /// Whether the frame should be closed now.
+    #[must_use]
+    pub fn is_due(&self, now: Instant) -> bool {
+        let full = self.data.len() >= FRAME_TARGET_BYTES || self.records.len() >= FRAME_MAX_RECORDS;
+        let old = self.opened.is_some_and(|opened| now.saturating_duration_since(opened) >= FRAME_MAX_AGE);
+        full || old
+    }
+
+    /// Closes the frame: compresses and encodes it. `None` when no record waits.
+    ///
+    /// # Errors
+    /// When it does not encode: the ring's consumer has let something through that it must not.
+    pub fn close(&mut self) -> Result<Option<PackedFrame>, FormatError> {
+        let (Some(first), Some(last)) = (self.records.first(), self.records.last()) else { return Ok(None) };
+        let (first_lsn, last_lsn) = (first.lsn, last.lsn);
+        let raw = self.data.as_slice();
+        let (codec, packed) = codec::compress(raw, ZSTD_LEVEL);
+        let raw_bytes = u32::try_from(raw.len()).unwrap_or(u32::MAX);
+        let data = packed.unwrap_or_else(|| raw.to_vec());
+        let meta = FrameMeta {
+            disk: self.disk,
+            epoch: self.epoch,
+            first_lsn,
+            disk_bytes: self.disk_bytes,
+            codec,
+            raw_bytes,
+        };
+        let head = encode_head(&meta, &self.records, &data)?;
+        self.records.clear();
+        self.data.clear();
+        self.opened = None;
+        Ok(Some(PackedFrame { first_lsn, last_lsn, raw_bytes, head, data }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use journal_format::{ByteRange, DataSpan, Frame, Lsn, Stamp};
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn packer() -> Packer {
+        Packer::new(DiskId([3; 16]), Epoch(2), 1 << 30)
+    }
+
+    /// Appends a write as the consumer does, closing the frame first when there is no room.
+    fn put(packer: &mut Packer, now: Instant, lsn: u64, data: &[u8]) -> Option<PackedFrame> {
+        let full = data.len() > packer.room() as usize;
+        let ready = if full { packer.close().unwrap() } else { None };
+        let pos = u32::try_from(packer.data().len()).unwrap();
+        packer.data().extend_from_slice(data);
+        packer.add(now, write(lsn, pos, data.len()));
+        ready
+    }
+
+    fn write(lsn: u64, pos: u32, len: usize) -> Record {
+        let len = u32::try_from(len).unwrap();
+        let range = ByteRange::new(lsn * 4096, u64::from(len)).unwrap();
+        let op = Op::Write { range, data: DataSpan { pos, len }, fill: false, fua: false };
+        Record { lsn: Lsn(lsn), stamp: Stamp(lsn), op }
+    }
+
+    fn bytes(frame: &PackedFrame) -> Vec<u8> {
+        [frame.head.as_slice(), frame.data.as_slice()].concat()
+    }
+
+    proptest! {
+        #[test]
+        fn every_record_comes_out_once_with_its_own_bytes(
+            sizes in prop::collection::vec(prop_oneof![1_usize..9000, 200_000_usize..700_000], 1..60)
+        ) {
+            let mut packer = packer();
+            let mut frames = Vec::new();
+            let now = Instant::now();
+            for (i, len) in sizes.iter().enumerate() {
+                frames.extend(put(&mut packer, now, i as u64 + 1, &vec![u8::try_from(i).unwrap(); *len]));
+                if packer.is_due(now) {
+                    frames.extend(packer.close().unwrap());
+                }
+            }
+            frames.extend(packer.close().unwrap());
+            let mut next = 0_usize;
+            for packed in &frames {
+                let encoded = bytes(packed);
+                let frame = Frame::parse(&encoded).unwrap();
+                let header = frame.header();
+                let raw = codec::decompress(header.codec(), frame.data(), header.raw_bytes()).unwrap();
+                prop_assert!(raw.len() <= FRAME_TARGET_BYTES || header.record_count() == 1);
+                for record in frame.records() {
+                    prop_assert_eq!(record.lsn, Lsn(next as u64 + 1));
+                    let Op::Write { data, .. } = record.op else { panic!("only writes went in") };
+                    let span = &raw[data.pos as usize..data.end() as usize];
+                    prop_assert_eq!(span.len(), sizes[next]);
+                    prop_assert!(span.iter().all(|b| usize::from(*b) == next));
+                    next += 1;
+                }
+            }
+            prop_assert_eq!(next, sizes.len());
+        }
+    }
+
+    #[test]
+    fn a_frame_is_due_when_full_or_old() {
+        let mut packer = packer();
+        let now = Instant::now();
+        assert!(!packer.is_due(now + FRAME_MAX_AGE), "nothing waits");
+        put(&mut packer, now, 1, &[1; 100]);
+        assert!(!packer.is_due(now));
+        assert!(packer.is_due(now + FRAME_MAX_AGE));
+        assert!(put(&mut packer, now, 2, &vec![1; FRAME_TARGET_BYTES - 100]).is_none());
+        assert!(packer.is_due(now));
+    }
+
+    #[test]
+    fn frames_carry_the_size_after_a_resize() {
+        let mut packer = packer();
+        let op = Op::Resize { disk_bytes: 2 << 30 };
+        packer.add(Instant::now(), Record { lsn: Lsn(1), stamp: Stamp(1), op });
+        let frame = packer.close().unwrap().unwrap();
+        let encoded = bytes(&frame);
+        assert_eq!(Frame::parse(&encoded).unwrap().header().disk_bytes(), 2 << 30);
+    }
+
+    #[test]
+    fn data_that_does_not_shrink_is_kept_raw() {
+        let mut packer = packer();
+        let mut noise = vec![0; 4096];
+        let mut x = 1_u64;
+        for byte in &mut noise {
+            x = x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            *byte = (x >> 56) as u8;
+        }
+        put(&mut packer, Instant::now(), 1, &noise);
+        let frame = packer.close().unwrap().unwrap();
+        assert_eq!(frame.data, noise);
+    }
+}

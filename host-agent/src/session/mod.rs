@@ -1,0 +1,368 @@
+//! The session: everything the agent decides, as a state machine without I/O.
+//!
+//! [`Session::handle`] takes the time and an [`Event`] and returns [`Action`]s; the hub's thread is its driver. What
+//! may be sent is asked with [`Session::next_to_ship`], because sending depends on the socket's pace.
+//!
+//! A disk under protection is a `Capture`, in one of these phases:
+//!
+//! ```text
+//!  SetProtection(on)                                  filter: ok
+//!  ────────► Opening ──DiskOpened──► Attaching ───────────────► Capturing
+//!               │ refused, lost          │ filter: error            │ SetProtection(off), fault,
+//!               ▼                        │                          │ device gone, server lost its place
+//!            (gone)                      │                          ▼
+//!               ▲                        │        filter: ok     Detaching
+//!               │ drained and acked      ▼ ◄────────────────────────┘
+//!               └─────────────────── Draining ◄──process dead── Orphaned ◄── filter lost (from any but Opening)
+//!                                                                   └─ same process back ──► Detaching
+//! ```
+//!
+//! For every capture `packed ≥ shipped ≥ acked`: records in the outbox, handed to the socket, durable at the server
+//! (the ring's own `captured ≥ packed`). [`Session::check`] asserts it after every event.
+
+mod capture;
+mod commands;
+mod inventory;
+mod server;
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use journal_format::{DiskId, Epoch, Lsn, Stamp, wire};
+
+pub use self::inventory::{DiskInfo, VmInfo};
+pub use self::server::ServerMessage;
+
+use self::capture::Capture;
+use self::inventory::Inventory;
+use self::server::Server;
+use crate::identity::HostId;
+
+/// A filter's connection, numbered in the order of connecting and never used again.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct FilterId(pub u64);
+
+/// Who the agent is.
+#[derive(Clone, Debug)]
+pub struct Identity {
+    /// Names the host for ever.
+    pub host_id: HostId,
+    /// Name for people.
+    pub host_name: String,
+    /// Token for the server, or empty.
+    pub token: String,
+}
+
+/// How a ring should come to its end.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Ending {
+    /// Nothing is published any more: take what is there, until the ring is empty.
+    Detached,
+    /// The process died: also close the slots it had reserved, and say what it had issued.
+    Dead,
+    /// The agent stops: pack what was taken, leave the rest in the ring.
+    AgentStops,
+}
+
+/// What a drain thread saw of its ring and outbox, and the outbox's fill.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Sample {
+    /// `capturing`, `tracking` or `off`.
+    pub mode: &'static str,
+    /// Last LSN reserved in the ring.
+    pub captured_lsn: Lsn,
+    /// Stamp of the newest record taken out.
+    pub captured_stamp: Stamp,
+    /// Whether the ring would take requests again.
+    pub ring_has_room: bool,
+    /// Bytes of arena in use.
+    pub ring_used_bytes: u64,
+    /// Bytes of arena.
+    pub ring_bytes: u64,
+    /// Bytes of disk still to be synced.
+    pub dirty_bytes: u64,
+    /// Bytes used in the outbox.
+    pub outbox_used_bytes: u64,
+    /// Bytes of outbox.
+    pub outbox_bytes: u64,
+    /// Raw bytes in it.
+    pub unacked_bytes: u64,
+    /// The host's clock.
+    pub host_stamp: Stamp,
+}
+
+/// Something happened.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// A filter connected and said who it is.
+    FilterUp(FilterId, VmInfo),
+    /// A filter's complete list of disks.
+    FilterDisks(FilterId, Vec<DiskInfo>),
+    /// A filter's answer to a request; an empty message when it was done.
+    FilterResult(FilterId, u64, String),
+    /// A filter switched a device's capture off because of a fault in itself.
+    FilterFault(FilterId, String, String),
+    /// A filter's connection ended; its process may live on.
+    FilterLost(FilterId),
+    /// The process of a lost filter is dead.
+    ProcessDead(FilterId),
+    /// The TCP connection is there.
+    ServerConnected,
+    /// It is not, or not any more.
+    ServerLost,
+    /// A message from the server.
+    Server(ServerMessage),
+    /// Frames up to this LSN are in the outbox.
+    Packed(DiskId, Epoch, Lsn),
+    /// The drain thread has come to its end; the last LSN it packed.
+    Drained(DiskId, Epoch, Lsn),
+    /// What QEMU wrote into the ring is no ring any more; the drain thread has ended.
+    RingFault(DiskId, Epoch, String),
+    /// The bookmark that was asked for is in the ring, or why not.
+    BookmarkPut(DiskId, u64, Result<(Lsn, Stamp), String>),
+    /// What a capture looks like now.
+    Sampled(DiskId, Epoch, Sample),
+    /// Time passed.
+    Tick,
+    /// The agent was asked to stop.
+    Stop,
+}
+
+/// Something to do.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Action {
+    /// Connect to the server; answered by `ServerConnected` or `ServerLost`.
+    Connect,
+    /// Close the connection to the server; no event answers.
+    Disconnect(String),
+    /// Send a message, before any frame.
+    Send(ToServer),
+    /// Make ring, outbox and drain thread, then ask the filter to attach.
+    Attach(Attach),
+    /// Ask a filter to detach a device.
+    Detach(FilterId, u64, String),
+    /// Tell a filter that a device's ring has room again.
+    Resync(FilterId, u64, String),
+    /// Watch the process of a lost filter; answered by `ProcessDead`.
+    Watch(FilterId),
+    /// Tell the drain thread how to end.
+    EndRing(DiskId, Epoch, Ending),
+    /// Drop the frames up to that LSN.
+    Release(DiskId, Epoch, Lsn),
+    /// Put a bookmark into the ring; answered by `BookmarkPut`.
+    PutBookmark(DiskId, u64, String),
+    /// Drop ring and outbox.
+    DropCapture(DiskId, Epoch),
+}
+
+/// The details of [`Action::Attach`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Attach {
+    /// Whom to ask.
+    pub filter: FilterId,
+    /// Number that its answer repeats.
+    pub request: u64,
+    /// The device.
+    pub device: String,
+    /// Its disk's id.
+    pub disk: DiskId,
+    /// The new epoch.
+    pub epoch: Epoch,
+    /// LSN of its first record.
+    pub first_lsn: Lsn,
+    /// Size of the disk.
+    pub disk_bytes: u64,
+    /// The host's clock must be past this.
+    pub clock_floor: Stamp,
+}
+
+/// A message to the server.
+#[derive(Clone, Debug, PartialEq)]
+#[allow(missing_docs, reason = "the names are those of the wire messages")]
+pub enum ToServer {
+    Hello(wire::Hello),
+    Inventory(wire::Inventory),
+    OpenDisk(wire::OpenDisk),
+    CommandResult(wire::CommandResult),
+    DiskStatus(wire::DiskStatus),
+    Ping(wire::Ping),
+    Pong(wire::Ping),
+}
+
+/// The next frames to send.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shipment {
+    /// Whose.
+    pub disk: DiskId,
+    /// Of which epoch.
+    pub epoch: Epoch,
+    /// The first LSN that the server does not have.
+    pub from: Lsn,
+}
+
+/// The state machine.
+#[derive(Debug)]
+pub struct Session {
+    identity: Identity,
+    server: Server,
+    inventory: Inventory,
+    captures: BTreeMap<DiskId, Capture>,
+    /// `OpenDisk` messages of this connection that the server has not answered.
+    asked: BTreeMap<DiskId, u32>,
+    /// Lost filters whose processes still hold rings.
+    orphans: BTreeMap<FilterId, u32>,
+    /// Disks whose capture broke, until when they are left alone, and why.
+    holds: BTreeMap<DiskId, (Duration, String)>,
+    next_request: u64,
+    /// The disk that shipped last, so that the others come first.
+    turn: Option<DiskId>,
+    stopping: bool,
+    out: Vec<Action>,
+}
+
+impl Session {
+    /// A session that knows no VM and has no connection.
+    #[must_use]
+    pub fn new(identity: Identity) -> Self {
+        Self {
+            inventory: Inventory::new(identity.host_id),
+            identity,
+            server: Server::new(),
+            captures: BTreeMap::new(),
+            asked: BTreeMap::new(),
+            orphans: BTreeMap::new(),
+            holds: BTreeMap::new(),
+            next_request: 1,
+            turn: None,
+            stopping: false,
+            out: Vec::new(),
+        }
+    }
+
+    /// Takes an event; returns what to do, in this order.
+    pub fn handle(&mut self, now: Duration, event: Event) -> Vec<Action> {
+        match event {
+            Event::FilterUp(filter, info) => self.filter_up(filter, info),
+            Event::FilterDisks(filter, disks) => self.filter_disks(now, filter, disks),
+            Event::FilterResult(filter, request, error) => self.filter_result(now, filter, request, &error),
+            Event::FilterFault(filter, device, message) => self.filter_fault(now, filter, &device, &message),
+            Event::FilterLost(filter) => self.filter_lost(now, filter),
+            Event::ProcessDead(filter) => self.process_dead(filter),
+            Event::ServerConnected => self.server_connected(now),
+            Event::ServerLost => self.server_lost(now),
+            Event::Server(message) => self.server_message(now, message),
+            Event::Packed(disk, epoch, lsn) => self.packed(disk, epoch, lsn),
+            Event::Drained(disk, epoch, lsn) => self.drained(disk, epoch, lsn),
+            Event::RingFault(disk, epoch, message) => self.ring_fault(now, disk, epoch, &message),
+            Event::BookmarkPut(disk, request, result) => self.bookmark_put(disk, request, result),
+            Event::Sampled(disk, epoch, sample) => self.sampled(now, disk, epoch, &sample),
+            Event::Tick => self.tick(now),
+            Event::Stop => self.stop(),
+        }
+        self.check();
+        core::mem::take(&mut self.out)
+    }
+
+    /// What to send next, each disk in its turn; `None` when nothing waits or nothing may be sent.
+    #[must_use]
+    pub fn next_to_ship(&self) -> Option<Shipment> {
+        if !self.server.is_up() {
+            return None;
+        }
+        let after = self.turn.unwrap_or_default();
+        let ready = |(_, capture): &(&DiskId, &Capture)| capture.may_ship();
+        let next = self.captures.range(after..).find(|entry| *entry.0 != after && ready(entry));
+        let (disk, capture) = next.or_else(|| self.captures.iter().find(ready))?;
+        Some(Shipment { disk: *disk, epoch: capture.epoch, from: capture.shipped.next() })
+    }
+
+    /// Frames up to `last` were handed to the socket.
+    ///
+    /// # Panics
+    /// When they were not packed: the outbox gave them out.
+    pub fn shipped(&mut self, disk: DiskId, epoch: Epoch, last: Lsn) {
+        self.turn = Some(disk);
+        if let Some(capture) = self.captures.get_mut(&disk).filter(|capture| capture.epoch == epoch) {
+            assert!(last <= capture.packed, "a frame was sent that was never packed");
+            capture.shipped = capture.shipped.max(last);
+            capture.ever_shipped = capture.ever_shipped.max(last);
+        }
+    }
+
+    /// Whether everything that was packed is durable and nothing is being packed: a stopping agent may go.
+    #[must_use]
+    pub fn is_flushed(&self) -> bool {
+        self.captures.values().all(|capture| capture.drained && capture.acked >= capture.packed)
+    }
+
+    /// Captures with a ring, whose state is worth sampling.
+    pub fn live(&self) -> impl Iterator<Item = (DiskId, Epoch)> + '_ {
+        let live = self.captures.iter().filter(|(_, capture)| capture.has_ring());
+        live.map(|(disk, capture)| (*disk, capture.epoch))
+    }
+
+    /// The order of the families of numbers, in the one place where it is asserted.
+    fn check(&self) {
+        for (disk, capture) in &self.captures {
+            assert!(
+                capture.packed >= capture.ever_shipped
+                    && capture.ever_shipped >= capture.shipped
+                    && capture.shipped >= capture.acked,
+                "disk {disk}: packed ≥ shipped ≥ acked does not hold"
+            );
+        }
+    }
+
+    fn request(&mut self) -> u64 {
+        let request = self.next_request;
+        self.next_request += 1;
+        request
+    }
+
+    fn send(&mut self, message: ToServer) {
+        if self.server.is_up() {
+            self.out.push(Action::Send(message));
+        }
+    }
+
+    fn send_inventory(&mut self) {
+        self.send(ToServer::Inventory(self.inventory.to_wire()));
+    }
+
+    fn answer(&mut self, request: u64, error: &str, lsn: Lsn, stamp: Stamp) {
+        let error = error.to_owned();
+        self.send(ToServer::CommandResult(wire::CommandResult {
+            request,
+            error,
+            lsn: lsn.0,
+            stamp: stamp.0,
+        }));
+    }
+
+    fn filter_up(&mut self, filter: FilterId, info: VmInfo) {
+        self.inventory.add(filter, info);
+        self.send_inventory();
+    }
+
+    fn stop(&mut self) {
+        self.stopping = true;
+        for (disk, capture) in &mut self.captures {
+            if capture.has_ring() && !capture.drained {
+                self.out.push(Action::EndRing(*disk, capture.epoch, Ending::AgentStops));
+            }
+        }
+    }
+
+    fn tick(&mut self, now: Duration) {
+        self.server_tick(now);
+        self.capture_tick(now);
+        let before = self.holds.len();
+        self.holds.retain(|_, (until, _)| now < *until);
+        if self.holds.len() != before {
+            // The server switches protection on again for disks that should have it.
+            self.send_inventory();
+        }
+    }
+}

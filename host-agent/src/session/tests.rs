@@ -1,0 +1,625 @@
+//! Tests of the session: stories first, then random orders of events.
+
+use std::time::Duration;
+
+use journal_format::{DiskId, Epoch, Lsn, Stamp, wire};
+use proptest::prelude::*;
+
+use super::*;
+use crate::identity::disk_id;
+use crate::limits::{FAULT_HOLD, FILTER_ANSWER, SERVER_SILENT};
+
+const HOST: [u8; 16] = [9; 16];
+const VM: [u8; 16] = [7; 16];
+const F1: FilterId = FilterId(1);
+const F2: FilterId = FilterId(2);
+
+fn disk() -> DiskId {
+    disk_id(&HOST, &VM, "vm", "virtio0")
+}
+
+fn vm(pid: u32) -> VmInfo {
+    VmInfo { pid, program: "qemu".into(), name: "vm".into(), uuid: VM, ..VmInfo::default() }
+}
+
+fn disks() -> Vec<DiskInfo> {
+    vec![DiskInfo { device: "virtio0".into(), disk_bytes: 1 << 30, ..DiskInfo::default() }]
+}
+
+/// A session with the time and the answers it gave.
+struct World {
+    session: Session,
+    now: Duration,
+}
+
+impl World {
+    fn new() -> Self {
+        let identity = Identity { host_id: HOST, host_name: "h".into(), token: String::new() };
+        Self { session: Session::new(identity), now: Duration::ZERO }
+    }
+
+    fn on(&mut self, event: Event) -> Vec<Action> {
+        self.session.handle(self.now, event)
+    }
+
+    fn server(&mut self, message: ServerMessage) -> Vec<Action> {
+        self.on(Event::Server(message))
+    }
+
+    fn connect(&mut self) -> Vec<Action> {
+        self.now += Duration::from_secs(6);
+        assert!(self.on(Event::Tick).contains(&Action::Connect));
+        self.on(Event::ServerConnected);
+        self.server(ServerMessage::Welcome(wire::Welcome {
+            protocol: wire::PROTOCOL_VERSION,
+            ..Default::default()
+        }))
+    }
+
+    fn opened(&mut self, durable: u64, epoch: u64) -> Vec<Action> {
+        self.server(ServerMessage::DiskOpened {
+            disk: disk(),
+            durable_lsn: Lsn(durable),
+            durable_stamp: Stamp(5),
+            epoch: Epoch(epoch),
+            refused: String::new(),
+        })
+    }
+
+    /// A VM, a connection, and a disk captured in epoch 3 from LSN 101 on.
+    fn capturing() -> Self {
+        let mut world = Self::new();
+        world.on(Event::FilterUp(F1, vm(10)));
+        world.on(Event::FilterDisks(F1, disks()));
+        world.connect();
+        world.server(ServerMessage::SetProtection(1, disk(), true));
+        let request = attach(&world.opened(100, 3)).request;
+        let answers = world.on(Event::FilterResult(F1, request, String::new()));
+        assert_eq!(results(&answers), [(1, String::new())]);
+        world
+    }
+
+    fn ship(&mut self, to: u64) {
+        self.on(Event::Packed(disk(), Epoch(3), Lsn(to)));
+        while let Some(next) = self.session.next_to_ship() {
+            self.session.shipped(next.disk, next.epoch, Lsn(to));
+        }
+    }
+
+    fn phase(&self) -> Option<String> {
+        self.session.phases().get(&disk()).cloned()
+    }
+}
+
+fn attach(actions: &[Action]) -> Attach {
+    let found = actions.iter().find_map(|action| match action {
+        Action::Attach(order) => Some(order.clone()),
+        _ => None,
+    });
+    found.expect("an attach")
+}
+
+fn detach(actions: &[Action]) -> Option<u64> {
+    actions.iter().find_map(|action| match action {
+        Action::Detach(_, request, _) => Some(*request),
+        _ => None,
+    })
+}
+
+fn results(actions: &[Action]) -> Vec<(u64, String)> {
+    let of = |action: &Action| match action {
+        Action::Send(ToServer::CommandResult(result)) => Some((result.request, result.error.clone())),
+        _ => None,
+    };
+    actions.iter().filter_map(of).collect()
+}
+
+fn opens(actions: &[Action]) -> Vec<u64> {
+    let of = |action: &Action| match action {
+        Action::Send(ToServer::OpenDisk(open)) => Some(open.resume_epoch),
+        _ => None,
+    };
+    actions.iter().filter_map(of).collect()
+}
+
+fn inventory(actions: &[Action]) -> wire::Inventory {
+    let of = |action: &Action| match action {
+        Action::Send(ToServer::Inventory(inventory)) => Some(inventory.clone()),
+        _ => None,
+    };
+    actions.iter().filter_map(of).last().expect("an inventory")
+}
+
+#[test]
+fn protecting_asks_the_server_where_its_journal_ends_and_continues_there() {
+    let mut world = World::new();
+    world.on(Event::FilterUp(F1, vm(10)));
+    world.on(Event::FilterDisks(F1, disks()));
+    assert_eq!(inventory(&world.connect()).vms[0].disks[0].disk, disk().0);
+    assert_eq!(opens(&world.server(ServerMessage::SetProtection(1, disk(), true))), [0]);
+    let order = attach(&world.opened(100, 3));
+    assert_eq!((order.first_lsn, order.epoch, order.clock_floor), (Lsn(101), Epoch(3), Stamp(5)));
+    assert_eq!((order.filter, order.device.as_str(), order.disk_bytes), (F1, "virtio0", 1 << 30));
+}
+
+#[test]
+fn protecting_twice_is_answered_twice_and_done_once() {
+    let mut world = World::capturing();
+    let again = world.server(ServerMessage::SetProtection(2, disk(), true));
+    assert_eq!(
+        again,
+        [Action::Send(ToServer::CommandResult(wire::CommandResult { request: 2, ..Default::default() }))]
+    );
+}
+
+#[test]
+fn unprotecting_ends_only_when_everything_is_durable() {
+    let mut world = World::capturing();
+    world.ship(150);
+    let request = detach(&world.server(ServerMessage::SetProtection(2, disk(), false))).unwrap();
+    let ended = world.on(Event::FilterResult(F1, request, String::new()));
+    assert_eq!(ended, [Action::EndRing(disk(), Epoch(3), Ending::Detached)]);
+    world.ship(160);
+    assert!(results(&world.on(Event::Drained(disk(), Epoch(3), Lsn(160)))).is_empty());
+    assert!(results(&world.server(ServerMessage::Ack(disk(), Lsn(159)))).is_empty());
+    let done = world.server(ServerMessage::Ack(disk(), Lsn(160)));
+    assert!(done.contains(&Action::DropCapture(disk(), Epoch(3))));
+    assert_eq!(results(&done), [(2, String::new())]);
+    assert_eq!(results(&world.server(ServerMessage::SetProtection(3, disk(), false))), [(3, String::new())]);
+}
+
+#[test]
+fn a_reconnect_resends_from_after_the_durable_lsn() {
+    let mut world = World::capturing();
+    world.ship(150);
+    world.server(ServerMessage::Ack(disk(), Lsn(120)));
+    world.on(Event::ServerLost);
+    assert_eq!(world.session.next_to_ship(), None);
+    assert_eq!(opens(&world.connect()), [3]);
+    assert_eq!(world.session.next_to_ship(), None, "not before the answer");
+    let actions = world.opened(130, 3);
+    assert_eq!(actions, [Action::Release(disk(), Epoch(3), Lsn(130))]);
+    assert_eq!(world.session.next_to_ship().unwrap().from, Lsn(131));
+}
+
+#[test]
+fn a_server_that_lost_its_place_gets_a_new_epoch() {
+    for (durable, epoch) in [(119, 3), (151, 3), (130, 4)] {
+        let mut world = World::capturing();
+        world.ship(150);
+        world.server(ServerMessage::Ack(disk(), Lsn(120)));
+        world.on(Event::ServerLost);
+        world.connect();
+        let request = detach(&world.opened(durable, epoch)).expect("the old epoch ends");
+        world.on(Event::FilterResult(F1, request, String::new()));
+        let closed = world.on(Event::Drained(disk(), Epoch(3), Lsn(170)));
+        assert!(closed.contains(&Action::DropCapture(disk(), Epoch(3))), "{durable} {epoch}");
+        assert_eq!(opens(&closed), [0], "and a new one begins");
+    }
+}
+
+#[test]
+fn an_acknowledgement_of_what_was_not_sent_ends_the_connection() {
+    let mut world = World::capturing();
+    world.ship(150);
+    world.on(Event::Packed(disk(), Epoch(3), Lsn(160)));
+    let actions = world.server(ServerMessage::Ack(disk(), Lsn(151)));
+    assert!(matches!(actions[..], [Action::Disconnect(_)]));
+}
+
+#[test]
+fn a_refusal_keeps_frames_and_asks_again() {
+    let mut world = World::capturing();
+    world.ship(110);
+    world.server(ServerMessage::Refused(disk(), "disk full".into(), 1000));
+    world.on(Event::Packed(disk(), Epoch(3), Lsn(120)));
+    assert_eq!(world.session.next_to_ship(), None);
+    world.now += Duration::from_secs(1);
+    assert_eq!(opens(&world.on(Event::Tick)), [3]);
+    world.opened(105, 3);
+    assert_eq!(world.session.next_to_ship().unwrap().from, Lsn(106));
+}
+
+#[test]
+fn a_bookmark_is_answered_when_it_is_durable() {
+    let mut world = World::capturing();
+    let put = world.server(ServerMessage::InsertBookmark(5, disk(), "before upgrade".into()));
+    assert_eq!(put, [Action::PutBookmark(disk(), 5, "before upgrade".into())]);
+    assert!(world.server(ServerMessage::InsertBookmark(5, disk(), "before upgrade".into())).is_empty());
+    world.on(Event::BookmarkPut(disk(), 5, Ok((Lsn(120), Stamp(77)))));
+    world.ship(130);
+    assert!(results(&world.server(ServerMessage::Ack(disk(), Lsn(119)))).is_empty());
+    let done = world.server(ServerMessage::Ack(disk(), Lsn(125)));
+    let answer = wire::CommandResult { request: 5, error: String::new(), lsn: 120, stamp: 77 };
+    assert!(done.contains(&Action::Send(ToServer::CommandResult(answer))));
+}
+
+#[test]
+fn a_dead_process_is_drained_and_comes_back_with_a_new_epoch() {
+    let mut world = World::capturing();
+    world.ship(150);
+    assert!(world.on(Event::FilterLost(F1)).contains(&Action::Watch(F1)));
+    assert_eq!(world.phase().unwrap(), "Orphaned");
+    // The next process is there before the old one's death is seen.
+    world.on(Event::FilterUp(F2, vm(11)));
+    assert_eq!(detach(&world.on(Event::FilterDisks(F2, disks()))), None, "another process holds no old ring");
+    world.server(ServerMessage::SetProtection(8, disk(), true));
+    assert_eq!(world.on(Event::ProcessDead(F1)), [Action::EndRing(disk(), Epoch(3), Ending::Dead)]);
+    world.on(Event::Drained(disk(), Epoch(3), Lsn(150)));
+    assert_eq!(opens(&world.server(ServerMessage::Ack(disk(), Lsn(150)))), [0]);
+    assert_eq!(attach(&world.opened(150, 4)).filter, F2);
+}
+
+#[test]
+fn a_process_that_only_lost_its_connection_is_detached_and_captured_anew() {
+    let mut world = World::capturing();
+    world.on(Event::FilterLost(F1));
+    world.on(Event::FilterUp(F2, vm(10)));
+    let request = detach(&world.on(Event::FilterDisks(F2, disks()))).expect("the old ring ends first");
+    world.on(Event::FilterResult(F2, request, String::new()));
+    assert_eq!(opens(&world.on(Event::Drained(disk(), Epoch(3), Lsn(100)))), [0]);
+}
+
+#[test]
+fn the_second_claim_of_a_disk_is_listed_and_refused() {
+    let mut world = World::capturing();
+    world.on(Event::FilterUp(F2, vm(11)));
+    let listed = inventory(&world.on(Event::FilterDisks(F2, disks())));
+    assert_eq!(listed.vms[0].disks[0].refused, "");
+    assert!(listed.vms[1].disks[0].refused.contains("process 10"));
+    let after = inventory(&world.on(Event::FilterLost(F2)));
+    assert_eq!(after.vms.len(), 1);
+}
+
+#[test]
+fn a_fault_holds_the_disk_for_a_while_then_reports_it_again() {
+    let mut world = World::capturing();
+    let actions = world.on(Event::FilterFault(F1, "virtio0".into(), "bad layout".into()));
+    let request = detach(&actions).unwrap();
+    world.on(Event::FilterResult(F1, request, String::new()));
+    world.on(Event::Drained(disk(), Epoch(3), Lsn(100)));
+    assert_eq!(world.phase(), None);
+    let refused = results(&world.server(ServerMessage::SetProtection(4, disk(), true)));
+    assert!(refused[0].1.contains("bad layout"));
+    world.now += FAULT_HOLD / 2;
+    world.server(ServerMessage::Ping(1));
+    world.now += FAULT_HOLD / 2;
+    world.server(ServerMessage::Ping(2));
+    inventory(&world.on(Event::Tick));
+    assert_eq!(opens(&world.server(ServerMessage::SetProtection(5, disk(), true))), [0]);
+}
+
+#[test]
+fn what_a_hostile_ring_gave_before_its_fault_is_still_shipped() {
+    let mut world = World::capturing();
+    world.ship(110);
+    let request = detach(&world.on(Event::RingFault(disk(), Epoch(3), "corrupt".into()))).unwrap();
+    world.on(Event::FilterResult(F1, request, String::new()));
+    assert_eq!(world.phase().unwrap(), "Draining");
+    world.server(ServerMessage::Ack(disk(), Lsn(110)));
+    assert_eq!(world.phase(), None);
+}
+
+#[test]
+fn a_stuck_qemu_is_reported_and_its_late_answer_still_counts() {
+    let mut world = World::new();
+    world.on(Event::FilterUp(F1, vm(10)));
+    world.on(Event::FilterDisks(F1, disks()));
+    world.connect();
+    world.server(ServerMessage::SetProtection(1, disk(), true));
+    let request = attach(&world.opened(0, 1)).request;
+    for _ in 0..4 {
+        world.now += FILTER_ANSWER / 4;
+        world.server(ServerMessage::Ping(1));
+    }
+    let late = results(&world.on(Event::Tick));
+    assert!(late[0].1.contains("does not answer"));
+    world.on(Event::FilterResult(F1, request, String::new()));
+    assert_eq!(world.phase().unwrap(), "Capturing");
+}
+
+#[test]
+fn only_the_answer_to_the_last_open_counts() {
+    let mut world = World::new();
+    world.on(Event::FilterUp(F1, vm(10)));
+    world.on(Event::FilterDisks(F1, disks()));
+    world.connect();
+    world.server(ServerMessage::SetProtection(1, disk(), true));
+    assert_eq!(results(&world.server(ServerMessage::SetProtection(2, disk(), false))).len(), 2);
+    world.server(ServerMessage::SetProtection(3, disk(), true));
+    let stale = world.opened(0, 1);
+    assert!(!stale.iter().any(|action| matches!(action, Action::Attach(_))), "that was the first one's");
+    assert_eq!(attach(&world.opened(0, 2)).epoch, Epoch(2));
+}
+
+#[test]
+fn tracking_is_ended_by_a_resync_once_there_is_room() {
+    let mut world = World::capturing();
+    let sample = |room, outbox| Sample {
+        mode: "tracking",
+        ring_has_room: room,
+        outbox_used_bytes: outbox,
+        outbox_bytes: 100,
+        ..Sample::default()
+    };
+    let resyncs = |actions: Vec<Action>| actions.iter().filter(|a| matches!(a, Action::Resync(..))).count();
+    assert_eq!(resyncs(world.on(Event::Sampled(disk(), Epoch(3), sample(false, 10)))), 0);
+    assert_eq!(resyncs(world.on(Event::Sampled(disk(), Epoch(3), sample(true, 80)))), 0);
+    assert_eq!(resyncs(world.on(Event::Sampled(disk(), Epoch(3), sample(true, 10)))), 1);
+    assert_eq!(resyncs(world.on(Event::Sampled(disk(), Epoch(3), sample(true, 10)))), 0, "not at once again");
+}
+
+#[test]
+fn a_silent_server_is_pinged_then_left() {
+    let mut world = World::capturing();
+    world.now += Duration::from_secs(6);
+    let pings = world.on(Event::Tick);
+    assert!(pings.iter().any(|action| matches!(action, Action::Send(ToServer::Ping(_)))));
+    world.now += SERVER_SILENT;
+    assert!(world.on(Event::Tick).iter().any(|action| matches!(action, Action::Disconnect(_))));
+}
+
+#[test]
+fn a_server_that_refuses_the_agent_is_asked_again_later_and_later() {
+    let mut world = World::new();
+    let mut pauses = Vec::new();
+    for _ in 0..10 {
+        while !world.on(Event::Tick).contains(&Action::Connect) {
+            world.now += Duration::from_millis(50);
+        }
+        pauses.push(world.now);
+        world.on(Event::ServerConnected);
+        let refusal = wire::Welcome { protocol: 1, refused: "wrong token".into(), ..Default::default() };
+        let actions = world.server(ServerMessage::Welcome(refusal));
+        assert!(matches!(&actions[..], [Action::Disconnect(why)] if why.contains("wrong token")));
+    }
+    assert!(pauses[2] - pauses[1] < pauses[5] - pauses[4]);
+    assert!(pauses[9] - pauses[8] <= Duration::from_secs(5) + Duration::from_millis(50));
+}
+
+#[test]
+fn a_stopping_agent_waits_for_acknowledgements_and_leaves_disks_attached() {
+    let mut world = World::capturing();
+    world.ship(110);
+    let actions = world.on(Event::Stop);
+    assert_eq!(actions, [Action::EndRing(disk(), Epoch(3), Ending::AgentStops)]);
+    assert!(!world.session.is_flushed());
+    world.on(Event::Drained(disk(), Epoch(3), Lsn(110)));
+    assert!(!world.session.is_flushed());
+    world.server(ServerMessage::Ack(disk(), Lsn(110)));
+    assert!(world.session.is_flushed());
+}
+
+/// What the random driver may do; numbers are taken modulo what makes sense at that moment.
+#[derive(Clone, Debug)]
+enum Step {
+    FilterUp(u8),
+    FilterDisks(u8, bool),
+    FilterLost(u8),
+    ProcessDead(u8),
+    Fault(u8),
+    AnswerFilter(bool),
+    Connected,
+    Lost,
+    Welcome,
+    Opened(u64, u64, bool),
+    Ack(u64),
+    Refused,
+    Protect(bool),
+    Bookmark,
+    Pack(u64),
+    Drained,
+    RingFault,
+    Ship,
+    Sleep(u16),
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let step = prop_oneof![
+        2 => (0_u8..3).prop_map(Step::FilterUp),
+        4 => (0_u8..3, prop::bool::weighted(0.9)).prop_map(|(f, has)| Step::FilterDisks(f, has)),
+        1 => (0_u8..3).prop_map(Step::FilterLost),
+        1 => (0_u8..3).prop_map(Step::ProcessDead),
+        1 => (0_u8..3).prop_map(Step::Fault),
+        6 => prop::bool::weighted(0.9).prop_map(Step::AnswerFilter),
+        4 => Just(Step::Connected),
+        1 => Just(Step::Lost),
+        4 => Just(Step::Welcome),
+        6 => (0_u64..40, 0_u64..4, prop::bool::weighted(0.1)).prop_map(|(d, e, r)| Step::Opened(d, e, r)),
+        6 => (0_u64..60).prop_map(Step::Ack),
+        1 => Just(Step::Refused),
+        6 => prop::bool::weighted(0.8).prop_map(Step::Protect),
+        2 => Just(Step::Bookmark),
+        8 => (1_u64..20).prop_map(Step::Pack),
+        3 => Just(Step::Drained),
+        1 => Just(Step::RingFault),
+        8 => Just(Step::Ship),
+        4 => (0_u16..8000).prop_map(Step::Sleep),
+    ];
+    prop::collection::vec(step, 1..250)
+}
+
+/// The driver's side of one epoch.
+#[derive(Debug)]
+struct FakeRing {
+    epoch: Epoch,
+    packed: Lsn,
+    released: Lsn,
+    ending: bool,
+    ended: bool,
+}
+
+/// Performs actions as the hub would and checks what must never happen.
+#[derive(Default)]
+struct Fake {
+    ring: Option<FakeRing>,
+    asked: Vec<(FilterId, u64)>,
+    answered: Vec<u64>,
+    /// Highest LSN this connection carried.
+    carried: Lsn,
+    follow: Vec<Event>,
+}
+
+impl Fake {
+    fn perform(&mut self, actions: Vec<Action>) {
+        for action in actions {
+            match action {
+                Action::Attach(order) => {
+                    assert!(self.ring.is_none(), "an epoch begins before the last is dropped");
+                    let packed = order.first_lsn.prev();
+                    self.ring = Some(FakeRing {
+                        epoch: order.epoch,
+                        packed,
+                        released: packed,
+                        ending: false,
+                        ended: false,
+                    });
+                    self.asked.push((order.filter, order.request));
+                }
+                Action::Detach(filter, request, _) => self.asked.push((filter, request)),
+                Action::EndRing(_, epoch, _) => match self.ring.as_mut().filter(|ring| ring.epoch == epoch) {
+                    Some(ring) => ring.ending = true,
+                    None => panic!("the end of a ring that does not exist"),
+                },
+                Action::Release(_, epoch, lsn) => {
+                    let ring = self
+                        .ring
+                        .as_mut()
+                        .filter(|ring| ring.epoch == epoch)
+                        .expect("a ring to release from");
+                    assert!(lsn <= ring.packed, "what was never packed is released");
+                    ring.released = ring.released.max(lsn);
+                }
+                Action::DropCapture(_, epoch) => {
+                    let ring = self.ring.take().expect("a ring to drop");
+                    assert_eq!(ring.epoch, epoch);
+                    assert!(ring.ended, "dropped while its drain runs");
+                    assert_eq!(ring.released.max(ring.packed), ring.packed);
+                }
+                Action::PutBookmark(disk, request, _) => {
+                    let lsn = self.ring.as_ref().expect("a ring for the bookmark").packed.next();
+                    self.follow.push(Event::BookmarkPut(disk, request, Ok((lsn, Stamp(1)))));
+                }
+                Action::Send(ToServer::CommandResult(result)) => {
+                    assert!(
+                        !self.answered.contains(&result.request),
+                        "request {} answered twice",
+                        result.request
+                    );
+                    self.answered.push(result.request);
+                }
+                Action::Connect
+                | Action::Disconnect(_)
+                | Action::Send(_)
+                | Action::Resync(..)
+                | Action::Watch(_) => {}
+            }
+        }
+    }
+}
+
+fn run(steps: Vec<Step>) {
+    let mut world = World::new();
+    let mut fake = Fake::default();
+    let mut requests = 0;
+    let mut filters = 0_u64;
+    let mut current = [FilterId(0); 3];
+    for step in steps {
+        let filter = |n: u8| current[usize::from(n)];
+        let event = match step {
+            Step::FilterUp(n) => {
+                let old = current[usize::from(n)];
+                let actions = world.on(Event::FilterLost(old));
+                fake.perform(actions);
+                filters += 1;
+                current[usize::from(n)] = FilterId(filters);
+                Event::FilterUp(FilterId(filters), vm(u32::from(n) + 10))
+            }
+            Step::FilterDisks(n, has) => {
+                Event::FilterDisks(filter(n), if has { disks() } else { Vec::new() })
+            }
+            Step::FilterLost(n) => Event::FilterLost(filter(n)),
+            Step::ProcessDead(n) => Event::ProcessDead(filter(n)),
+            Step::Fault(n) => Event::FilterFault(filter(n), "virtio0".into(), "fault".into()),
+            Step::AnswerFilter(ok) => match fake.asked.pop() {
+                Some((id, request)) => {
+                    Event::FilterResult(id, request, if ok { String::new() } else { "no".into() })
+                }
+                None => Event::Tick,
+            },
+            Step::Connected => Event::ServerConnected,
+            Step::Lost => Event::ServerLost,
+            Step::Welcome => {
+                let welcome = wire::Welcome { protocol: wire::PROTOCOL_VERSION, ..Default::default() };
+                Event::Server(ServerMessage::Welcome(welcome))
+            }
+            Step::Opened(durable, epoch, refused) => Event::Server(ServerMessage::DiskOpened {
+                disk: disk(),
+                durable_lsn: Lsn(durable),
+                durable_stamp: Stamp(1),
+                epoch: Epoch(epoch),
+                refused: if refused { "no".into() } else { String::new() },
+            }),
+            Step::Ack(lsn) => Event::Server(ServerMessage::Ack(disk(), Lsn(lsn))),
+            Step::Refused => Event::Server(ServerMessage::Refused(disk(), "full".into(), 10)),
+            Step::Protect(on) => {
+                requests += 1;
+                Event::Server(ServerMessage::SetProtection(requests, disk(), on))
+            }
+            Step::Bookmark => {
+                requests += 1;
+                Event::Server(ServerMessage::InsertBookmark(requests, disk(), "b".into()))
+            }
+            Step::Pack(count) => match fake.ring.as_mut().filter(|ring| !ring.ended) {
+                Some(ring) => {
+                    ring.packed = ring.packed.plus(count);
+                    Event::Packed(disk(), ring.epoch, ring.packed)
+                }
+                None => Event::Tick,
+            },
+            Step::Drained => match fake.ring.as_mut().filter(|ring| ring.ending && !ring.ended) {
+                Some(ring) => {
+                    ring.ended = true;
+                    Event::Drained(disk(), ring.epoch, ring.packed)
+                }
+                None => Event::Tick,
+            },
+            Step::RingFault => match fake.ring.as_mut().filter(|ring| !ring.ended) {
+                Some(ring) => {
+                    ring.ended = true;
+                    Event::RingFault(disk(), ring.epoch, "corrupt".into())
+                }
+                None => Event::Tick,
+            },
+            Step::Ship => {
+                if let Some(next) = world.session.next_to_ship() {
+                    let ring = fake.ring.as_ref().expect("frames of a ring that exists");
+                    assert_eq!(ring.epoch, next.epoch);
+                    assert!(next.from > ring.released, "what was released is sent again");
+                    assert!(next.from <= ring.packed);
+                    world.session.shipped(next.disk, next.epoch, ring.packed);
+                    fake.carried = fake.carried.max(ring.packed);
+                }
+                Event::Tick
+            }
+            Step::Sleep(ms) => {
+                world.now += Duration::from_millis(ms.into());
+                Event::Tick
+            }
+        };
+        let actions = world.on(event);
+        fake.perform(actions);
+        while let Some(event) = fake.follow.pop() {
+            let actions = world.on(event);
+            fake.perform(actions);
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
+    #[test]
+    fn no_order_of_events_breaks_packed_shipped_acked(steps in steps()) {
+        run(steps);
+    }
+}
