@@ -182,7 +182,7 @@ pub fn meta_entry(input: &[u8]) {
         assert_eq!(again, bytes[..META_ENTRY_BYTES]);
         assert_eq!(entry.frame.head(), &bytes[META_ENTRY_BYTES..entry.header.entry_bytes() as usize]);
         let _ = see_meta(bytes, &PLACE, entry.header.first_lsn);
-        let _ = see_data(bytes, &PLACE, &entry);
+        let _ = (see_data(bytes, &PLACE, Some(&entry)), see_data(bytes, &PLACE, None));
     }
 }
 

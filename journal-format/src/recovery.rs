@@ -235,15 +235,15 @@ pub fn see_next<'a>(bytes: &'a [u8], after: &Place, expected: Lsn) -> (Place, Me
     looked
 }
 
-/// Looks at the data of `entry`. `bytes` is the data file from the position that the entry names on (may be empty);
-/// `place` is that position. A frame without data is always `Valid`.
+/// Looks at the data of `entry`, or without an entry at what lies where the next data entry would be. `bytes` is the data
+/// file from `place` on (may be empty). A frame without data is always `Valid`; for it `place` does not matter.
 #[must_use]
-pub fn see_data(bytes: &[u8], place: &Place, entry: &MetaEntry<'_>) -> DataState {
-    if entry.header.data.is_none() {
+pub fn see_data(bytes: &[u8], place: &Place, entry: Option<&MetaEntry<'_>>) -> DataState {
+    if entry.is_some_and(|entry| entry.header.data.is_none()) {
         return DataState::Valid;
     }
     match DataEntry::parse(bytes, place) {
-        Ok(data) if belongs(&data, entry) => DataState::Valid,
+        Ok(data) if entry.is_none_or(|entry| belongs(&data, entry)) => DataState::Valid,
         Err(_) if is_zero(bytes.get(..DATA_ENTRY_BYTES).unwrap_or(bytes)) => DataState::Absent,
         _ => DataState::Torn,
     }

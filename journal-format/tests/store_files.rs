@@ -59,7 +59,7 @@ fn a_frame_without_data_has_no_data_entry() {
     let meta = meta_entry(&frame, &place(4096), 4, 0);
     let entry = MetaEntry::parse(&meta, &place(4096)).unwrap();
     assert_eq!(entry.header.data, None);
-    assert_eq!(see_data(&[], &place(0), &entry), DataState::Valid);
+    assert_eq!(see_data(&[], &place(0), Some(&entry)), DataState::Valid);
 }
 
 #[test]
@@ -91,11 +91,17 @@ fn recovery_tells_zeroes_from_torn_and_whole_entries() {
 
     let parsed = MetaEntry::parse(&entry, &place(4096)).unwrap();
     let mut data = data_entry(&frame, &place(8192));
-    assert_eq!(see_data(&data, &place(8192), &parsed), DataState::Valid);
-    assert_eq!(see_data(&[0; 4096], &place(8192), &parsed), DataState::Absent);
-    assert_eq!(see_data(&data[..100], &place(8192), &parsed), DataState::Torn);
+    assert_eq!(see_data(&data, &place(8192), Some(&parsed)), DataState::Valid);
+    assert_eq!(see_data(&[0; 4096], &place(8192), Some(&parsed)), DataState::Absent);
+    let other = sample_frame(21);
+    let other = data_entry(&Frame::parse(&other).unwrap(), &place(8192));
+    assert_eq!(see_data(&other, &place(8192), Some(&parsed)), DataState::Torn, "another frame's data");
+    assert_eq!(see_data(&data[..100], &place(8192), Some(&parsed)), DataState::Torn);
+    assert_eq!(see_data(&data, &place(8192), None), DataState::Valid, "data without records");
+    assert_eq!(see_data(&[], &place(8192), None), DataState::Absent);
     *data.last_mut().unwrap() ^= 1;
-    assert_eq!(see_data(&data, &place(8192), &parsed), DataState::Torn);
+    assert_eq!(see_data(&data, &place(8192), None), DataState::Torn);
+    assert_eq!(see_data(&data, &place(8192), Some(&parsed)), DataState::Torn);
 }
 
 #[test]
