@@ -1,0 +1,152 @@
+//! One connection to the agent, from hello to the loss of it.
+
+use std::collections::BTreeMap;
+use std::os::fd::AsFd as _;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use capture_ring::RingError;
+use capture_ring::control::{AttachFds, Connection, DiskInfo, Message, text};
+
+use super::Host;
+use super::text::{cut, hello, told};
+use crate::engine::Capture;
+
+/// How often disks and faults are looked at.
+const LOOK_PERIOD: Duration = Duration::from_secs(1);
+
+/// The captures of this process, by device.
+#[derive(Default)]
+pub(super) struct Captures {
+    by_device: BTreeMap<String, Attached>,
+}
+
+struct Attached {
+    capture: Arc<Capture>,
+    fault_told: bool,
+}
+
+pub(super) struct Session<'a> {
+    host: &'a dyn Host,
+    connection: &'a Connection,
+    captures: &'a mut Captures,
+    disks: Option<Vec<DiskInfo>>,
+    served: bool,
+}
+
+impl<'a> Session<'a> {
+    pub(super) fn new(host: &'a dyn Host, connection: &'a Connection, captures: &'a mut Captures) -> Self {
+        for attached in captures.by_device.values_mut() {
+            attached.fault_told = false;
+        }
+        Self { host, connection, captures, disks: None, served: false }
+    }
+
+    /// Serves until the connection is lost. Returns whether the agent ever asked for something.
+    pub(super) fn run(mut self) -> bool {
+        // Every error of the connection means the same: the agent is gone or is none. It will be tried again.
+        let _lost = self.serve();
+        self.served
+    }
+
+    fn serve(&mut self) -> Result<(), RingError> {
+        self.connection.send(&Message::Hello(hello(&self.host.identity())))?;
+        self.look(true)?;
+        let mut next_look = Instant::now() + LOOK_PERIOD;
+        loop {
+            let wait = next_look.saturating_duration_since(Instant::now());
+            if let Some(received) = self.connection.recv(Some(wait))? {
+                self.served = true;
+                self.obey(received.message, received.fds)?;
+            }
+            if Instant::now() >= next_look {
+                self.look(false)?;
+                next_look = Instant::now() + LOOK_PERIOD;
+            }
+        }
+    }
+
+    fn obey(&mut self, message: Message, fds: Option<AttachFds>) -> Result<(), RingError> {
+        let (request, outcome) = match message {
+            Message::List => return self.look(true),
+            Message::Attach { request, device } => (request, self.attach(&device, fds)),
+            Message::Detach { request, device } => (request, self.detach(&device)),
+            Message::Resync { request, device } => (request, self.resync(&device)),
+            // What only a filter says; a newer agent may say more, which `recv` refuses.
+            Message::Hello(_) | Message::Disks { .. } | Message::Result { .. } | Message::Fault { .. } => {
+                return Ok(());
+            }
+        };
+        let (ok, message) = match outcome {
+            Ok(()) => (true, String::new()),
+            Err(message) => (false, cut(&message, text::MESSAGE)),
+        };
+        self.connection.send(&Message::Result { request, ok, message })
+    }
+
+    fn attach(&mut self, device: &str, fds: Option<AttachFds>) -> Result<(), String> {
+        let fds = fds.ok_or("an attach without a ring; agent and filter must be of one release")?;
+        // An agent that attaches what is captured has lost the old ring: its epoch ends here.
+        self.detach(device)?;
+        let capture = Capture::attach(fds.ring.as_fd(), fds.clock.as_fd(), fds.bell, self.host.wake_fn())
+            .map_err(|error| error.to_string())?;
+        self.host.attach(device, Arc::clone(&capture))?;
+        self.captures.by_device.insert(device.to_owned(), Attached { capture, fault_told: false });
+        Ok(())
+    }
+
+    /// A device that is not captured is detached already.
+    fn detach(&mut self, device: &str) -> Result<(), String> {
+        if self.captures.by_device.contains_key(device) {
+            self.host.detach(device)?;
+            self.captures.by_device.remove(device);
+        }
+        Ok(())
+    }
+
+    fn resync(&self, device: &str) -> Result<(), String> {
+        let attached = self.captures.by_device.get(device).ok_or("the device is not captured; attach it")?;
+        if attached.capture.resume() {
+            Ok(())
+        } else {
+            Err(match attached.capture.fault_message() {
+                Some(fault) => format!("a fault has ended capture; attach again: {fault}"),
+                None => "the ring has no room yet; ask again when records were taken out".to_owned(),
+            })
+        }
+    }
+
+    /// Tells the agent the list of disks, if it has changed or `always`, and faults not told yet.
+    fn look(&mut self, always: bool) -> Result<(), RingError> {
+        if let Ok(disks) = self.host.disks() {
+            self.drop_gone(&disks);
+            let disks = told(&disks);
+            if always || self.disks.as_ref() != Some(&disks) {
+                self.connection.send_disks(&disks)?;
+                self.disks = Some(disks);
+            }
+        }
+        self.tell_faults()
+    }
+
+    /// Ends the captures of devices that have been unplugged. What cannot be ended now is tried at the next look.
+    fn drop_gone(&mut self, disks: &[DiskInfo]) {
+        let host = self.host;
+        self.captures.by_device.retain(|device, _| {
+            disks.iter().any(|disk| disk.device == *device) || host.detach(device).is_err()
+        });
+    }
+
+    fn tell_faults(&mut self) -> Result<(), RingError> {
+        for (device, attached) in &mut self.captures.by_device {
+            if let Some(fault) = attached.capture.fault_message()
+                && !attached.fault_told
+            {
+                let message = cut(fault, text::MESSAGE);
+                self.connection.send(&Message::Fault { device: device.clone(), message })?;
+                attached.fault_told = true;
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,133 @@
+//! What the engine keeps about one request between begin and finish, on its caller's stack.
+
+use core::ptr::NonNull;
+
+use capture_ring::limits::MAX_PIECES;
+use capture_ring::{Pieces, Ticket, Tracked};
+
+use super::grace::Phase;
+use super::inflight::Slot;
+use super::{Kind, Request};
+
+/// A contiguous part of a request's memory in the ring, aligned to 4 KiB.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Piece {
+    /// First byte; writable until the request is finished (or the resync's step answered).
+    pub ptr: NonNull<u8>,
+    /// Length in bytes, at least 1.
+    pub len: usize,
+}
+
+/// The pieces of one request, in the order of the disk's bytes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct PieceList {
+    pieces: [Piece; MAX_PIECES as usize],
+    count: usize,
+}
+
+impl PieceList {
+    pub(crate) const EMPTY: Self =
+        Self { pieces: [Piece { ptr: NonNull::dangling(), len: 0 }; MAX_PIECES as usize], count: 0 };
+
+    pub(crate) fn set(&mut self, pieces: Pieces<'_>) {
+        self.count = 0;
+        for (place, piece) in self.pieces.iter_mut().zip(pieces) {
+            *place = Piece { ptr: piece.data, len: piece.bytes as usize };
+            self.count += 1;
+        }
+    }
+
+    pub(crate) const fn clear(&mut self) {
+        self.count = 0;
+    }
+
+    pub(crate) fn as_slice(&self) -> &[Piece] {
+        &self.pieces[..self.count]
+    }
+
+    pub(crate) fn total_bytes(&self) -> u64 {
+        self.as_slice().iter().map(|piece| piece.len as u64).sum()
+    }
+}
+
+/// Where a request stands.
+#[derive(Debug, Default)]
+pub(crate) enum State {
+    /// Not begun, or finished.
+    #[default]
+    Idle,
+    /// Counted, nothing else held.
+    Entered,
+    /// Waits for an overlapping request.
+    Parked(Slot),
+    /// Running: nobody that overlaps runs.
+    Captured(Slot, Ticket),
+    /// Goes to the disk unrecorded; its range is dirty.
+    Tracked(Tracked),
+    /// None of our business.
+    Passed,
+}
+
+/// One request between [`super::Capture::begin`] and [`super::Capture::finish`].
+///
+/// Plain data without a destructor, so that it may live on a coroutine's stack or in C. One that is dropped
+/// between begin and finish keeps its room in the ring and its place in the table: don't.
+#[derive(Debug)]
+pub struct InFlight {
+    pub(crate) request: Request,
+    pub(crate) phase: Phase,
+    pub(crate) state: State,
+    pub(crate) pieces: PieceList,
+}
+
+impl Default for InFlight {
+    fn default() -> Self {
+        Self {
+            request: Request { kind: Kind::Discard, offset: 0, length: 0 },
+            phase: Phase::default(),
+            state: State::Idle,
+            pieces: PieceList::EMPTY,
+        }
+    }
+}
+
+impl InFlight {
+    /// The memory to copy the guest's data to and to issue the disk write from, as many bytes as the request
+    /// has; empty when the request is to be issued from the guest's own buffers.
+    #[must_use]
+    pub fn pieces(&self) -> &[Piece] {
+        self.pieces.as_slice()
+    }
+
+    /// Whether the request has begun and not finished (parked ones too).
+    #[must_use]
+    pub const fn is_active(&self) -> bool {
+        !matches!(self.state, State::Idle)
+    }
+}
+
+impl Request {
+    /// A write of `length` bytes at `offset`.
+    #[must_use]
+    pub const fn write(offset: u64, length: u64, fua: bool) -> Self {
+        Self { kind: Kind::Write { fua }, offset, length }
+    }
+
+    /// `length` bytes at `offset` shall read as zeroes.
+    #[must_use]
+    pub const fn zero(offset: u64, length: u64, fua: bool, may_unmap: bool) -> Self {
+        Self { kind: Kind::Zero { fua, may_unmap }, offset, length }
+    }
+
+    /// `length` bytes at `offset` are no longer needed.
+    #[must_use]
+    pub const fn discard(offset: u64, length: u64) -> Self {
+        Self { kind: Kind::Discard, offset, length }
+    }
+
+    /// The disk shall have `disk_bytes`.
+    #[must_use]
+    pub const fn resize(disk_bytes: u64) -> Self {
+        Self { kind: Kind::Resize, offset: 0, length: disk_bytes }
+    }
+}

@@ -1,0 +1,133 @@
+//! Copies between a caller's scatter list and the pieces of a request's memory in the ring.
+
+use crate::engine::Piece;
+
+/// Copies the caller's data, from its byte `skip` on, into the pieces until these are full. Returns the bytes
+/// copied: fewer than the pieces hold when the list was too short.
+///
+/// # Safety
+/// `iov` points to `iovcnt` entries (it may be null when that is 0), each of them readable memory for the
+/// duration of the call. The pieces are those of a request that has begun and not finished.
+pub unsafe fn copy_in(pieces: &[Piece], iov: *const libc::iovec, iovcnt: usize, skip: usize) -> usize {
+    let list = if iovcnt == 0 {
+        &[]
+    } else {
+        // SAFETY: the caller promises `iovcnt` entries at `iov`, and nobody changes the list during the call.
+        unsafe { std::slice::from_raw_parts(iov, iovcnt) }
+    };
+    let mut source = Cursor { list, skip };
+    let mut copied = 0;
+    for piece in pieces {
+        let mut filled = 0;
+        while filled < piece.len {
+            let Some((from, len)) = source.take(piece.len - filled) else { return copied };
+            // SAFETY: `filled < piece.len`, so this stays inside the piece, which is one mapping.
+            let to = unsafe { piece.ptr.as_ptr().add(filled) };
+            // SAFETY: `from` has `len` readable bytes (the caller's promise; `take` stays inside an entry), `to` has
+            // at least `piece.len - filled >= len` writable ones, and the ring's arena is never a guest's buffer. A
+            // guest that writes to its memory meanwhile gets any mix of its bytes, as with a real device.
+            unsafe { std::ptr::copy_nonoverlapping(from, to, len) };
+            filled += len;
+            copied += len;
+        }
+    }
+    copied
+}
+
+/// Walks a scatter list.
+struct Cursor<'a> {
+    list: &'a [libc::iovec],
+    /// Bytes of the first entry that are used up.
+    skip: usize,
+}
+
+impl Cursor<'_> {
+    /// The next at most `most` contiguous bytes.
+    fn take(&mut self, most: usize) -> Option<(*const u8, usize)> {
+        loop {
+            let (first, rest) = self.list.split_first()?;
+            if self.skip >= first.iov_len {
+                self.skip -= first.iov_len;
+                self.list = rest;
+                continue;
+            }
+            let len = most.min(first.iov_len - self.skip);
+            // SAFETY: `skip` is less than the entry's length, so the result lies inside its memory.
+            let from = unsafe { first.iov_base.cast::<u8>().cast_const().add(self.skip) };
+            self.skip += len;
+            return Some((from, len));
+        }
+    }
+}
+
+/// Whether every byte of the pieces is 0.
+///
+/// # Safety
+/// The pieces are those of a step or request that has not been answered or finished, and nobody writes to them now.
+#[must_use]
+pub unsafe fn all_zero(pieces: &[Piece]) -> bool {
+    pieces.iter().all(|piece| {
+        // SAFETY: the caller promises that the piece is live and not written to; pieces are contiguous.
+        let bytes = unsafe { std::slice::from_raw_parts(piece.ptr.as_ptr(), piece.len) };
+        bytes.chunks(128).all(|chunk| chunk.iter().fold(0, |or, byte| or | byte) == 0)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ptr::NonNull;
+
+    use super::*;
+
+    fn pieces(memory: &mut [Vec<u8>]) -> Vec<Piece> {
+        let piece = |bytes: &mut Vec<u8>| Piece {
+            ptr: NonNull::new(bytes.as_mut_ptr()).expect("a vector's memory"),
+            len: bytes.len(),
+        };
+        memory.iter_mut().map(piece).collect()
+    }
+
+    fn iov(parts: &[&[u8]]) -> Vec<libc::iovec> {
+        let entry = |part: &&[u8]| libc::iovec { iov_base: part.as_ptr() as *mut _, iov_len: part.len() };
+        parts.iter().map(entry).collect()
+    }
+
+    #[test]
+    fn data_keeps_its_order_however_it_is_cut() {
+        let data: Vec<u8> = (0..200).collect();
+        for cut in [0, 1, 7, 100, 199] {
+            let list = iov(&[&data[..cut], &[], &data[cut..]]);
+            for skip in [0, 1, 50, 101] {
+                let mut memory = vec![vec![0; 64], vec![0; 1], vec![0; 30]];
+                // SAFETY: the list and the pieces describe live vectors.
+                let copied = unsafe { copy_in(&pieces(&mut memory), list.as_ptr(), list.len(), skip) };
+                assert_eq!(copied, 95);
+                assert_eq!(memory.concat(), &data[skip..skip + 95], "cut {cut} skip {skip}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_list_that_is_too_short_is_copied_as_far_as_it_goes() {
+        let list = iov(&[&[1, 2, 3]]);
+        let mut memory = vec![vec![0; 8]];
+        // SAFETY: the list and the pieces describe live vectors.
+        assert_eq!(unsafe { copy_in(&pieces(&mut memory), list.as_ptr(), 1, 1) }, 2);
+        // SAFETY: an empty list needs no memory.
+        assert_eq!(unsafe { copy_in(&pieces(&mut memory), std::ptr::null(), 0, 0) }, 0);
+        assert_eq!(memory[0], [2, 3, 0, 0, 0, 0, 0, 0]);
+    }
+
+    #[test]
+    fn one_byte_anywhere_is_not_zero() {
+        let mut memory = vec![vec![0; 300], vec![0; 128]];
+        // SAFETY: the pieces describe live vectors.
+        assert!(unsafe { all_zero(&pieces(&mut memory)) });
+        for (part, at) in [(0, 0), (0, 127), (0, 299), (1, 127)] {
+            memory[part][at] = 1;
+            // SAFETY: the pieces describe live vectors.
+            assert!(!unsafe { all_zero(&pieces(&mut memory)) });
+            memory[part][at] = 0;
+        }
+    }
+}

@@ -1,0 +1,4 @@
+//! The C interface, and the memory helpers that need `unsafe`.
+#![allow(unsafe_code)]
+pub mod copy;
+pub(crate) mod signals;
