@@ -1,0 +1,185 @@
+//! Real QEMU programs with the filter loaded: `qemu-storage-daemon` with an NBD export, and `qemu-system-x86_64` with a
+//! virtio disk on an iothread.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde_json::{Value, json};
+
+use crate::process::Process;
+use crate::programs::program;
+use crate::qmp::Qmp;
+use crate::site::Site;
+
+/// A running QEMU program.
+#[derive(Debug)]
+pub struct Qemu {
+    /// The process.
+    pub process: Process,
+    /// Its monitor.
+    pub qmp: Qmp,
+    name: String,
+    entry: Entry,
+}
+
+/// How requests get in.
+#[derive(Clone, Debug)]
+enum Entry {
+    /// Through an NBD export on this socket.
+    Nbd(PathBuf),
+    /// Through the device with this id, by the monitor's `qemu-io` command.
+    Device(String),
+}
+
+impl Qemu {
+    /// Starts a storage daemon with these block nodes that exports `node`.
+    ///
+    /// # Panics
+    /// When it does not come up.
+    #[must_use]
+    pub fn storage_daemon(site: &Site, name: &str, nodes: &[Value], node: &str) -> Self {
+        let (qmp, nbd) = sockets(site, name);
+        let mut command = Command::new("qemu-storage-daemon");
+        for blockdev in nodes {
+            command.args(["--blockdev", &blockdev.to_string()]);
+        }
+        command.args(["--nbd-server", &format!("addr.type=unix,addr.path={}", nbd.display())]);
+        command.args(["--export", &format!("type=nbd,id=export0,name=disk,node-name={node},writable=on")]);
+        command.args(["--chardev", &format!("socket,id=qmp,path={},server=on,wait=off", qmp.display())]);
+        command.args(["--monitor", "chardev=qmp"]);
+        Self::start(site, name, &mut command, &qmp, Entry::Nbd(nbd))
+    }
+
+    /// Starts a virtual machine, with these block nodes, whose only disk `disk0` is `node`, on an iothread. Its processor is
+    /// stopped; the disk is not.
+    ///
+    /// # Panics
+    /// When it does not come up.
+    #[must_use]
+    pub fn system(site: &Site, name: &str, nodes: &[Value], node: &str) -> Self {
+        let (qmp, _) = sockets(site, name);
+        let mut command = Command::new("qemu-system-x86_64");
+        command.args([
+            "-accel",
+            "tcg",
+            "-machine",
+            "q35",
+            "-m",
+            "64",
+            "-nodefaults",
+            "-display",
+            "none",
+            "-S",
+        ]);
+        command.args(["-name", name, "-object", "iothread,id=io0"]);
+        for blockdev in nodes {
+            command.args(["-blockdev", &blockdev.to_string()]);
+        }
+        command
+            .args(["-device", &format!("virtio-blk-pci,id=disk0,drive={node},iothread=io0,write-cache=on")]);
+        command.args(["-chardev", &format!("socket,id=qmp,path={},server=on,wait=off", qmp.display())]);
+        command.args(["-mon", "chardev=qmp,mode=control"]);
+        Self::start(
+            site,
+            name,
+            &mut command,
+            &qmp,
+            Entry::Device("/machine/peripheral/disk0/virtio-backend".to_owned()),
+        )
+    }
+
+    fn start(site: &Site, name: &str, command: &mut Command, qmp: &Path, entry: Entry) -> Self {
+        command.env("LD_PRELOAD", program("libcdp_filter.so"));
+        command.env("CDP_AGENT_SOCKET", site.agent_socket()).env("CDP_VM_NAME", name);
+        let process = Process::start(site.directory(), name, command);
+        Self { process, qmp: Qmp::connect(qmp), name: name.to_owned(), entry }
+    }
+
+    /// The name under which the server knows the virtual machine.
+    #[must_use]
+    pub fn vm(&self) -> &str {
+        &self.name
+    }
+
+    /// What `qemu-io` needs in order to reach the exported disk.
+    ///
+    /// # Panics
+    /// When there is no export.
+    #[must_use]
+    pub fn nbd_url(&self) -> String {
+        match &self.entry {
+            Entry::Nbd(socket) => format!("nbd+unix:///disk?socket={}", socket.display()),
+            Entry::Device(_) => panic!("a system emulator exports nothing"),
+        }
+    }
+
+    /// Runs `qemu-io` commands one after another, each complete before the next begins.
+    ///
+    /// # Panics
+    /// When one of them fails.
+    pub fn io<S: AsRef<str>>(&mut self, commands: &[S]) {
+        match self.entry.clone() {
+            Entry::Nbd(_) => {
+                let mut command = Command::new("qemu-io");
+                command.args(["-f", "raw"]);
+                for line in commands {
+                    command.args(["-c", line.as_ref()]);
+                }
+                let output = command.arg(self.nbd_url()).output().expect("qemu-io runs");
+                let said = String::from_utf8_lossy(&output.stdout).into_owned()
+                    + &String::from_utf8_lossy(&output.stderr);
+                assert!(output.status.success() && !failed(&said), "qemu-io: {said}");
+            }
+            Entry::Device(device) => {
+                for line in commands {
+                    let said = self.qmp.human(&format!("qemu-io -d {device} \"{}\"", line.as_ref()));
+                    assert!(said.is_empty(), "qemu-io {}: {said}", line.as_ref());
+                }
+                let said = self.process.stdout();
+                assert!(!failed(&said), "qemu-io: {said}");
+            }
+        }
+    }
+
+    /// Everything that QMP shows of the block graph.
+    ///
+    /// # Panics
+    /// When the monitor does not answer.
+    pub fn block_graph(&mut self) -> Value {
+        let nodes = self.qmp.run("query-named-block-nodes", json!({}));
+        let devices = match self.entry {
+            Entry::Device(_) => self.qmp.run("query-block", json!({})),
+            Entry::Nbd(_) => self.qmp.run("query-block-exports", json!({})),
+        };
+        json!({ "nodes": nodes, "devices": devices })
+    }
+}
+
+/// Whether `qemu-io` said that a request failed.
+#[must_use]
+pub fn failed(said: &str) -> bool {
+    said.contains("failed")
+        || said.contains("error")
+        || said.contains("not found")
+        || said.contains("invalid")
+}
+
+fn sockets(site: &Site, name: &str) -> (PathBuf, PathBuf) {
+    (site.directory().join(format!("{name}.qmp")), site.directory().join(format!("{name}.nbd")))
+}
+
+/// A raw file as one node, `disk`.
+#[must_use]
+pub fn raw_file(path: &Path) -> Value {
+    json!({"driver": "file", "node-name": "disk", "filename": path, "discard": "unmap"})
+}
+
+/// A `blklogwrites` filter, node `witness`, above node `disk`; it logs to `log`, which must exist, with its header up to
+/// date after every request.
+#[must_use]
+pub fn witness_above_disk(log: &Path) -> Value {
+    json!({
+        "driver": "blklogwrites", "node-name": "witness", "file": "disk", "discard": "unmap",
+        "log": {"driver": "file", "filename": log}, "log-super-update-interval": 1,
+    })
+}

@@ -1,0 +1,214 @@
+//! A server and an agent in a temporary directory, and what a test asks of them.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use cdp_api::{Client, DiskSummary, PointSpec, Points, ProtectionPhase};
+use tempfile::TempDir;
+
+use crate::process::Process;
+use crate::programs::program;
+use crate::wait_for;
+
+/// Where a restore reads from.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Via {
+    /// The running server.
+    Server,
+    /// The store's files.
+    Store,
+}
+
+/// A server, an agent and a directory for everything else. Dropping it stops both.
+#[derive(Debug)]
+pub struct Site {
+    /// The server.
+    pub server: Process,
+    /// The agent.
+    pub agent: Process,
+    http: String,
+    data: String,
+    client: Client,
+    restores: std::cell::Cell<u32>,
+    directory: TempDir,
+}
+
+impl Site {
+    /// Starts both on free ports and a private socket.
+    ///
+    /// # Panics
+    /// When one does not come up.
+    #[must_use]
+    pub fn start() -> Self {
+        let directory = tempfile::Builder::new().prefix("cdp-e2e-").tempdir().expect("temporary directory");
+        let mut server = start_server(directory.path(), "127.0.0.1:0", "127.0.0.1:0");
+        let (http, data) = (server.ready("http"), server.ready("data"));
+        let agent = start_agent(directory.path(), &data);
+        let client = Client::new(&format!("http://{http}")).expect("client");
+        Self { server, agent, http, data, client, restores: std::cell::Cell::new(0), directory }
+    }
+
+    /// The directory for everything of this test.
+    #[must_use]
+    pub fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// The store's directory.
+    #[must_use]
+    pub fn store(&self) -> PathBuf {
+        self.directory().join("store")
+    }
+
+    /// The socket on which filters connect.
+    #[must_use]
+    pub fn agent_socket(&self) -> PathBuf {
+        self.directory().join("agent.sock")
+    }
+
+    /// The API.
+    #[must_use]
+    pub fn client(&self) -> &Client {
+        &self.client
+    }
+
+    /// Starts the server again, on the same ports and store, after it was stopped or killed.
+    ///
+    /// # Panics
+    /// When it does not come up.
+    pub fn restart_server(&mut self) {
+        self.server = start_server(self.directory.path(), &self.data, &self.http);
+        let _ = self.server.ready("http");
+    }
+
+    /// Starts the agent again, on the same socket, after it was stopped or killed.
+    ///
+    /// # Panics
+    /// When it does not come up.
+    pub fn restart_agent(&mut self) {
+        self.agent = start_agent(self.directory.path(), &self.data);
+    }
+
+    /// Waits until a disk of that VM is known and returns its id. With several disks, `device` must be part of the
+    /// name of the wanted one.
+    ///
+    /// # Panics
+    /// When there is none, or more than one.
+    #[must_use]
+    pub fn disk(&self, vm: &str, device: &str) -> String {
+        let wanted = |disk: &DiskSummary| disk.vm == vm && disk.device.contains(device);
+        let found = wait_for(&format!("disk {vm}/{device} in the server's list"), || {
+            let disks = self.client.disks().expect("list of disks");
+            let found: Vec<_> = disks.into_iter().filter(wanted).collect();
+            (!found.is_empty()).then_some(found)
+        });
+        assert_eq!(found.len(), 1, "several disks: {found:?}");
+        found[0].id.clone()
+    }
+
+    /// Switches protection on and waits until every new write becomes a point.
+    ///
+    /// # Panics
+    /// When that does not happen.
+    pub fn protect(&self, disk: &str) {
+        self.client.set_protection(disk, true).unwrap_or_else(|e| panic!("protect {disk}: {e:?}"));
+        self.wait_for_phase(disk, ProtectionPhase::Protected);
+    }
+
+    /// Switches protection off and waits until it is.
+    ///
+    /// # Panics
+    /// When that does not happen.
+    pub fn unprotect(&self, disk: &str) {
+        self.client.set_protection(disk, false).unwrap_or_else(|e| panic!("unprotect {disk}: {e:?}"));
+        self.wait_for_phase(disk, ProtectionPhase::Off);
+    }
+
+    /// Waits until the server reports that phase.
+    ///
+    /// # Panics
+    /// When it does not.
+    pub fn wait_for_phase(&self, disk: &str, phase: ProtectionPhase) {
+        wait_for(&format!("disk {disk}: {phase}"), || {
+            let protection = self.client.disk(disk).expect("disk").summary.protection;
+            (protection.phase == phase).then_some(())
+        });
+    }
+
+    /// Names the present moment, waits until it is durable, and returns its LSN: everything the guest has seen complete
+    /// has a smaller one.
+    ///
+    /// # Panics
+    /// When the bookmark is refused.
+    pub fn bookmark(&self, disk: &str, name: &str) -> u64 {
+        let mark =
+            self.client.create_bookmark(disk, name, None).unwrap_or_else(|e| panic!("bookmark: {e:?}"));
+        self.wait_for_durable(disk, mark.lsn);
+        mark.lsn
+    }
+
+    /// Waits until that LSN is durable and can be listed.
+    ///
+    /// # Panics
+    /// When it does not happen.
+    pub fn wait_for_durable(&self, disk: &str, lsn: u64) {
+        wait_for(&format!("LSN {lsn} to be durable"), || {
+            self.points(disk).newest.filter(|newest| newest.lsn >= lsn).map(|_| ())
+        });
+    }
+
+    /// What can be restored.
+    ///
+    /// # Panics
+    /// When the server does not say.
+    #[must_use]
+    pub fn points(&self, disk: &str) -> Points {
+        self.client.points(disk).expect("points")
+    }
+
+    /// Runs `cdp-restore` to a raw file and returns its bytes.
+    ///
+    /// # Panics
+    /// When the restore fails.
+    #[must_use]
+    pub fn restore(&self, disk: &str, at: &PointSpec, via: Via) -> Vec<u8> {
+        let (path, output) = self.try_restore(disk, &at.to_string(), via);
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        assert!(output.status.success(), "restore {at}: {}{}", text(&output.stdout), text(&output.stderr));
+        let image = fs::read(&path).expect("restored image");
+        fs::remove_file(&path).expect("remove");
+        image
+    }
+
+    /// Runs `cdp-restore` to a new raw file; returns its path and what the program said.
+    ///
+    /// # Panics
+    /// When the program cannot be run.
+    #[must_use]
+    pub fn try_restore(&self, disk: &str, at: &str, via: Via) -> (PathBuf, Output) {
+        self.restores.set(self.restores.get() + 1);
+        let path = self.directory().join(format!("restored-{}.raw", self.restores.get()));
+        let mut command = Command::new(program("cdp-restore"));
+        command.args(["--disk", disk, "--at", at, "--output"]).arg(&path).env_remove("CDP_SERVER");
+        match via {
+            Via::Server => command.arg("--server").arg(format!("http://{}", self.http)),
+            Via::Store => command.arg("--store").arg(self.store()),
+        };
+        (path, command.output().expect("cdp-restore runs"))
+    }
+}
+
+fn start_server(directory: &Path, data: &str, http: &str) -> Process {
+    let mut command = Command::new(program("cdp-server"));
+    command.arg("--store").arg(directory.join("store")).args(["--listen", data, "--http", http]);
+    Process::start(directory, "server", &mut command)
+}
+
+fn start_agent(directory: &Path, data: &str) -> Process {
+    let mut command = Command::new(program("cdp-agent"));
+    command.args(["--server", data]).arg("--socket").arg(directory.join("agent.sock"));
+    let mut agent = Process::start(directory, "agent", &mut command);
+    let _ = agent.ready("socket");
+    agent
+}
