@@ -18,7 +18,8 @@ use crate::events::{Input, Sender};
 use crate::filters::FilterLink;
 use crate::inbox::Inbox;
 use crate::limits::{
-    CONNECT_TIMEOUT, EVENT_QUEUE, MAX_UNSENT_BYTES, SEND_BATCH_BYTES, SEND_BATCH_FRAMES, STOP_FLUSH, TICK,
+    CONNECT_TIMEOUT, EVENT_QUEUE, MAX_UNSENT_BYTES, SEND_BATCH_BYTES, SEND_BATCH_FRAMES, STATUS_EVERY,
+    STOP_FLUSH, TICK,
 };
 use crate::link::Link;
 use crate::live::Live;
@@ -48,6 +49,7 @@ pub struct Hub {
     rings: HashMap<DiskId, Live>,
     queue: VecDeque<Event>,
     next_tick: Instant,
+    next_status: Instant,
     stop_at: Option<Instant>,
 }
 
@@ -83,6 +85,7 @@ impl Hub {
             rings: HashMap::new(),
             queue: VecDeque::new(),
             next_tick: now,
+            next_status: now,
             stop_at: None,
         })
     }
@@ -95,6 +98,7 @@ impl Hub {
             self.read_messages();
             self.send();
             if self.is_over() {
+                self.filters.values().for_each(|link| link.close());
                 return;
             }
             self.wait();
@@ -155,14 +159,23 @@ impl Hub {
         for filter in dead {
             self.handle(Event::ProcessDead(filter));
         }
+        self.sample(now);
+        self.handle(Event::Tick);
+    }
+
+    /// Looks at every ring when reports are due, at those that wait for room on every tick.
+    fn sample(&mut self, now: Instant) {
+        let all = now >= self.next_status;
+        if all {
+            self.next_status = now + STATUS_EVERY;
+        }
         let live: Vec<(DiskId, Epoch)> = self.session.live().collect();
         for (disk, epoch) in live {
-            if let Some(live) = self.rings.get(&disk).filter(|live| live.epoch == epoch) {
+            if let Some(live) = self.ring(disk, epoch).filter(|live| all || live.is_tracking()) {
                 let sample = live.sample(&self.clock);
                 self.handle(Event::Sampled(disk, epoch, sample));
             }
         }
-        self.handle(Event::Tick);
     }
 
     fn read_messages(&mut self) {

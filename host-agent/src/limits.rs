@@ -23,8 +23,8 @@ pub const DRAIN_POLL: Duration = Duration::from_micros(75);
 /// A ring that has been empty this long is waited for on its eventfd instead.
 pub const DRAIN_IDLE: Duration = Duration::from_millis(4);
 
-/// Longest sleep of a drain thread before it looks whether it should stop.
-pub const DRAIN_NAP: Duration = Duration::from_millis(250);
+/// Longest sleep of a drain thread: the bell wakes it for records and for its end.
+pub const DRAIN_NAP: Duration = Duration::from_secs(1);
 
 /// Smallest outbox: two of the largest frames, or the drain could wait for room that never comes.
 pub const MIN_OUTBOX_BYTES: u64 = 16 << 20;
@@ -34,6 +34,10 @@ pub const MIN_RING_BYTES: u64 = 16 << 20;
 
 /// Largest ring arena and outbox, in bytes, that a configuration may ask for.
 pub const MAX_BUFFER_BYTES: u64 = 64 << 30;
+
+/// An empty outbox whose position is past this begins again at its start: while the server keeps up, only so much of
+/// the memory is ever touched.
+pub const OUTBOX_REUSE_BYTES: u64 = 8 << 20;
 
 /// Most bytes handed to one send.
 pub const SEND_BATCH_BYTES: usize = 2 << 20;

@@ -73,7 +73,13 @@ impl Live {
         self.producer.bookmark(name).map_err(|full| format!("{full}; try again in a moment"))
     }
 
-    /// What it looks like now.
+    /// Whether requests go by uncaptured until there is room.
+    #[must_use]
+    pub fn is_tracking(&self) -> bool {
+        self.ring.mode().mode == Mode::Tracking
+    }
+
+    /// What it looks like now. Counts the dirty bitmap's bits, so not for every tick.
     #[must_use]
     pub fn sample(&self, clock: &HostClock) -> Sample {
         // The clock first: what is older and was captured has its LSN by the time the ring is looked at.

@@ -20,7 +20,7 @@
 //! Positions count bytes since the outbox was made and never wrap; an entry lies at `4096 + position % area`. An entry
 //! never crosses the end of the area: where it would, an entry of kind 2 fills the rest. The tail is written after
 //! its entry and the head before anything behind it is overwritten (it may lag: frames before it are only sent again),
-//! so what lies between them is whole.
+//! so what lies between them is whole. A head that is not below the tail means that there is nothing.
 //!
 //! *Threads*: the drain thread owns the [`OutboxWriter`]; the hub reads and releases through the [`Outbox`].
 
@@ -35,6 +35,7 @@ use zerocopy::IntoBytes;
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
 
+use crate::limits::OUTBOX_REUSE_BYTES;
 use crate::seam::memory::{Memory, MemoryWriter};
 
 /// Where the entries begin.
@@ -283,7 +284,11 @@ impl OutboxWriter {
     /// Position for `need` bytes in one run, how many bytes before it are skipped to reach it, and the head.
     fn find_room(&self, need: u64) -> Option<(u64, u64, u64)> {
         let area = self.outbox.area;
-        let state = self.outbox.lock();
+        let mut state = self.outbox.lock();
+        if state.entries.is_empty() && state.tail % area > OUTBOX_REUSE_BYTES {
+            state.tail = state.tail.next_multiple_of(area);
+            state.head = state.tail;
+        }
         let to_end = area - state.tail % area;
         let skip = if need > to_end { to_end } else { 0 };
         let free = area - (state.tail - state.head);
@@ -443,6 +448,19 @@ mod tests {
             }
         }
         assert_eq!(found, kept);
+    }
+
+    #[test]
+    fn an_outbox_that_keeps_running_empty_touches_little_memory() {
+        use std::os::unix::fs::MetadataExt;
+        let (outbox, mut writer) = outbox(64 << 20);
+        for lsn in 1..400 {
+            writer.push(&frame(lsn, lsn, 500_000)).unwrap();
+            assert_eq!(outbox.entries_from(Lsn(lsn), 1, 1)[0].first_lsn, Lsn(lsn));
+            outbox.release(Lsn(lsn));
+        }
+        let touched = outbox.memory().file().metadata().unwrap().blocks() * 512;
+        assert!(touched < 2 * OUTBOX_REUSE_BYTES, "{touched} bytes");
     }
 
     #[test]

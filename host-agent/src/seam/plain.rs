@@ -52,7 +52,11 @@ impl PlainLink {
     /// # Errors
     /// What ended the connection.
     pub fn wait(&mut self, timeout: Duration, received: &mut Vec<u8>) -> io::Result<()> {
+        let was_sending = self.is_sending();
         self.push_out()?;
+        if was_sending && !self.is_sending() {
+            return self.pull_in(received);
+        }
         let out = if self.sending.is_some() { PollFlags::POLLOUT } else { PollFlags::empty() };
         let mut fds = [
             PollFd::new(self.socket.as_fd(), PollFlags::POLLIN | out),

@@ -6,9 +6,9 @@ use std::time::Duration;
 use journal_format::{DiskId, Epoch, Lsn, Stamp, wire};
 
 use super::commands::{BookmarkWait, Waiter};
-use super::inventory::{DiskInfo, Place};
+use super::inventory::Place;
 use super::{Action, Attach, Ending, FilterId, Sample, Session, ToServer};
-use crate::limits::{FAULT_HOLD, FILTER_ANSWER, RESYNC_EVERY, STATUS_EVERY};
+use crate::limits::{FAULT_HOLD, FILTER_ANSWER, RESYNC_EVERY, STATUS_EVERY, TICK};
 
 /// Where a capture is in its life; the diagram is in the module above.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -283,7 +283,7 @@ impl Session {
         self.answer_all(waiters, &format!("{error}; the agent asks again by itself"));
     }
 
-    fn end_ring(&mut self, disk: DiskId, ending: Ending) {
+    pub(super) fn end_ring(&mut self, disk: DiskId, ending: Ending) {
         let Some(capture) = self.captures.get_mut(&disk) else { return };
         capture.phase = Phase::Draining;
         if !capture.drained {
@@ -292,119 +292,24 @@ impl Session {
         self.close_if_done(disk);
     }
 
-    pub(super) fn filter_disks(&mut self, now: Duration, filter: FilterId, disks: Vec<DiskInfo>) {
-        if !self.inventory.set_disks(filter, disks) {
-            return;
-        }
-        let gone = |(disk, capture): (&DiskId, &Capture)| {
-            let listed = self.inventory.disk_of(filter, &capture.device) == Some(*disk);
-            (capture.filter == filter && !listed).then_some(*disk)
-        };
-        let gone: Vec<DiskId> = self.captures.iter().filter_map(gone).collect();
-        for disk in gone {
-            let opening = self.captures.get(&disk).is_some_and(|capture| capture.phase == Phase::Opening);
-            if opening {
-                self.abandon_opening(disk, "the disk was removed from its VM");
-            } else {
-                self.begin_detach(now, disk);
-            }
-        }
-        self.adopt_orphans(now);
-        self.send_inventory();
-    }
-
-    pub(super) fn abandon_opening(&mut self, disk: DiskId, why: &str) {
-        if let Some(capture) = self.captures.remove(&disk) {
-            self.answer_all(capture.protect, why);
-        }
-    }
-
-    pub(super) fn filter_fault(&mut self, now: Duration, filter: FilterId, device: &str, message: &str) {
-        let mine = |(_, capture): &(&DiskId, &Capture)| capture.filter == filter && capture.device == device;
-        let Some(disk) = self.captures.iter().find(mine).map(|(disk, _)| *disk) else { return };
-        tracing::error!(%disk, device, message, "the filter switched capture off");
-        self.hold(now, disk, message);
-        self.begin_detach(now, disk);
-    }
-
     pub(super) fn ring_fault(&mut self, now: Duration, disk: DiskId, epoch: Epoch, message: &str) {
         let Some(capture) = self.captures.get_mut(&disk).filter(|capture| capture.epoch == epoch) else {
             return;
         };
-        tracing::error!(%disk, message, "what QEMU left in the ring cannot be used; its capture ends");
+        tracing::error!(%disk, reason = message, "what QEMU left in the ring cannot be used; its capture ends");
         capture.drained = true;
         self.hold(now, disk, message);
         self.begin_detach(now, disk);
         self.close_if_done(disk);
     }
 
-    fn hold(&mut self, now: Duration, disk: DiskId, why: &str) {
+    pub(super) fn hold(&mut self, now: Duration, disk: DiskId, why: &str) {
         self.holds.insert(disk, (now.saturating_add(FAULT_HOLD), why.to_owned()));
         if let Some(capture) = self.captures.get_mut(&disk) {
             capture.reopen = false;
             let waiters = core::mem::take(&mut capture.protect);
             self.answer_all(waiters, why);
         }
-    }
-
-    pub(super) fn filter_lost(&mut self, now: Duration, filter: FilterId) {
-        let pid = self.inventory.pid(filter);
-        self.inventory.remove(filter);
-        let mine: Vec<DiskId> =
-            self.captures.iter().filter(|(_, c)| c.filter == filter).map(|(disk, _)| *disk).collect();
-        let mut held = false;
-        for disk in mine {
-            let Some(capture) = self.captures.get_mut(&disk) else { continue };
-            match capture.phase {
-                Phase::Draining => continue,
-                Phase::Opening => self.abandon_opening(disk, "QEMU went away"),
-                _ => {
-                    held = true;
-                    capture.phase = Phase::Orphaned;
-                    let waiters = core::mem::take(&mut capture.protect);
-                    self.answer_all(waiters, "QEMU went away");
-                }
-            }
-        }
-        if held {
-            self.orphans.insert(filter, pid.unwrap_or(0));
-            self.out.push(Action::Watch(filter));
-        }
-        self.adopt_orphans(now);
-        self.send_inventory();
-    }
-
-    pub(super) fn process_dead(&mut self, filter: FilterId) {
-        self.orphans.remove(&filter);
-        let mine =
-            |(_, capture): &(&DiskId, &Capture)| capture.filter == filter && capture.phase == Phase::Orphaned;
-        let mine: Vec<DiskId> = self.captures.iter().filter(mine).map(|(disk, _)| *disk).collect();
-        for disk in mine {
-            self.end_ring(disk, Ending::Dead);
-        }
-    }
-
-    /// A process that lost its connection is back: end its old rings cleanly, then capture anew.
-    fn adopt_orphans(&mut self, now: Duration) {
-        let orphaned: Vec<(DiskId, FilterId)> = self
-            .captures
-            .iter()
-            .filter(|(_, capture)| capture.phase == Phase::Orphaned)
-            .map(|(disk, capture)| (*disk, capture.filter))
-            .collect();
-        for (disk, old) in orphaned {
-            let Some(place) = self.inventory.find(disk) else { continue };
-            if self.orphans.get(&old) != self.inventory.pid(place.filter).as_ref() {
-                continue;
-            }
-            let Some(capture) = self.captures.get_mut(&disk) else { continue };
-            capture.filter = place.filter;
-            capture.phase = Phase::Capturing;
-            capture.reopen = capture.unprotect.is_empty() && !capture.unwanted;
-            self.begin_detach(now, disk);
-        }
-        let captures = &self.captures;
-        self.orphans.retain(|filter, _| captures.values().any(|capture| capture.filter == *filter));
     }
 
     pub(super) fn packed(&mut self, disk: DiskId, epoch: Epoch, lsn: Lsn) {
@@ -541,7 +446,10 @@ impl Session {
             self.next_request = request.saturating_add(1);
             self.out.push(Action::Resync(capture.filter, request, capture.device.clone()));
         }
-        if capture.last_status.is_none_or(|last| now.saturating_sub(last) >= STATUS_EVERY) {
+        if capture
+            .last_status
+            .is_none_or(|last| now.saturating_sub(last).saturating_add(TICK) >= STATUS_EVERY)
+        {
             capture.last_status = Some(now);
             let status = status(disk, capture, sample);
             self.send(ToServer::DiskStatus(status));

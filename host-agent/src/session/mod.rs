@@ -22,6 +22,7 @@
 
 mod capture;
 mod commands;
+mod filters;
 mod inventory;
 mod server;
 #[cfg(test)]
@@ -291,10 +292,12 @@ impl Session {
         }
     }
 
-    /// Whether everything that was packed is durable and nothing is being packed: a stopping agent may go.
+    /// Whether a stopping agent may go: everything that was packed is durable and nothing is being packed, or there
+    /// is no server to wait for.
     #[must_use]
     pub fn is_flushed(&self) -> bool {
-        self.captures.values().all(|capture| capture.drained && capture.acked >= capture.packed)
+        !self.server.is_up()
+            || self.captures.values().all(|capture| capture.drained && capture.acked >= capture.packed)
     }
 
     /// Captures with a ring, whose state is worth sampling.
@@ -339,11 +342,6 @@ impl Session {
             lsn: lsn.0,
             stamp: stamp.0,
         }));
-    }
-
-    fn filter_up(&mut self, filter: FilterId, info: VmInfo) {
-        self.inventory.add(filter, info);
-        self.send_inventory();
     }
 
     fn stop(&mut self) {

@@ -127,7 +127,7 @@ fn inventory(actions: &[Action]) -> wire::Inventory {
         Action::Send(ToServer::Inventory(inventory)) => Some(inventory.clone()),
         _ => None,
     };
-    actions.iter().filter_map(of).last().expect("an inventory")
+    actions.iter().rev().find_map(of).expect("an inventory")
 }
 
 #[test]
