@@ -290,8 +290,9 @@ proptest! {
         first_lsn in 1_u64..1000,
         ops in vec(vec(any_op_near_zero(), 1..12), 1..6),
         chunk in 0_u32..10,
-        (after, upto) in (0_u64..1100, 0_u64..1100),
+        (after, upto) in (0_u64..80, 0_u64..80),
     ) {
+        let (after, upto) = (first_lsn - 1 + after, first_lsn - 1 + upto);
         let mut builder = IndexBuilder::new(DISK, SegmentNumber(7));
         let (mut all, mut next) = (Vec::new(), first_lsn);
         for (i, ops) in ops.iter().enumerate() {

@@ -96,6 +96,11 @@ fn recovery_tells_zeroes_from_torn_and_whole_entries() {
     let other = sample_frame(21);
     let other = data_entry(&Frame::parse(&other).unwrap(), &place(8192));
     assert_eq!(see_data(&other, &place(8192), Some(&parsed)), DataState::Torn, "another frame's data");
+    let ops =
+        [Op::Write { range: range(0, 300), data: DataSpan { pos: 0, len: 300 }, fill: false, fua: false }];
+    let other = frame::encode(&meta(11, 300), &records(11, &ops), &[7; 300]).unwrap();
+    let other = data_entry(&Frame::parse(&other).unwrap(), &place(8192));
+    assert_eq!(see_data(&other, &place(8192), Some(&parsed)), DataState::Torn, "other data for the same LSN");
     assert_eq!(see_data(&data[..100], &place(8192), Some(&parsed)), DataState::Torn);
     assert_eq!(see_data(&data, &place(8192), None), DataState::Valid, "data without records");
     assert_eq!(see_data(&[], &place(8192), None), DataState::Absent);
