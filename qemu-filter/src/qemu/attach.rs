@@ -1,0 +1,303 @@
+//! Switching capture of one device on and off. Everything here runs in QEMU's main thread.
+//!
+//! Both happen with the device drained, as QEMU's own snapshots do: so no request is in flight that was not seen
+//! from its beginning, and none is left half seen. A device that goes away, or loses its medium, tells before it
+//! does, and its capture ends there.
+
+use std::ffi::c_void;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::background::Background;
+use super::devices::{self, ContextLock};
+use super::hook::{self, Emptying};
+use super::slots::{self, MAX_DEVICES, Slot};
+use super::types::{AioContext, BlockBackend, BlockDriverState, Notifier};
+use super::{Glue, glue, mainloop, proof};
+use crate::control::DiskInfo;
+use crate::engine::Capture;
+
+/// A device whose capture was switched on.
+struct Attached {
+    device: String,
+    index: usize,
+    slot: &'static Slot,
+    blk: *mut BlockBackend,
+    background: Arc<Background>,
+    /// The device or its medium has gone, and the slot is empty.
+    gone: bool,
+}
+
+// SAFETY: the pointer is used by the main thread only.
+unsafe impl Send for Attached {}
+
+/// Locked by the main thread only, and never while something of QEMU's runs that may run the main loop.
+static ATTACHED: Mutex<Vec<Attached>> = Mutex::new(Vec::new());
+
+fn attached() -> MutexGuard<'static, Vec<Attached>> {
+    ATTACHED.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A slot that no device has.
+fn free_slot() -> Option<(usize, &'static Slot)> {
+    let list = attached();
+    let index = (0..MAX_DEVICES).find(|index| {
+        list.iter().all(|attached| attached.gone || attached.index != *index)
+            && slots::peek(*index).is_some_and(|slot| !slot.is_used())
+    })?;
+    slots::slot(index).map(|slot| (index, slot))
+}
+
+/// A section in which a device has no request in flight and begins none.
+struct Drained<'a> {
+    glue: &'a Glue,
+    node: *mut BlockDriverState,
+    lock: Option<ContextLock<'a>>,
+}
+
+impl<'a> Drained<'a> {
+    fn device(glue: &'a Glue, blk: *mut BlockBackend) -> Self {
+        let lock = ContextLock::of_device(glue, blk);
+        // SAFETY: live, in the main thread.
+        let node = unsafe { (glue.symbols.blk_bs)(blk) };
+        // SAFETY: a live node; our reference keeps it while draining runs the main loop.
+        unsafe { (glue.symbols.bdrv_ref)(node) };
+        // SAFETY: a live node, in the main thread, its context locked where there is such a lock.
+        unsafe { (glue.symbols.bdrv_drained_begin)(node) };
+        Self { glue, node, lock: Some(lock) }
+    }
+}
+
+impl Drop for Drained<'_> {
+    fn drop(&mut self) {
+        // SAFETY: begun in `device`.
+        unsafe { (self.glue.symbols.bdrv_drained_end)(self.node) };
+        // SAFETY: taken in `device`.
+        unsafe { (self.glue.symbols.bdrv_unref)(self.node) };
+        self.lock = None;
+    }
+}
+
+/// A section in which no node has a request in flight.
+struct AllDrained<'a>(&'a Glue);
+
+impl<'a> AllDrained<'a> {
+    fn begin(glue: &'a Glue) -> Self {
+        // SAFETY: main thread, no context locked.
+        unsafe { (glue.symbols.bdrv_drain_all_begin)() };
+        Self(glue)
+    }
+}
+
+impl Drop for AllDrained<'_> {
+    fn drop(&mut self) {
+        // SAFETY: begun in `begin`.
+        unsafe { (self.0.symbols.bdrv_drain_all_end)() };
+    }
+}
+
+/// All disks. Also hooks drivers that a module has brought since the last time.
+pub(crate) fn disks(glue: &Glue) -> Vec<DiskInfo> {
+    if attached().iter().any(|attached| !attached.gone) {
+        watch_drivers(glue);
+    }
+    devices::list(glue).into_iter().map(|disk| disk.info).collect()
+}
+
+/// A protected disk may by now be on a driver that came with a module later: what was written until its driver was
+/// hooked was not seen.
+fn watch_drivers(glue: &Glue) {
+    let unseen: Vec<(usize, *mut BlockBackend)> = attached()
+        .iter()
+        .filter(|attached| !attached.gone)
+        .map(|attached| (attached.index, attached.blk))
+        .filter(|(_, blk)| !is_hooked(glue, *blk))
+        .collect();
+    // Without the list of mappings nothing is hooked now; the next look tries again.
+    let _unreadable = hook::hook_all(glue);
+    for (index, blk) in unseen {
+        let Some(slot) = slots::slot(index) else { continue };
+        if is_hooked(glue, blk) {
+            slot.with_capture(Capture::contents_changed);
+        } else {
+            slot.with_capture(|capture| {
+                capture.fault("the disk has moved to a driver that cannot be captured")
+            });
+        }
+    }
+}
+
+fn is_hooked(glue: &Glue, blk: *mut BlockBackend) -> bool {
+    let node = devices::top_node(glue, blk);
+    !node.is_null() && hook::is_hooked(devices::driver_of(node))
+}
+
+/// Switches capture of a device on.
+///
+/// # Errors
+/// Why not, for the operator; then nothing is captured and nothing stays behind.
+pub(crate) fn attach(glue: &Glue, device: &str, capture: Arc<Capture>) -> Result<(), String> {
+    if attached().iter().any(|attached| attached.device == device && !attached.gone) {
+        return Err(format!("'{device}' is protected already"));
+    }
+    let disk = devices::list(glue).into_iter().find(|disk| disk.info.device == device);
+    let disk = disk.ok_or_else(|| format!("this QEMU has no disk '{device}'"))?;
+    if !disk.info.refused.is_empty() {
+        return Err(format!("'{device}' cannot be protected: {}", disk.info.refused));
+    }
+    let (index, slot) = free_slot().ok_or("too many disks of this QEMU are protected")?;
+    proof::prove(glue, slot)?;
+    hook::hook_all(glue)?;
+    let answer = switch_on(glue, device, disk.blk, index, slot, capture);
+    if answer.is_err() {
+        unhook_if_unused(glue);
+    }
+    answer
+}
+
+fn switch_on(
+    glue: &Glue,
+    device: &str,
+    blk: *mut BlockBackend,
+    index: usize,
+    slot: &'static Slot,
+    capture: Arc<Capture>,
+) -> Result<(), String> {
+    let gone = || format!("'{device}' went away while it was to be protected");
+    // The proof has run the main loop.
+    if !devices::exists(glue, blk) || devices::top_node(glue, blk).is_null() {
+        return Err(gone());
+    }
+    let _drained = Drained::device(glue, blk);
+    if !devices::exists(glue, blk) || devices::top_node(glue, blk).is_null() {
+        return Err(gone());
+    }
+    if !is_hooked(glue, blk) {
+        return Err(format!("'{device}' cannot be protected: its driver cannot be hooked"));
+    }
+    watch(glue, blk, slot);
+    slot.publish(blk, Some(Arc::clone(&capture)));
+    let background = Background::start(glue, blk, capture);
+    let entry = Attached { device: device.to_owned(), index, slot, blk, background, gone: false };
+    attached().push(entry);
+    Ok(())
+}
+
+/// Asks QEMU to tell when the device goes, and in 7.2 when it changes its context.
+fn watch(glue: &Glue, blk: *mut BlockBackend, slot: &'static Slot) {
+    // SAFETY: the slot's notifier is in no list, lives forever, and the device is live.
+    unsafe { (glue.symbols.blk_add_remove_bs_notifier)(blk, slot.removal.get()) };
+    if glue.symbols.aio_context_acquire.is_some() {
+        // SAFETY: live, in the main thread.
+        slot.set_context(unsafe { (glue.symbols.blk_get_aio_context)(blk) });
+        let opaque = std::ptr::from_ref(slot).cast_mut().cast();
+        // SAFETY: as above; both functions take the slot, which lives forever.
+        unsafe { (glue.symbols.blk_add_aio_context_notifier)(blk, on_context, on_context_lost, opaque) };
+    }
+}
+
+fn unwatch(glue: &Glue, blk: *mut BlockBackend, slot: &'static Slot) {
+    // SAFETY: added in `watch`.
+    unsafe { (glue.symbols.notifier_remove)(slot.removal.get()) };
+    if glue.symbols.aio_context_acquire.is_some() {
+        let opaque = std::ptr::from_ref(slot).cast_mut().cast();
+        // SAFETY: added in `watch` with the same arguments.
+        unsafe { (glue.symbols.blk_remove_aio_context_notifier)(blk, on_context, on_context_lost, opaque) };
+    }
+}
+
+/// 7.2: the device's requests run in this context from now on.
+unsafe extern "C" fn on_context(context: *mut AioContext, slot: *mut c_void) {
+    // SAFETY: the slot that `watch` gave; it lives forever.
+    let slot = unsafe { &*slot.cast::<Slot>() };
+    slot.set_context(context);
+}
+
+/// 7.2: the device leaves its context; it is drained until [`on_context`] comes.
+unsafe extern "C" fn on_context_lost(_slot: *mut c_void) {}
+
+/// Switches capture of a device off. Its background coroutine leaves some time later.
+///
+/// # Errors
+/// No such device is protected.
+pub(crate) fn detach(glue: &Glue, device: &str) -> Result<Arc<Background>, String> {
+    let entry = {
+        let mut list = attached();
+        let position = list.iter().position(|attached| attached.device == device);
+        list.remove(position.ok_or_else(|| format!("'{device}' is not protected"))?)
+    };
+    if !entry.gone {
+        let is_last = attached().iter().all(|attached| attached.gone);
+        if is_last {
+            let _drained = AllDrained::begin(glue);
+            let _lock = ContextLock::of_device(glue, entry.blk);
+            switch_off(glue, &entry);
+            hook::unhook_all(Emptying::Drained);
+        } else {
+            let _drained = Drained::device(glue, entry.blk);
+            switch_off(glue, &entry);
+        }
+    }
+    Ok(entry.background)
+}
+
+/// With the device drained.
+fn switch_off(glue: &Glue, entry: &Attached) {
+    // Draining has run the main loop: the device may have gone meanwhile.
+    if entry.slot.blk() == entry.blk {
+        unwatch(glue, entry.blk, entry.slot);
+        end_capture(entry.slot);
+    }
+    entry.background.stop(glue);
+}
+
+/// Lets the capture of a slot go; no request of its device is in flight.
+fn end_capture(slot: &'static Slot) {
+    slot.with_capture(Capture::detach);
+    slot.unpublish();
+    slot.let_go();
+}
+
+/// A BlockBackend is about to lose its node: the device is unplugged or its medium ejected, or QEMU ends.
+pub(crate) unsafe extern "C" fn on_removal(notifier: *mut Notifier, blk: *mut c_void) {
+    let Some(glue) = glue() else { return };
+    let found = attached()
+        .iter_mut()
+        .find(|attached| !attached.gone && attached.slot.removal.get() == notifier)
+        .map(|attached| {
+            attached.gone = true;
+            (attached.slot, Arc::clone(&attached.background))
+        });
+    let blk: *mut BlockBackend = blk.cast();
+    let slot = match found {
+        Some((slot, background)) => {
+            background.stop(glue);
+            background.drain(glue, blk);
+            slot
+        }
+        // Being detached, and drained for it, right now.
+        None => match slots::by_notifier(notifier) {
+            Some(slot) => slot,
+            None => return,
+        },
+    };
+    unwatch(glue, blk, slot);
+    // SAFETY: live, in the main thread.
+    unsafe { (glue.symbols.blk_drain)(blk) };
+    end_capture(slot);
+    mainloop::schedule(glue, || {
+        if let Some(glue) = super::glue() {
+            unhook_if_unused(glue);
+        }
+    });
+}
+
+/// Puts QEMU's own callbacks back when no device is protected.
+fn unhook_if_unused(glue: &Glue) {
+    if attached().iter().all(|attached| attached.gone) && hook::hooked_drivers() > 0 {
+        let _drained = AllDrained::begin(glue);
+        // Draining has run the main loop.
+        if attached().iter().all(|attached| attached.gone) {
+            hook::unhook_all(Emptying::Drained);
+        }
+    }
+}

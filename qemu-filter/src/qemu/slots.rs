@@ -1,0 +1,228 @@
+//! The protected devices, as the callbacks find them: a fixed table that is read without a lock.
+//!
+//! A slot is published by storing its BlockBackend and unpublished by clearing it, both in QEMU's main thread.
+//! A callback that finds its node below a slot's BlockBackend counts itself as a user of the slot and then looks
+//! whether the slot is still published. So when the main thread has cleared the BlockBackend and then finds no
+//! user, none comes any more, and the capture may be let go.
+//!
+//! # Why the BlockBackend can be asked from any thread
+//!
+//! `blk_bs` and `bdrv_skip_filters` follow pointers that only the main thread changes. In 8.0 and later every
+//! callback runs inside the block layer's graph read lock, and the main thread changes the graph, and removes a
+//! node from a BlockBackend, only inside its write lock; a BlockBackend that is about to go tells
+//! [`super::attach`] before. In 7.2 there is no such lock, but nodes belong to one AioContext, whose lock the main
+//! thread holds for changes: there a slot also names its AioContext, and callbacks in others pass it by.
+
+use std::cell::UnsafeCell;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
+
+use super::Glue;
+use super::types::{AioContext, BlockBackend, BlockDriverState, Notifier};
+use crate::engine::Capture;
+
+/// How many devices of one process can be protected at once.
+pub(crate) const MAX_DEVICES: usize = 128;
+
+/// One protected device, or the scratch node.
+pub(crate) struct Slot {
+    /// Whose root is captured; null while the slot is not published.
+    blk: AtomicPtr<BlockBackend>,
+    /// Only in 7.2: the AioContext of the device.
+    context: AtomicPtr<AioContext>,
+    /// From `Arc::into_raw`; null for the scratch node, whose requests are only noted in `seen`.
+    capture: AtomicPtr<Capture>,
+    /// Callbacks between [`find`] and the drop of their [`User`].
+    users: AtomicUsize,
+    /// What the scratch node saw.
+    pub(crate) seen: Seen,
+    /// Told by QEMU when the BlockBackend loses its node.
+    pub(crate) removal: UnsafeCell<Notifier>,
+}
+
+/// The arguments of the requests that a slot without a capture saw.
+#[derive(Debug)]
+pub(crate) struct Seen {
+    pub(crate) requests: AtomicU64,
+    pub(crate) offset: AtomicI64,
+    pub(crate) bytes: AtomicI64,
+}
+
+// SAFETY: all fields but `removal` are atomic; `removal` is touched by QEMU's main thread only.
+unsafe impl Sync for Slot {}
+
+impl Slot {
+    const fn new() -> Self {
+        Self {
+            blk: AtomicPtr::new(std::ptr::null_mut()),
+            context: AtomicPtr::new(std::ptr::null_mut()),
+            capture: AtomicPtr::new(std::ptr::null_mut()),
+            users: AtomicUsize::new(0),
+            seen: Seen { requests: AtomicU64::new(0), offset: AtomicI64::new(0), bytes: AtomicI64::new(0) },
+            removal: UnsafeCell::new(Notifier::new(super::attach::on_removal)),
+        }
+    }
+
+    /// The BlockBackend while the slot is published.
+    pub(crate) fn blk(&self) -> *mut BlockBackend {
+        // ORDERING: SeqCst: see `find` and `unpublish`.
+        self.blk.load(Ordering::SeqCst)
+    }
+
+    /// Makes callbacks find the slot. Main thread.
+    pub(crate) fn publish(&self, blk: *mut BlockBackend, capture: Option<Arc<Capture>>) {
+        let capture = capture.map_or(std::ptr::null(), Arc::into_raw);
+        // ORDERING: Relaxed: published by the store of `blk` below.
+        self.capture.store(capture.cast_mut(), Ordering::Relaxed);
+        // ORDERING: SeqCst store, pairs with the loads in `find`: who sees the BlockBackend sees the capture.
+        self.blk.store(blk, Ordering::SeqCst);
+    }
+
+    /// Hides the slot from callbacks that come from now on. Main thread.
+    pub(crate) fn unpublish(&self) {
+        // ORDERING: SeqCst: before the load of `users` in `is_used`, in one order with `find`'s increment and
+        // second look: either the user is seen there, or it sees null here.
+        self.blk.store(std::ptr::null_mut(), Ordering::SeqCst);
+    }
+
+    /// Whether a callback still uses the slot.
+    pub(crate) fn is_used(&self) -> bool {
+        // ORDERING: SeqCst: see `unpublish`; also acquires what the users did.
+        self.users.load(Ordering::SeqCst) != 0
+    }
+
+    /// Calls `act` with the slot's capture, if it has one. Main thread.
+    pub(crate) fn with_capture(&self, act: impl FnOnce(&Capture)) {
+        // ORDERING: Relaxed: only the main thread stores it.
+        let capture = self.capture.load(Ordering::Relaxed);
+        // SAFETY: null, or an Arc's content that stays until `let_go`, in this same thread.
+        if let Some(capture) = unsafe { capture.as_ref() } {
+            act(capture);
+        }
+    }
+
+    /// Lets the capture of an unpublished slot go. If a callback still uses it, which a drained device does not
+    /// have, the capture is leaked rather than freed under it. Main thread.
+    pub(crate) fn let_go(&self) {
+        debug_assert!(self.blk().is_null(), "a published slot keeps its capture");
+        if self.is_used() {
+            return;
+        }
+        // ORDERING: Relaxed: only the main thread stores it, and the users are gone.
+        let capture = self.capture.swap(std::ptr::null_mut(), Ordering::Relaxed);
+        if !capture.is_null() {
+            // SAFETY: it came from Arc::into_raw in `publish`, and the swap hands it out once.
+            drop(unsafe { Arc::from_raw(capture.cast_const()) });
+        }
+    }
+
+    /// Only in 7.2: callbacks in other AioContexts pass the slot by. Main thread.
+    pub(crate) fn set_context(&self, context: *mut AioContext) {
+        // ORDERING: Release/Acquire with `find`; changed only while the device is drained.
+        self.context.store(context, Ordering::Release);
+    }
+
+    fn is_below(&self, glue: &Glue, blk: *mut BlockBackend, node: *mut BlockDriverState) -> bool {
+        // SAFETY: the BlockBackend is live, see the module's text.
+        let root = unsafe { (glue.symbols.blk_bs)(blk) };
+        if root.is_null() {
+            return false;
+        }
+        // SAFETY: the root of a live BlockBackend is a live node.
+        root == node || unsafe { (glue.symbols.bdrv_skip_filters)(root) } == node
+    }
+
+    fn enter(&'static self, blk: *mut BlockBackend) -> Option<User> {
+        // ORDERING: SeqCst: counted before the second look; see `unpublish`.
+        self.users.fetch_add(1, Ordering::SeqCst);
+        let user = User { slot: self };
+        (self.blk() == blk).then_some(user)
+    }
+}
+
+/// A callback that works for a protected device. Holds no lock and belongs to no thread, so a coroutine keeps it
+/// across yields.
+pub(crate) struct User {
+    slot: &'static Slot,
+}
+
+impl User {
+    /// The capture, or `None` on the scratch node, where the request is noted.
+    pub(crate) fn capture(&self) -> Option<&Capture> {
+        // ORDERING: Relaxed: `enter` has synchronised with `publish`.
+        let capture = self.slot.capture.load(Ordering::Relaxed);
+        // SAFETY: null, or an Arc's content that stays as long as the slot has users.
+        unsafe { capture.as_ref() }
+    }
+
+    /// Notes a request of the scratch node.
+    pub(crate) fn note(&self, offset: i64, bytes: i64) {
+        let seen = &self.slot.seen;
+        // ORDERING: Relaxed: read by the same thread, after the request.
+        seen.offset.store(offset, Ordering::Relaxed);
+        seen.bytes.store(bytes, Ordering::Relaxed);
+        seen.requests.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+impl Drop for User {
+    fn drop(&mut self) {
+        // ORDERING: Release pairs with `is_used`: all that the callback did comes before.
+        self.slot.users.fetch_sub(1, Ordering::Release);
+    }
+}
+
+static SLOTS: [Slot; MAX_DEVICES] = [const { Slot::new() }; MAX_DEVICES];
+
+/// One past the highest slot that was ever used.
+static EVER_USED: AtomicUsize = AtomicUsize::new(0);
+
+/// Which callbacks may find a slot: see the module's text about 7.2.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Caller {
+    /// A request's coroutine.
+    Coroutine,
+    /// QEMU's main thread, outside any coroutine.
+    MainThread,
+}
+
+/// The slot whose first non-filter node is `node`, if it is protected: **the capture rule**.
+pub(crate) fn find(glue: &Glue, node: *mut BlockDriverState, caller: Caller) -> Option<User> {
+    // ORDERING: Acquire pairs with `slot`: the slots below it are initialised anyway (they are static).
+    let used = EVER_USED.load(Ordering::Acquire).min(MAX_DEVICES);
+    SLOTS[..used].iter().find_map(|slot| {
+        let blk = slot.blk();
+        if blk.is_null() || !in_context(glue, slot, caller) || !slot.is_below(glue, blk, node) {
+            return None;
+        }
+        slot.enter(blk)
+    })
+}
+
+fn in_context(glue: &Glue, slot: &Slot, caller: Caller) -> bool {
+    // ORDERING: Acquire pairs with `set_context`.
+    let context = slot.context.load(Ordering::Acquire);
+    if context.is_null() || caller == Caller::MainThread {
+        return true;
+    }
+    // SAFETY: takes nothing, reads a thread-local of QEMU's.
+    unsafe { (glue.symbols.qemu_get_current_aio_context)() == context }
+}
+
+/// The slot that a removal notifier belongs to.
+pub(crate) fn by_notifier(notifier: *mut Notifier) -> Option<&'static Slot> {
+    SLOTS.iter().find(|slot| slot.removal.get() == notifier)
+}
+
+/// A slot by its number, without counting it as used.
+pub(crate) fn peek(index: usize) -> Option<&'static Slot> {
+    SLOTS.get(index)
+}
+
+/// A slot by its number, for the main thread.
+pub(crate) fn slot(index: usize) -> Option<&'static Slot> {
+    let slot = SLOTS.get(index)?;
+    // ORDERING: Release pairs with `find`.
+    EVER_USED.fetch_max(index + 1, Ordering::Release);
+    Some(slot)
+}

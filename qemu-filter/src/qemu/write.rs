@@ -1,0 +1,188 @@
+//! The life of one captured request: begin, copy, issue from the copy, finish.
+
+use std::ffi::c_int;
+
+use super::Glue;
+use super::slots::User;
+use super::types::{QemuIoVector, flags};
+use crate::engine::{Begin, Capture, InFlight, Kind, MAX_WRITE_BYTES, Outcome, Request, WaitToken};
+use crate::ffi::copy;
+
+/// Longest part of a write that is captured as one request, in bytes.
+const MAX_PART_BYTES: i64 = MAX_WRITE_BYTES as i64;
+
+/// Most pieces that a part can have.
+const MAX_PIECES: usize = capture_ring::limits::MAX_PIECES as usize;
+
+/// Longest scatter list that QEMU builds (`IOV_MAX`).
+const MAX_IOV: usize = 1024;
+
+/// The data of a write: `bytes` bytes of `qiov` from byte `skip` on, for the disk at `offset`.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Source {
+    pub(crate) offset: i64,
+    pub(crate) bytes: i64,
+    pub(crate) qiov: *mut QemuIoVector,
+    pub(crate) skip: usize,
+}
+
+impl Source {
+    /// `bytes` bytes of it, `done` bytes further on.
+    fn part(self, done: i64, bytes: i64) -> Self {
+        Self {
+            offset: self.offset.saturating_add(done),
+            bytes,
+            qiov: self.qiov,
+            skip: self.skip.saturating_add(done as usize),
+        }
+    }
+
+    /// Calls `issue` with a scatter list of just these bytes, for callbacks that take no `skip`.
+    pub(crate) fn whole(self, issue: impl FnOnce(*mut QemuIoVector) -> c_int) -> c_int {
+        // SAFETY: QEMU's scatter list of a request in flight.
+        let size = unsafe { (*self.qiov).size };
+        if self.skip == 0 && size as u64 == self.bytes as u64 { issue(self.qiov) } else { self.sliced(issue) }
+    }
+
+    /// Its own frame, because its list is 16 KiB.
+    #[inline(never)]
+    fn sliced(self, issue: impl FnOnce(*mut QemuIoVector) -> c_int) -> c_int {
+        let mut slice = [libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }; MAX_IOV];
+        let (mut skip, mut left, mut used) = (self.skip, self.bytes as usize, 0);
+        for entry in self.entries() {
+            if skip >= entry.iov_len {
+                skip -= entry.iov_len;
+                continue;
+            }
+            let Some(free) = slice.get_mut(used) else { return -libc::EINVAL };
+            let length = left.min(entry.iov_len - skip);
+            *free = libc::iovec { iov_base: entry.iov_base.wrapping_byte_add(skip), iov_len: length };
+            (skip, left, used) = (0, left - length, used + 1);
+            if left == 0 {
+                break;
+            }
+        }
+        let Some(slice) = slice.get_mut(..used) else { return -libc::EINVAL };
+        let mut list = QemuIoVector::over(slice, self.bytes as usize);
+        issue(&raw mut list)
+    }
+
+    fn entries(&self) -> &[libc::iovec] {
+        // SAFETY: QEMU's scatter list of a request in flight.
+        let list = unsafe { &*self.qiov };
+        let count = usize::try_from(list.niov).unwrap_or(0);
+        if count == 0 {
+            return &[];
+        }
+        // SAFETY: it has that many entries, and nobody changes them while the request is in flight.
+        unsafe { std::slice::from_raw_parts(list.iov, count) }
+    }
+}
+
+/// Issues a write to a protected disk, from the ring's copy where there is one. Writes longer than a record can
+/// hold are issued in parts, one after another.
+pub(crate) fn captured(
+    glue: &Glue,
+    user: &User,
+    source: Source,
+    request_flags: c_int,
+    issue: impl Fn(Source, c_int) -> c_int,
+) -> c_int {
+    let Some(capture) = user.capture() else {
+        user.note(source.offset, source.bytes);
+        return issue(source, request_flags);
+    };
+    if source.bytes <= 0 || request_flags & flags::WRITE_UNCHANGED != 0 {
+        return issue(source, request_flags);
+    }
+    let mut done = 0;
+    while done < source.bytes {
+        let part = source.part(done, MAX_PART_BYTES.min(source.bytes - done));
+        let answer = captured_part(glue, capture, part, request_flags, &issue);
+        if answer < 0 {
+            return answer;
+        }
+        done += part.bytes;
+    }
+    0
+}
+
+fn captured_part(
+    glue: &Glue,
+    capture: &Capture,
+    source: Source,
+    request_flags: c_int,
+    issue: &impl Fn(Source, c_int) -> c_int,
+) -> c_int {
+    let kind = Kind::Write { fua: request_flags & flags::FUA != 0 };
+    let mut in_flight = InFlight::default();
+    begin(glue, capture, kind, source.offset, source.bytes, &mut in_flight);
+    let mut list = [libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }; MAX_PIECES];
+    let answer = match copied(&in_flight, source, &mut list) {
+        Some(mut qiov) => {
+            let copy = Source { qiov: &raw mut qiov, skip: 0, ..source };
+            issue(copy, request_flags & !flags::REGISTERED_BUF)
+        }
+        None => issue(source, request_flags),
+    };
+    let outcome = if answer >= 0 { Outcome::Succeeded } else { Outcome::Failed };
+    capture.finish(&mut in_flight, outcome);
+    answer
+}
+
+/// Copies the guest's data into the request's pieces and makes `list` a scatter list of them; `None` when the
+/// request has no pieces and is issued from the guest's buffers.
+fn copied(
+    in_flight: &InFlight,
+    source: Source,
+    list: &mut [libc::iovec; MAX_PIECES],
+) -> Option<QemuIoVector> {
+    let pieces = in_flight.pieces();
+    if pieces.is_empty() {
+        return None;
+    }
+    let entries = source.entries();
+    // SAFETY: the entries are the guest's buffers of a request in flight, the pieces those of a request that has
+    // begun and not finished.
+    unsafe { copy::copy_in(pieces, entries.as_ptr(), entries.len(), source.skip) };
+    for (entry, piece) in list.iter_mut().zip(pieces) {
+        *entry = libc::iovec { iov_base: piece.ptr.as_ptr().cast(), iov_len: piece.len };
+    }
+    let used = list.get_mut(..pieces.len())?;
+    Some(QemuIoVector::over(used, source.bytes as usize))
+}
+
+/// Issues a request without data to a protected disk.
+pub(crate) fn range(
+    glue: &Glue,
+    user: &User,
+    kind: Kind,
+    offset: i64,
+    length: i64,
+    outcome: impl FnOnce(c_int) -> Outcome,
+    issue: impl FnOnce() -> c_int,
+) -> c_int {
+    let Some(capture) = user.capture() else {
+        user.note(offset, length);
+        return issue();
+    };
+    if length <= 0 && kind != Kind::Resize {
+        return issue();
+    }
+    let mut in_flight = InFlight::default();
+    begin(glue, capture, kind, offset, length, &mut in_flight);
+    let answer = issue();
+    capture.finish(&mut in_flight, outcome(answer));
+    answer
+}
+
+/// Waits until no request in flight overlaps.
+fn begin(glue: &Glue, capture: &Capture, kind: Kind, offset: i64, length: i64, in_flight: &mut InFlight) {
+    let request = Request { kind, offset: offset as u64, length: length as u64 };
+    // SAFETY: takes nothing; every request runs in a coroutine.
+    let token = WaitToken(unsafe { (glue.symbols.qemu_coroutine_self)() } as usize);
+    while capture.begin(&request, token, in_flight) == Begin::Wait {
+        // SAFETY: we are in a coroutine, and the engine wakes it with the token.
+        unsafe { (glue.symbols.qemu_coroutine_yield)() };
+    }
+}

@@ -1,0 +1,260 @@
+//! The smallest agent there can be: it hands out a ring and keeps every record that comes.
+
+use std::os::fd::AsFd as _;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use capture_ring::control::{Connection, DiskInfo, Hello, Listener, Message};
+use capture_ring::{Bell, Consumer, HostClock, Next, Ring, RingConfig};
+use journal_format::{DiskId, Epoch, Lsn, Op, Record};
+
+/// How long anything may take before a test fails.
+pub const LIMIT: Duration = Duration::from_secs(20);
+
+/// Waits until `ready` answers something.
+pub fn wait_for<T>(what: &str, mut ready: impl FnMut() -> Option<T>) -> T {
+    let began = Instant::now();
+    loop {
+        if let Some(answer) = ready() {
+            return answer;
+        }
+        assert!(began.elapsed() < LIMIT, "{what} did not happen within {LIMIT:?}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// A listening agent.
+pub struct Agent {
+    listener: Listener,
+    socket: PathBuf,
+    clock: HostClock,
+    clock_fd: std::os::fd::OwnedFd,
+}
+
+impl Agent {
+    pub fn listen(folder: &Path) -> Self {
+        let socket = folder.join("agent.sock");
+        let listener = Listener::bind(&socket).unwrap();
+        let (clock, clock_fd) = HostClock::create().unwrap();
+        Self { listener, socket, clock, clock_fd }
+    }
+
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// Waits for a filter.
+    pub fn accept(&self) -> Filter<'_> {
+        let connection = self.listener.accept().unwrap();
+        let mut filter = Filter {
+            agent: self,
+            connection,
+            hello: Hello::default(),
+            disks: Vec::new(),
+            requests: 0,
+            faults: Vec::new(),
+        };
+        match filter.receive() {
+            Message::Hello(hello) => filter.hello = hello,
+            other => panic!("no hello but {other:?}"),
+        }
+        filter
+    }
+}
+
+/// A connected filter.
+pub struct Filter<'a> {
+    agent: &'a Agent,
+    connection: Connection,
+    pub hello: Hello,
+    pub disks: Vec<DiskInfo>,
+    requests: u64,
+    pub faults: Vec<(String, String)>,
+}
+
+impl Filter<'_> {
+    fn receive(&mut self) -> Message {
+        let received = self.connection.recv(Some(LIMIT)).unwrap();
+        let message = received.expect("the filter says nothing").message;
+        match &message {
+            Message::Disks { disks, more: false } => self.disks.clone_from(disks),
+            Message::Fault { device, message } => self.faults.push((device.clone(), message.clone())),
+            _ => {}
+        }
+        message
+    }
+
+    fn result(&mut self) -> Result<(), String> {
+        loop {
+            if let Message::Result { request, ok, message } = self.receive() {
+                assert_eq!(request, self.requests);
+                return if ok { Ok(()) } else { Err(message) };
+            }
+        }
+    }
+
+    /// Asks for the disks until the wanted one is there.
+    pub fn disk(&mut self, device: &str) -> DiskInfo {
+        let began = Instant::now();
+        loop {
+            if let Some(disk) = self.disks.iter().find(|disk| disk.device == device) {
+                return disk.clone();
+            }
+            assert!(began.elapsed() < LIMIT, "no disk '{device}' but {:?}", self.disks);
+            self.list();
+        }
+    }
+
+    /// Asks for the disks.
+    pub fn list(&mut self) -> &[DiskInfo] {
+        self.connection.send(&Message::List).unwrap();
+        while !matches!(self.receive(), Message::Disks { more: false, .. }) {}
+        &self.disks
+    }
+
+    /// Waits for the message that capture of a device has ended by a fault.
+    pub fn fault(&mut self) -> String {
+        while self.faults.is_empty() {
+            self.receive();
+        }
+        self.faults.remove(0).1
+    }
+
+    pub fn try_attach(&mut self, device: &str) -> Result<Tap, String> {
+        let disk = self.disk(device);
+        let config = RingConfig::new(DiskId([7; 16]), Epoch(1), Lsn(1), disk.disk_bytes.max(512));
+        let (ring, fd) = Ring::create(&config).unwrap();
+        let bell = Bell::create().unwrap();
+        self.requests += 1;
+        let clock = self.agent.clock_fd.as_fd();
+        self.connection.send_attach(self.requests, device, fd.as_fd(), clock, bell.as_fd()).unwrap();
+        self.result()?;
+        Ok(Tap::start(ring, self.agent.clock.clone(), disk.disk_bytes))
+    }
+
+    pub fn attach(&mut self, device: &str) -> Tap {
+        self.try_attach(device).unwrap()
+    }
+
+    pub fn try_detach(&mut self, device: &str) -> Result<(), String> {
+        self.requests += 1;
+        let request = self.requests;
+        self.connection.send(&Message::Detach { request, device: device.to_owned() }).unwrap();
+        self.result()
+    }
+
+    pub fn detach(&mut self, device: &str) {
+        self.try_detach(device).unwrap();
+    }
+}
+
+/// A record and its data.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Taken {
+    pub record: Record,
+    pub data: Vec<u8>,
+}
+
+/// Keeps what comes out of one ring.
+pub struct Tap {
+    ring: Arc<Ring>,
+    taken: Arc<Mutex<Vec<Taken>>>,
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+    disk_bytes: u64,
+}
+
+impl Tap {
+    fn start(ring: Arc<Ring>, clock: HostClock, disk_bytes: u64) -> Self {
+        let taken = Arc::new(Mutex::new(Vec::new()));
+        let stop = Arc::new(AtomicBool::new(false));
+        let mut consumer = Consumer::new(Arc::clone(&ring), clock);
+        let (into, until) = (Arc::clone(&taken), Arc::clone(&stop));
+        let thread = std::thread::spawn(move || {
+            loop {
+                let mut data = Vec::new();
+                match consumer.next(&mut data, u32::MAX).unwrap() {
+                    Next::Record(record) => into.lock().unwrap().push(Taken { record, data }),
+                    Next::NoRoom(bytes) => panic!("a record of {bytes} bytes"),
+                    // ORDERING: Relaxed: only the end of the thread depends on it.
+                    Next::Empty if until.load(Ordering::Relaxed) => return,
+                    Next::Empty => std::thread::sleep(Duration::from_micros(200)),
+                }
+            }
+        });
+        Self { ring, taken, stop, thread: Some(thread), disk_bytes }
+    }
+
+    /// Waits until the initial sync or a resync is done.
+    pub fn wait_synced(&self) {
+        wait_for("the end of the gap", || (!self.ring.gap_is_open()).then_some(()));
+    }
+
+    /// Everything captured until now.
+    pub fn records(&self) -> Vec<Taken> {
+        let until = self.ring.captured_lsn();
+        wait_for("the last record", || {
+            let taken = self.taken.lock().unwrap();
+            (taken.last().map_or(0, |last| last.record.lsn.0) >= until.0).then(|| taken.clone())
+        })
+    }
+
+    /// Ends it and gives everything captured.
+    pub fn finish(mut self) -> Vec<Taken> {
+        let records = self.records();
+        self.end();
+        records
+    }
+
+    fn end(&mut self) {
+        // ORDERING: Relaxed: see the thread.
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            thread.join().unwrap();
+        }
+    }
+
+    /// The image that the records make.
+    pub fn image(&self) -> Vec<u8> {
+        replay(&self.records(), self.disk_bytes)
+    }
+}
+
+impl Drop for Tap {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            self.end();
+        }
+    }
+}
+
+/// The image that records make of a disk that was all zeroes before.
+pub fn replay(records: &[Taken], disk_bytes: u64) -> Vec<u8> {
+    let mut image = vec![0; usize::try_from(disk_bytes).unwrap()];
+    for (index, Taken { record, data }) in records.iter().enumerate() {
+        assert_eq!(record.lsn.0, index as u64 + 1, "LSNs have no holes");
+        if index > 0 {
+            assert!(record.stamp >= records[index - 1].record.stamp, "stamps follow LSNs");
+        }
+        apply(&mut image, record, data);
+    }
+    image
+}
+
+fn apply(image: &mut Vec<u8>, record: &Record, data: &[u8]) {
+    match &record.op {
+        Op::Write { range, .. } => {
+            let start = usize::try_from(range.offset()).unwrap();
+            image[start..start + data.len()].copy_from_slice(data);
+        }
+        Op::Zero { range, .. } | Op::Discard { range } => {
+            let start = usize::try_from(range.offset()).unwrap();
+            image[start..start + usize::try_from(range.length()).unwrap()].fill(0);
+        }
+        Op::Resize { disk_bytes } => image.resize(usize::try_from(*disk_bytes).unwrap(), 0),
+        _ => {}
+    }
+}

@@ -1,0 +1,7 @@
+//! What the tests with real QEMU programs share: an agent that only listens, and the programs.
+
+#![allow(dead_code, unreachable_pub, missing_docs)]
+
+pub mod agent;
+pub mod memory;
+pub mod programs;

@@ -1,0 +1,184 @@
+//! QEMU's own programs with the library loaded.
+//!
+//! `CDP_TEST_ROOT` names the root of another release (a folder made by debootstrap); without it the installed
+//! programs run.
+
+use std::io::{Read as _, Write as _};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+
+use super::agent::{Agent, Filter};
+
+const PROMPT: &[u8] = b"qemu-io> ";
+
+/// A temporary folder that the programs see too, with a copy of the library.
+pub struct Site {
+    root: Option<PathBuf>,
+    folder: tempfile::TempDir,
+}
+
+impl Site {
+    pub fn new() -> Self {
+        let root = std::env::var_os("CDP_TEST_ROOT").map(PathBuf::from);
+        let parent = root.as_ref().map_or_else(std::env::temp_dir, |root| root.join("tmp"));
+        let folder = tempfile::Builder::new().prefix("cdp-").tempdir_in(parent).unwrap();
+        std::fs::copy(library(), folder.path().join("libcdp_filter.so")).unwrap();
+        Self { root, folder }
+    }
+
+    /// The folder as we see it.
+    pub fn path(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// A file of the folder as the programs see it.
+    pub fn inside(&self, file: &str) -> String {
+        let path = self.folder.path().join(file);
+        let path = match &self.root {
+            Some(root) => Path::new("/").join(path.strip_prefix(root).unwrap()),
+            None => path,
+        };
+        path.to_str().unwrap().to_owned()
+    }
+
+    /// A program of the release under test.
+    pub fn command(&self, program: &str) -> Command {
+        match &self.root {
+            Some(root) => {
+                let mut command = Command::new("chroot");
+                command.arg(root).arg(program);
+                command
+            }
+            None => Command::new(program),
+        }
+    }
+
+    /// Where the program's file is for us.
+    pub fn executable(&self, program: &str) -> PathBuf {
+        let installed = Path::new("usr/bin").join(program);
+        self.root.as_deref().unwrap_or(Path::new("/")).join(installed)
+    }
+
+    /// A program with the library loaded that talks to the agent. `env` loads it, so that chroot does not.
+    pub fn filtered(&self, program: &str, agent: &Agent) -> Command {
+        let mut command = self.command("env");
+        let socket = agent.socket().file_name().unwrap().to_str().unwrap();
+        command.arg(format!("LD_PRELOAD={}", self.inside("libcdp_filter.so")));
+        command.arg(format!("CDP_AGENT_SOCKET={}", self.inside(socket)));
+        command.arg("CDP_VM_NAME=test").arg(program);
+        command
+    }
+
+    /// Runs a program to its end.
+    pub fn run(&self, program: &str, arguments: &[&str]) -> String {
+        let output = self.command(program).args(arguments).output().unwrap();
+        assert!(output.status.success(), "{program} {arguments:?}: {output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// Makes an image.
+    pub fn create(&self, format: &str, file: &str, size: &str) {
+        self.run("qemu-img", &["create", "-q", "-f", format, &self.inside(file), size]);
+    }
+
+    /// The contents of an image as a guest would read them.
+    pub fn contents(&self, format: &str, file: &str) -> Vec<u8> {
+        let raw = format!("{file}.contents");
+        self.run(
+            "qemu-img",
+            &["convert", "-U", "-f", format, "-O", "raw", &self.inside(file), &self.inside(&raw)],
+        );
+        std::fs::read(self.path().join(raw)).unwrap()
+    }
+}
+
+fn library() -> PathBuf {
+    let mut folder = std::env::current_exe().unwrap();
+    folder.pop();
+    let library = folder.join("libcdp_filter.so");
+    let library = if library.exists() { library } else { folder.parent().unwrap().join("libcdp_filter.so") };
+    assert!(library.exists(), "{} is not built", library.display());
+    library
+}
+
+/// `qemu-io` with one disk open, waiting for commands.
+pub struct QemuIo {
+    child: Child,
+    stdin: ChildStdin,
+    stdout: ChildStdout,
+}
+
+impl QemuIo {
+    /// Opens what `options` say (`driver=…,node-name=disk,…`).
+    pub fn open(site: &Site, agent: &Agent, options: &str) -> Self {
+        Self::open_with(site, agent, options, &[])
+    }
+
+    /// As `open`, with more variables for the program.
+    pub fn open_with(site: &Site, agent: &Agent, options: &str, variables: &[&str]) -> Self {
+        let mut command = site.filtered("env", agent);
+        command.args(variables).args(["qemu-io", "-t", "none", "--image-opts", options]);
+        Self::spawn(command)
+    }
+
+    fn spawn(mut command: Command) -> Self {
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let (stdin, stdout) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+        let mut program = Self { child, stdin, stdout };
+        program.until_prompt();
+        program
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Runs a command and gives what it printed.
+    pub fn run(&mut self, command: &str) -> String {
+        writeln!(self.stdin, "{command}").unwrap();
+        self.until_prompt()
+    }
+
+    /// Runs a command that must succeed.
+    pub fn must(&mut self, command: &str) {
+        let answer = self.run(command);
+        assert!(!answer.contains("fail") && !answer.contains("rror"), "{command}: {answer}");
+    }
+
+    fn until_prompt(&mut self) -> String {
+        let mut text = Vec::new();
+        let mut byte = [0];
+        while !text.ends_with(PROMPT) {
+            assert_eq!(
+                self.stdout.read(&mut byte).unwrap(),
+                1,
+                "qemu-io ended: {}",
+                String::from_utf8_lossy(&text)
+            );
+            text.push(byte[0]);
+        }
+        text.truncate(text.len() - PROMPT.len());
+        String::from_utf8(text).unwrap()
+    }
+
+    /// Ends it; it must end well.
+    pub fn quit(mut self) {
+        writeln!(self.stdin, "quit").unwrap();
+        assert!(self.child.wait().unwrap().success());
+    }
+}
+
+impl Drop for QemuIo {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _ended = self.child.kill();
+        let _reaped = self.child.wait();
+    }
+}
+
+/// Opens a disk in `qemu-io` and waits for its filter.
+pub fn open<'a>(site: &Site, agent: &'a Agent, options: &str) -> (QemuIo, Filter<'a>) {
+    let program = QemuIo::open(site, agent, options);
+    let filter = agent.accept();
+    (program, filter)
+}
