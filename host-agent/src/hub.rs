@@ -201,8 +201,8 @@ impl Hub {
             let Some(live) = self.rings.get(&next.disk).filter(|live| live.epoch == next.epoch) else {
                 break;
             };
-            let entries =
-                live.outbox.entries_from(next.from, SEND_BATCH_BYTES - bytes, SEND_BATCH_FRAMES - frames);
+            let (bytes_left, frames_left) = (SEND_BATCH_BYTES - bytes, SEND_BATCH_FRAMES - frames);
+            let entries = live.outbox.entries(next.from, next.to, bytes_left, frames_left);
             let (Some(first), Some(last)) = (entries.first(), entries.last()) else { break };
             debug_assert!(
                 first.first_lsn <= next.from,
@@ -292,6 +292,7 @@ impl Hub {
                 self.ask(filter, request, |link| link.resync(request, &device));
             }
             Action::Watch(_) => self.next_tick = Instant::now(),
+            Action::ReportSoon => (self.next_tick, self.next_status) = (Instant::now(), Instant::now()),
             Action::EndRing(disk, epoch, ending) => match self.ring(disk, epoch) {
                 Some(live) => live.drain.end(ending),
                 // It could not be made.

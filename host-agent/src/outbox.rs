@@ -167,17 +167,17 @@ impl Outbox {
         &self.memory
     }
 
-    /// Frames in LSN order from the one that holds `from`, up to `most_bytes` and `most` of them, at least one if there
-    /// is one.
+    /// Frames in LSN order from the one that holds `from` to the one that ends with `to`, up to `most_bytes` and `most`
+    /// of them, at least one if there is one.
     #[must_use]
-    pub fn entries_from(&self, from: Lsn, most_bytes: usize, most: usize) -> Vec<Entry> {
+    pub fn entries(&self, from: Lsn, to: Lsn, most_bytes: usize, most: usize) -> Vec<Entry> {
         let state = self.lock();
         let start = state.entries.partition_point(|entry| entry.last_lsn < from);
         let mut bytes = 0_usize;
         let fits = |entry: &&Entry| {
             let first = bytes == 0;
             bytes = bytes.saturating_add(entry.len);
-            first || bytes <= most_bytes
+            entry.last_lsn <= to && (first || bytes <= most_bytes)
         };
         state.entries.range(start..).take(most).take_while(fits).copied().collect()
     }
@@ -376,7 +376,7 @@ mod tests {
         let (outbox, mut writer) = outbox(1 << 16);
         writer.push(&frame(1, 10, 50)).unwrap();
         writer.push(&frame(11, 11, 60)).unwrap();
-        let entries = outbox.entries_from(Lsn(1), usize::MAX, 100);
+        let entries = outbox.entries(Lsn(1), Lsn::MAX, usize::MAX, 100);
         assert_eq!(entries.len(), 2);
         let bytes = message(&outbox, &entries[1]);
         let (kind, len) = MessageHeader::parse(&bytes).unwrap();
@@ -393,13 +393,15 @@ mod tests {
             writer.push(&frame(first, first + 9, 50)).unwrap();
         }
         let firsts = |from, bytes, most| -> Vec<u64> {
-            outbox.entries_from(Lsn(from), bytes, most).iter().map(|e| e.first_lsn.0).collect()
+            outbox.entries(Lsn(from), Lsn::MAX, bytes, most).iter().map(|e| e.first_lsn.0).collect()
         };
         assert_eq!(firsts(11, usize::MAX, 9), [11, 21]);
         assert_eq!(firsts(15, usize::MAX, 9), [11, 21], "half acknowledged: the whole frame again");
         assert_eq!(firsts(31, usize::MAX, 9), Vec::<u64>::new());
         assert_eq!(firsts(1, 1, 9), [1], "at least one");
         assert_eq!(firsts(1, usize::MAX, 2), [1, 11]);
+        let to_20 = outbox.entries(Lsn(1), Lsn(29), usize::MAX, 9);
+        assert_eq!(to_20.last().unwrap().last_lsn, Lsn(20), "not what ends behind the bound");
     }
 
     #[test]
@@ -427,7 +429,7 @@ mod tests {
             }
         }
         let kept: Vec<u64> =
-            outbox.entries_from(Lsn(0), usize::MAX, 99).iter().map(|e| e.first_lsn.0).collect();
+            outbox.entries(Lsn(0), Lsn::MAX, usize::MAX, 99).iter().map(|e| e.first_lsn.0).collect();
         let mut page = [0; 68];
         outbox.memory().file().read_exact_at(&mut page, 0).unwrap();
         let header = RawHeader::read_from_bytes(&page).unwrap();
@@ -456,7 +458,7 @@ mod tests {
         let (outbox, mut writer) = outbox(64 << 20);
         for lsn in 1..400 {
             writer.push(&frame(lsn, lsn, 500_000)).unwrap();
-            assert_eq!(outbox.entries_from(Lsn(lsn), 1, 1)[0].first_lsn, Lsn(lsn));
+            assert_eq!(outbox.entries(Lsn(lsn), Lsn::MAX, 1, 1)[0].first_lsn, Lsn(lsn));
             outbox.release(Lsn(lsn));
         }
         let touched = outbox.memory().file().metadata().unwrap().blocks() * 512;

@@ -267,6 +267,7 @@ impl Session {
             self.begin_detach(now, disk);
         } else {
             let waiters = core::mem::take(&mut capture.protect);
+            self.out.push(Action::ReportSoon);
             self.answer_all(waiters, "");
         }
     }
@@ -370,6 +371,8 @@ impl Session {
         }
         let Some(capture) = self.captures.remove(&disk) else { return };
         self.out.push(Action::DropCapture(disk, capture.epoch));
+        let last = Sample { mode: "off", captured_lsn: capture.packed, ..Sample::default() };
+        self.send(ToServer::DiskStatus(status(disk, &capture, &last)));
         for lost in capture.bookmarks {
             self.answer(
                 lost.request,

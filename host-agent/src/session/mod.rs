@@ -18,7 +18,7 @@
 //! ```
 //!
 //! For every capture `packed ≥ shipped ≥ acked`: records in the outbox, handed to the socket, durable at the server
-//! (the ring's own `captured ≥ packed`). [`Session::check`] asserts it after every event.
+//! (the ring's own `captured ≥ packed`). `Session::check` asserts it after every event.
 
 mod capture;
 mod commands;
@@ -154,6 +154,8 @@ pub enum Action {
     Release(DiskId, Epoch, Lsn),
     /// Put a bookmark into the ring; answered by `BookmarkPut`.
     PutBookmark(DiskId, u64, String),
+    /// Sample every capture at the next opportunity: one has just begun.
+    ReportSoon,
     /// Drop ring and outbox.
     DropCapture(DiskId, Epoch),
 }
@@ -201,6 +203,8 @@ pub struct Shipment {
     pub epoch: Epoch,
     /// The first LSN that the server does not have.
     pub from: Lsn,
+    /// The last LSN that may be sent: the outbox may already hold more than the session was told.
+    pub to: Lsn,
 }
 
 /// The state machine.
@@ -276,7 +280,7 @@ impl Session {
         let ready = |(_, capture): &(&DiskId, &Capture)| capture.may_ship();
         let next = self.captures.range(after..).find(|entry| *entry.0 != after && ready(entry));
         let (disk, capture) = next.or_else(|| self.captures.iter().find(ready))?;
-        Some(Shipment { disk: *disk, epoch: capture.epoch, from: capture.shipped.next() })
+        Some(Shipment { disk: *disk, epoch: capture.epoch, from: capture.shipped.next(), to: capture.packed })
     }
 
     /// Frames up to `last` were handed to the socket.

@@ -509,6 +509,7 @@ impl Fake {
                     self.answered.push(result.request);
                 }
                 Action::Connect
+                | Action::ReportSoon
                 | Action::Disconnect(_)
                 | Action::Send(_)
                 | Action::Resync(..)
