@@ -427,3 +427,7 @@ fn span_of(range: ByteRange, kind: Kind) -> Span {
     let end = if kind == Kind::Resize { MAX_DISK_BYTES + 1 } else { range.end() };
     Span { start: range.offset(), end }
 }
+
+#[cfg(test)]
+#[path = "capture_tests.rs"]
+mod tests;

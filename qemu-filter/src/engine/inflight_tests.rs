@@ -1,33 +1,8 @@
+use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Condvar, Mutex};
 
+use super::super::testing::{Random, tokens, wait, wake};
 use super::*;
-
-/// One parking place per token: a count of wake-ups not consumed yet.
-struct Park {
-    wakes: Mutex<u32>,
-    changed: Condvar,
-}
-
-static PARKS: [Park; 64] = [const { Park { wakes: Mutex::new(0), changed: Condvar::new() } }; 64];
-
-fn wake(token: WaitToken) {
-    let park = &PARKS[token.0];
-    *park.wakes.lock().expect("no test panics with it") += 1;
-    park.changed.notify_one();
-}
-
-fn wait(token: WaitToken) {
-    let park = &PARKS[token.0];
-    let mut wakes = park.wakes.lock().expect("no test panics with it");
-    while *wakes == 0 {
-        let (next, timeout) =
-            park.changed.wait_timeout(wakes, std::time::Duration::from_secs(60)).expect("not poisoned");
-        assert!(!timeout.timed_out(), "a parked request was forgotten");
-        wakes = next;
-    }
-    *wakes -= 1;
-}
 
 const fn span(start: u64, end: u64) -> Span {
     Span { start, end }
@@ -47,6 +22,11 @@ fn parked(entered: Entered) -> Slot {
     }
 }
 
+fn three() -> [WaitToken; 3] {
+    let mut tokens = tokens(3);
+    std::array::from_fn(|_| tokens.next().expect("three tokens"))
+}
+
 #[test]
 fn requests_that_do_not_overlap_run_together() {
     let table = Table::new(wake);
@@ -61,16 +41,17 @@ fn requests_that_do_not_overlap_run_together() {
 #[test]
 fn overlapping_requests_run_one_after_another_in_the_order_they_came() {
     let table = Table::new(wake);
-    let first = running(table.enter(span(0, 10), WaitToken(60)));
-    let second = parked(table.enter(span(5, 15), WaitToken(61)));
+    let [a, b, c] = three();
+    let first = running(table.enter(span(0, 10), a));
+    let second = parked(table.enter(span(5, 15), b));
     // Overlaps only the parked one, and has to wait for it all the same.
-    let third = parked(table.enter(span(12, 20), WaitToken(62)));
+    let third = parked(table.enter(span(12, 20), c));
     table.leave(first);
-    wait(WaitToken(61));
-    let second = running(table.retry(second, WaitToken(61)));
+    wait(b);
+    let second = running(table.retry(second, b));
     table.leave(second);
-    wait(WaitToken(62));
-    table.leave(running(table.retry(third, WaitToken(62))));
+    wait(c);
+    table.leave(running(table.retry(third, c)));
     assert_eq!(table.parked.load(Ordering::SeqCst), 0);
 }
 
@@ -87,19 +68,20 @@ fn a_full_table_says_so_and_recovers() {
 #[test]
 fn a_parked_request_can_be_taken_back_unless_it_is_being_woken() {
     let table = Table::new(wake);
-    let first = running(table.enter(span(0, 10), WaitToken(50)));
-    let second = parked(table.enter(span(0, 10), WaitToken(51)));
+    let [a, b, c] = three();
+    let first = running(table.enter(span(0, 10), a));
+    let second = parked(table.enter(span(0, 10), b));
     assert!(table.unpark(second));
     table.leave(second);
-    let third = parked(table.enter(span(0, 10), WaitToken(52)));
+    let third = parked(table.enter(span(0, 10), c));
     table.wake_all();
     assert!(!table.unpark(third));
-    wait(WaitToken(52));
+    wait(c);
     // Woken for no reason: still blocked, parks again.
-    let third = parked(table.retry(third, WaitToken(52)));
+    let third = parked(table.retry(third, c));
     table.leave(first);
-    wait(WaitToken(52));
-    table.leave(running(table.retry(third, WaitToken(52))));
+    wait(c);
+    table.leave(running(table.retry(third, c)));
 }
 
 /// Many threads, few bytes: every pair of overlapping requests is caught if it ever runs together, and a request
@@ -111,32 +93,29 @@ fn no_two_overlapping_requests_run_together_and_nobody_is_forgotten() {
     const BYTES: u64 = 24;
     let table = Arc::new(Table::new(wake));
     let busy: Arc<Vec<AtomicBool>> = Arc::new((0..BYTES).map(|_| AtomicBool::new(false)).collect());
-    let threads: Vec<_> = (0..THREADS)
+    let threads: Vec<_> = tokens(THREADS)
         .map(|me| {
             let (table, busy) = (Arc::clone(&table), Arc::clone(&busy));
             std::thread::spawn(move || {
-                let mut random = 0x9e37_79b9_7f4a_7c15_u64.wrapping_mul(me as u64 + 1);
+                let mut random = Random(me.0 as u64 + 1);
                 let mut parks = 0_u64;
                 for _ in 0..ROUNDS {
-                    random ^= random << 13;
-                    random ^= random >> 7;
-                    random ^= random << 17;
-                    let start = random % BYTES;
-                    let span = span(start, (start + 1 + (random >> 8) % 4).min(BYTES));
-                    let mut entered = table.enter(span, WaitToken(me));
+                    let start = random.below(BYTES);
+                    let span = span(start, (start + 1 + random.below(4)).min(BYTES));
+                    let mut entered = table.enter(span, me);
                     while let Entered::Parked(slot) = entered {
                         parks += 1;
-                        wait(WaitToken(me));
-                        entered = table.retry(slot, WaitToken(me));
+                        wait(me);
+                        entered = table.retry(slot, me);
                     }
                     let slot = running(entered);
                     for byte in &busy[span.start as usize..span.end as usize] {
                         assert!(!byte.swap(true, Ordering::SeqCst), "two overlapping requests run");
                     }
-                    for _ in 0..(random >> 20) % 64 {
+                    for _ in 0..random.below(64) {
                         std::hint::spin_loop();
                     }
-                    if random >> 58 == 0 {
+                    if random.one_in(64) {
                         std::thread::yield_now();
                     }
                     for byte in &busy[span.start as usize..span.end as usize] {

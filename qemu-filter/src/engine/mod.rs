@@ -32,8 +32,12 @@ mod fault;
 mod grace;
 mod inflight;
 mod limits;
+#[cfg(test)]
+mod model_tests;
 mod request;
 mod resync;
+#[cfg(test)]
+mod testing;
 
 pub use capture::{Capture, Status};
 pub use capture_ring::Mode;

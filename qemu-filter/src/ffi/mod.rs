@@ -2,3 +2,5 @@
 #![allow(unsafe_code)]
 pub mod copy;
 pub(crate) mod signals;
+#[cfg(test)]
+pub(crate) mod testing;
