@@ -59,6 +59,13 @@ impl Site {
         self.root.as_deref().unwrap_or(Path::new("/")).join(installed)
     }
 
+    /// The process that runs `program`: `started` itself, for chroot and env become it.
+    pub fn pid_of(&self, started: u32, program: &str) -> u32 {
+        let name = std::fs::read_to_string(format!("/proc/{started}/comm")).unwrap();
+        assert_eq!(name.trim_end(), program);
+        started
+    }
+
     /// A program with the library loaded that talks to the agent. `env` loads it, so that chroot does not.
     pub fn filtered(&self, program: &str, agent: &Agent) -> Command {
         let mut command = self.command("env");
@@ -162,9 +169,18 @@ impl QemuIo {
     }
 
     /// Ends it; it must end well.
-    pub fn quit(mut self) {
+    pub fn quit(self) {
+        assert_eq!(self.end(), Some(0));
+    }
+
+    /// Ends it after a command that failed, which is what its exit code must say.
+    pub fn quit_after_a_failure(self) {
+        assert_eq!(self.end(), Some(1));
+    }
+
+    fn end(mut self) -> Option<i32> {
         writeln!(self.stdin, "quit").unwrap();
-        assert!(self.child.wait().unwrap().success());
+        self.child.wait().unwrap().code()
     }
 }
 
