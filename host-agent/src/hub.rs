@@ -40,6 +40,8 @@ pub struct Hub {
     link: Option<Link>,
     /// Number of the newest attempt to connect; the outcome of an older one is ignored.
     attempt: u64,
+    /// Since the last connection.
+    failed_attempts: u64,
     inbox: Inbox,
     /// Encoded messages that go out before the next frame.
     unsent: Vec<u8>,
@@ -78,6 +80,7 @@ impl Hub {
             wake,
             link: None,
             attempt: 0,
+            failed_attempts: 0,
             inbox: Inbox::default(),
             unsent: Vec::new(),
             filters: HashMap::new(),
@@ -139,10 +142,16 @@ impl Hub {
             Ok(link) => {
                 tracing::info!(server = self.config.server, driver = link.driver(), "connected");
                 self.link = Some(link);
+                self.failed_attempts = 0;
                 self.handle(Event::ServerConnected);
             }
             Err(error) => {
-                tracing::warn!(server = self.config.server, %error, "cannot connect; is cdp-server running there?");
+                self.failed_attempts += 1;
+                // The 1st, 2nd, 4th, 8th, … time: a server that is down for a night does not fill the log.
+                if self.failed_attempts.is_power_of_two() {
+                    let (server, times) = (&self.config.server, self.failed_attempts);
+                    tracing::warn!(server, %error, times, "cannot connect; is cdp-server running there? trying on");
+                }
                 self.handle(Event::ServerLost);
             }
         }
