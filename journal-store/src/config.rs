@@ -1,0 +1,27 @@
+//! What can be set.
+
+use crate::limits;
+
+/// How a store works. The default is right for servers and restores.
+#[derive(Clone, Debug)]
+pub struct StoreConfig {
+    /// A segment is sealed when its data file has grown to this, in bytes.
+    pub segment_data_bytes: u64,
+    /// A segment is sealed when it holds this many records.
+    pub segment_records: u64,
+    /// Decompressed frames that are kept for the next read, in bytes, for the whole store.
+    pub cache_bytes: usize,
+    /// Most threads that a commit uses to make files durable at the same time; with 1 the order of I/O is always the same.
+    pub sync_threads: usize,
+}
+
+impl Default for StoreConfig {
+    fn default() -> Self {
+        Self {
+            segment_data_bytes: limits::SEGMENT_DATA_BYTES,
+            segment_records: limits::SEGMENT_RECORDS,
+            cache_bytes: limits::CACHE_BYTES,
+            sync_threads: limits::SYNC_THREADS,
+        }
+    }
+}

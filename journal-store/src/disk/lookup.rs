@@ -1,0 +1,174 @@
+//! Finding records, and resolving points.
+
+use std::sync::Arc;
+
+use journal_format::{Lsn, Record, Stamp};
+
+use super::{DiskStore, State};
+use crate::error::StoreError;
+use crate::point::{Point, PointError, PointKind, PointSpec};
+use crate::segment::Segment;
+
+impl DiskStore {
+    /// What a point asked for is, as a record: echoed back before anything is restored.
+    ///
+    /// `now` is the host's time, beyond which nothing can be asked for. `covered_until`, where the caller knows it, is
+    /// the host time up to which everything captured is durable here: an instant between the newest record and it is
+    /// certainly the state after the newest record ([`Point::exact`]).
+    ///
+    /// # Errors
+    /// `Point` with the nearest restorable points when this one is not; `Io` or `Damaged` when its record cannot be read.
+    pub fn resolve(
+        &self,
+        spec: &PointSpec,
+        now: Stamp,
+        covered_until: Option<Stamp>,
+    ) -> Result<Point, StoreError> {
+        let state = self.state().clone();
+        match spec {
+            PointSpec::Lsn(lsn) => {
+                self.check_restorable(&state, *lsn)?;
+                self.point(&state, *lsn)
+            }
+            PointSpec::Latest => {
+                self.check_restorable(&state, state.durable_lsn)?;
+                self.point(&state, state.durable_lsn)
+            }
+            PointSpec::Bookmark(name) => {
+                let Some(bookmark) = state.bookmarks.iter().find(|bookmark| bookmark.name == *name) else {
+                    // Where the file is damaged nobody can say that there is no such bookmark.
+                    return Err(match &state.bookmarks_damage {
+                        Some(damage) => damage.error(),
+                        None => PointError::NoSuchBookmark { name: name.clone() }.into(),
+                    });
+                };
+                self.check_restorable(&state, bookmark.lsn)?;
+                self.point(&state, bookmark.lsn)
+            }
+            PointSpec::Stamp(stamp) => self.resolve_stamp(&state, *stamp, now, covered_until),
+        }
+    }
+
+    fn resolve_stamp(
+        &self,
+        state: &State,
+        stamp: Stamp,
+        now: Stamp,
+        covered_until: Option<Stamp>,
+    ) -> Result<Point, StoreError> {
+        if stamp > now && stamp > state.durable_stamp {
+            return Err(self.out_of_range(state, state.durable_lsn).into());
+        }
+        let lsn = self.newest_at(state, stamp)?;
+        self.check_restorable(state, lsn)?;
+        let point = self.point(state, lsn)?;
+        // Between a session's last record and the next session nobody watched the disk.
+        let watched = match lsn == state.durable_lsn {
+            true => covered_until.is_some_and(|covered| stamp <= covered),
+            false => !state.timeline.is_epoch_start(lsn.next()),
+        };
+        Ok(Point { exact: watched || stamp <= point.stamp, ..point })
+    }
+
+    /// Refuses an LSN that is not durable, not recorded, unknown because of damage, or inside a gap.
+    pub(super) fn check_restorable(&self, state: &State, lsn: Lsn) -> Result<(), StoreError> {
+        self.check_recorded(state, lsn)?;
+        let Some(gap) = state.timeline.gap_at(lsn) else { return Ok(()) };
+        let before = self.restorable_before(state, gap.begin_lsn);
+        let after = gap.end.and_then(|(end, _)| self.restorable_after(state, end));
+        Err(match before {
+            // Before the first good point there is nothing that a gap could have interrupted.
+            None if after.is_some() => PointError::OutOfRange { before, after },
+            _ => PointError::InGap { reason: gap.reason, before, after },
+        }
+        .into())
+    }
+
+    /// Refuses an LSN that is not durable, not recorded or unknown because of damage.
+    pub(super) fn check_recorded(&self, state: &State, lsn: Lsn) -> Result<(), StoreError> {
+        if let Some(damage) = state.damage.as_ref().filter(|damage| lsn >= damage.first_lsn) {
+            return Err(damage.error());
+        }
+        let first = state.segments.first().map_or(Lsn::FIRST, |segment| segment.first_lsn);
+        if lsn < first || lsn > state.durable_lsn {
+            return Err(self.out_of_range(state, lsn).into());
+        }
+        Ok(())
+    }
+
+    fn out_of_range(&self, state: &State, lsn: Lsn) -> PointError {
+        let first = state.segments.first().map_or(Lsn::FIRST, |segment| segment.first_lsn);
+        match lsn < first {
+            true => PointError::OutOfRange { before: None, after: self.restorable_after(state, first) },
+            false => PointError::OutOfRange {
+                before: self.restorable_before(state, state.durable_lsn.next()),
+                after: None,
+            },
+        }
+    }
+
+    /// The nearest restorable point with a smaller LSN.
+    fn restorable_before(&self, state: &State, lsn: Lsn) -> Option<Point> {
+        let first = state.segments.first()?.first_lsn;
+        let mut at = lsn.prev();
+        while let Some(gap) = state.timeline.gap_at(at) {
+            at = gap.begin_lsn.prev();
+        }
+        // An error says that the point cannot be read; then it is no good point to offer.
+        (at >= first).then(|| self.point(state, at).ok()).flatten()
+    }
+
+    /// The nearest restorable point with this LSN or a greater one.
+    fn restorable_after(&self, state: &State, lsn: Lsn) -> Option<Point> {
+        let mut at = lsn;
+        while let Some(gap) = state.timeline.gap_at(at) {
+            at = gap.end?.0;
+        }
+        (at <= state.durable_lsn).then(|| self.point(state, at).ok()).flatten()
+    }
+
+    fn point(&self, state: &State, lsn: Lsn) -> Result<Point, StoreError> {
+        let record = self.record_at(state, lsn)?;
+        Ok(Point { lsn, stamp: record.stamp, kind: PointKind::from(&record.op), exact: true })
+    }
+
+    pub(super) fn stamp_of(&self, state: &State, lsn: Lsn) -> Option<Stamp> {
+        // Most often asked of a segment's first or last record; those need no I/O.
+        if lsn == state.durable_lsn {
+            return Some(state.durable_stamp);
+        }
+        self.record_at(state, lsn).ok().map(|record| record.stamp)
+    }
+
+    fn segment_of(state: &State, lsn: Lsn) -> Option<&Arc<Segment>> {
+        let after = state.segments.partition_point(|segment| segment.first_lsn <= lsn);
+        state.segments.get(after.checked_sub(1)?)
+    }
+
+    fn record_at(&self, state: &State, lsn: Lsn) -> Result<Record, StoreError> {
+        let missing = || StoreError::invalid(self.id, format!("no record has LSN {lsn}"));
+        let segment = Self::segment_of(state, lsn).ok_or_else(missing)?;
+        let frame = segment.index().tables().frame_of(lsn).ok_or_else(missing)?;
+        let records = self.frame_records(segment, &frame)?;
+        records.into_iter().find(|record| record.lsn == lsn).ok_or_else(missing)
+    }
+
+    /// The newest durable record with a stamp not later than `stamp`; refused if there is none.
+    fn newest_at(&self, state: &State, stamp: Stamp) -> Result<Lsn, StoreError> {
+        if stamp >= state.durable_stamp && state.durable_lsn > Lsn::ZERO {
+            return Ok(state.durable_lsn);
+        }
+        let starts_before = |segment: &Arc<Segment>| {
+            segment.index().tables().frames().next().is_some_and(|frame| frame.first_stamp <= stamp)
+        };
+        let after = state.segments.partition_point(starts_before);
+        let segment = after.checked_sub(1).and_then(|at| state.segments.get(at));
+        let frame = segment.and_then(|segment| segment.index().tables().frame_at(stamp));
+        let (Some(segment), Some(frame)) = (segment, frame) else {
+            return Err(self.out_of_range(state, Lsn::ZERO).into());
+        };
+        let records = self.frame_records(segment, &frame)?;
+        let newest = records.iter().rev().find(|record| record.stamp <= stamp).map(|record| record.lsn);
+        Ok(newest.unwrap_or(frame.first_lsn).min(state.durable_lsn))
+    }
+}

@@ -1,0 +1,25 @@
+//! Every limit of the store, and the relations between them.
+
+use journal_format::limits::{INDEX_CHUNK_BYTES, MAX_FRAME_BYTES, MAX_SEGMENT_BYTES};
+
+/// A segment is sealed when its data file has grown to this, in bytes. Recovery reads at most one unsealed segment.
+pub const SEGMENT_DATA_BYTES: u64 = 256 << 20;
+
+/// A segment is sealed when it holds this many records: bounds the index that is kept in memory (24 bytes a record).
+pub const SEGMENT_RECORDS: u64 = 256 << 10;
+
+/// Decompressed frames that are kept for the next read, in bytes, for the whole store.
+pub const CACHE_BYTES: usize = 128 << 20;
+
+/// Data files of sealed segments that are kept open, per disk.
+pub const OPEN_DATA_FILES: usize = 32;
+
+/// Most threads that a commit uses to make files durable at the same time.
+pub const SYNC_THREADS: usize = 4;
+
+/// Bytes of disk that an extent or difference iterator works out at a time.
+pub const WINDOW_BYTES: u64 = 64 * INDEX_CHUNK_BYTES;
+
+// One commit may pass the threshold by everything it appended; that must stay far below the largest file.
+const _: () = assert!(SEGMENT_DATA_BYTES + 1024 * (MAX_FRAME_BYTES as u64) < MAX_SEGMENT_BYTES);
+const _: () = assert!(WINDOW_BYTES.is_multiple_of(INDEX_CHUNK_BYTES));

@@ -1,0 +1,234 @@
+//! The store: its disks, and committing across them.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use journal_format::{DiskId, Frame};
+
+use crate::cache::Cache;
+use crate::config::StoreConfig;
+use crate::disk::{Commit, DiskStore, Env, create, exists, open};
+use crate::error::StoreError;
+use crate::files;
+use crate::io::{File, Lock, RealStorage, Storage};
+
+/// A folder of disks' journals.
+#[derive(Debug)]
+pub struct Store {
+    env: Arc<Env>,
+    disks: RwLock<BTreeMap<DiskId, Arc<DiskStore>>>,
+    /// Disks that could not be opened, and why.
+    damaged: RwLock<BTreeMap<DiskId, String>>,
+    /// One commit, and one opening of a disk, at a time.
+    changing: Mutex<()>,
+    /// `None` when opened for reading only.
+    lock: Option<Box<dyn Lock>>,
+}
+
+impl Store {
+    /// Opens a store on the local file system for writing, making it if it does not exist, and recovers all its disks.
+    /// A disk that cannot be opened is left out and listed by [`Store::damaged`].
+    ///
+    /// # Errors
+    /// `Locked` while another process writes it; `Io`.
+    pub fn open(root: impl AsRef<Path>) -> Result<Self, StoreError> {
+        Self::open_with(root, Arc::new(RealStorage), StoreConfig::default())
+    }
+
+    /// As [`Store::open`], on other storage or with other settings.
+    ///
+    /// # Errors
+    /// As [`Store::open`].
+    pub fn open_with(
+        root: impl AsRef<Path>,
+        storage: Arc<dyn Storage>,
+        config: StoreConfig,
+    ) -> Result<Self, StoreError> {
+        let root = root.as_ref();
+        let disks = files::disks_dir(root);
+        storage.create_dir(&disks).map_err(StoreError::io("create", &disks))?;
+        storage.sync_dir(root).map_err(StoreError::io("sync", root))?;
+        let path = root.join("lock");
+        let lock = storage.lock(&path).map_err(|error| match error.kind() {
+            std::io::ErrorKind::WouldBlock => StoreError::Locked { path: path.clone() },
+            _ => StoreError::io("lock", &path)(error),
+        })?;
+        Self::new(root, storage, config, Some(lock))
+    }
+
+    /// Opens a store on the local file system for reading. Changes no file and takes no lock; works whether a server
+    /// writes the store or not. What is appended later is not seen.
+    ///
+    /// # Errors
+    /// `Io` when the folder is no store.
+    pub fn open_read_only(root: impl AsRef<Path>) -> Result<Self, StoreError> {
+        Self::open_read_only_with(root, Arc::new(RealStorage), StoreConfig::default())
+    }
+
+    /// As [`Store::open_read_only`], on other storage or with other settings.
+    ///
+    /// # Errors
+    /// As [`Store::open_read_only`].
+    pub fn open_read_only_with(
+        root: impl AsRef<Path>,
+        storage: Arc<dyn Storage>,
+        config: StoreConfig,
+    ) -> Result<Self, StoreError> {
+        Self::new(root.as_ref(), storage, config, None)
+    }
+
+    fn new(
+        root: &Path,
+        storage: Arc<dyn Storage>,
+        config: StoreConfig,
+        lock: Option<Box<dyn Lock>>,
+    ) -> Result<Self, StoreError> {
+        let frames = Cache::new(config.cache_bytes);
+        let env =
+            Arc::new(Env { root: root.to_owned(), storage, config, frames, openings: AtomicU64::new(0) });
+        let store = Self {
+            env,
+            disks: RwLock::default(),
+            damaged: RwLock::default(),
+            changing: Mutex::default(),
+            lock,
+        };
+        let dir = files::disks_dir(root);
+        for name in store.env.storage.list(&dir).map_err(StoreError::io("list", &dir))? {
+            if let Ok(disk) = name.parse::<DiskId>()
+                && disk.to_string() == name
+            {
+                store.open_found(disk);
+            }
+        }
+        Ok(store)
+    }
+
+    fn open_found(&self, disk: DiskId) {
+        let opened = exists(&self.env, disk).and_then(|there| match there {
+            true => open(&self.env, disk, self.lock.is_some()).map(Some),
+            false => Ok(None),
+        });
+        match opened {
+            Ok(Some(store)) => drop(self.disks_mut().insert(disk, store)),
+            // A crash while the disk was made; it never existed for anybody.
+            Ok(None) => {}
+            Err(error) => drop(self.damaged_mut().insert(disk, error.to_string())),
+        }
+    }
+
+    /// The disks that could be opened.
+    #[must_use]
+    pub fn disks(&self) -> Vec<DiskId> {
+        self.disks_ref().keys().copied().collect()
+    }
+
+    /// The disks that could not be opened, and why.
+    #[must_use]
+    pub fn damaged(&self) -> Vec<(DiskId, String)> {
+        let damaged = self.damaged.read().unwrap_or_else(PoisonError::into_inner);
+        damaged.iter().map(|(disk, why)| (*disk, why.clone())).collect()
+    }
+
+    /// A disk, if the store has it.
+    #[must_use]
+    pub fn disk(&self, disk: DiskId) -> Option<Arc<DiskStore>> {
+        self.disks_ref().get(&disk).cloned()
+    }
+
+    /// The disk, ready to take frames: made if the store does not have it, opened again and recovered if a write has
+    /// failed. `disk_bytes` is the size of a new disk in bytes.
+    ///
+    /// # Errors
+    /// `Damaged` when where the journal ends cannot be known; `ReadOnly`; `Io`.
+    pub fn open_or_create(&self, disk: DiskId, disk_bytes: u64) -> Result<Arc<DiskStore>, StoreError> {
+        if self.lock.is_none() {
+            return Err(StoreError::ReadOnly);
+        }
+        let _changing = self.changing();
+        let store = match self.disk(disk).filter(|store| !store.is_poisoned()) {
+            Some(store) => store,
+            None => {
+                if !exists(&self.env, disk)? {
+                    create(&self.env, disk, disk_bytes)?;
+                }
+                let store = open(&self.env, disk, true)?;
+                self.damaged_mut().remove(&disk);
+                self.disks_mut().insert(disk, Arc::clone(&store));
+                store
+            }
+        };
+        store.check_writable()?;
+        Ok(store)
+    }
+
+    /// Appends a frame to its disk's journal. A frame that the journal has already is ignored. Nothing is durable before
+    /// the next [`Store::commit`].
+    ///
+    /// # Errors
+    /// `NoSuchDisk`; `Invalid` for a frame that does not follow the last one (nothing has changed then); `Poisoned`, `Io`
+    /// after which the disk must be opened again; `Damaged`, `ReadOnly`.
+    pub fn append(&self, frame: &Frame<'_>) -> Result<(), StoreError> {
+        let disk = frame.header().disk();
+        self.disk(disk).ok_or(StoreError::NoSuchDisk { disk })?.append(frame)
+    }
+
+    /// Makes everything appended to all disks durable, in one step, and shows it to readers. Returns the disks for which
+    /// that failed; they are poisoned and nothing of them that was not durable before may be acknowledged.
+    pub fn commit(&self) -> Vec<(DiskId, StoreError)> {
+        let _changing = self.changing();
+        let disks: Vec<_> = self.disks_ref().values().cloned().collect();
+        let commits: Vec<Commit<'_>> = disks.iter().filter_map(|disk| disk.begin_commit()).collect();
+        let files: Vec<_> = commits.iter().flat_map(Commit::files).collect();
+        let mut results = sync_all(&files, self.env.config.sync_threads).into_iter();
+        let mut failures = Vec::new();
+        for commit in commits {
+            let disk = commit.disk();
+            // Both of its files; `zip` would stop at the first failure and leave the other behind.
+            let (data, meta) = (results.next(), results.next());
+            let synced = data.unwrap_or(Ok(())).and(meta.unwrap_or(Ok(())));
+            if let Err(error) = commit.finish(synced) {
+                failures.push((disk, error));
+            }
+        }
+        failures
+    }
+
+    fn changing(&self) -> MutexGuard<'_, ()> {
+        // It guards no data, only an order.
+        self.changing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn disks_ref(&self) -> RwLockReadGuard<'_, BTreeMap<DiskId, Arc<DiskStore>>> {
+        self.disks.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn disks_mut(&self) -> RwLockWriteGuard<'_, BTreeMap<DiskId, Arc<DiskStore>>> {
+        self.disks.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn damaged_mut(&self) -> RwLockWriteGuard<'_, BTreeMap<DiskId, String>> {
+        self.damaged.write().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Makes files durable, some at the same time; the results are in the order of the files.
+fn sync_all(files: &[(Arc<dyn File>, PathBuf)], threads: usize) -> Vec<Result<(), StoreError>> {
+    let sync = |(file, path): &(Arc<dyn File>, PathBuf)| file.sync().map_err(StoreError::io("sync", path));
+    let share = files.len().div_ceil(threads.max(1)).max(1);
+    if files.len() <= share {
+        return files.iter().map(sync).collect();
+    }
+    std::thread::scope(|scope| {
+        let work = |part| scope.spawn(move || Iterator::map(<[_]>::iter(part), sync).collect::<Vec<_>>());
+        let workers: Vec<_> = files.chunks(share).map(|part| (part.len(), work(part))).collect();
+        let died =
+            || StoreError::io("sync", Path::new("a segment"))(std::io::Error::other("the thread panicked"));
+        let joined = workers.into_iter().map(|(count, worker)| {
+            worker.join().unwrap_or_else(|_| (0..count).map(|_| Err(died())).collect())
+        });
+        joined.flatten().collect()
+    })
+}
