@@ -268,15 +268,11 @@ pub(crate) unsafe extern "C" fn on_removal(notifier: *mut Notifier, blk: *mut c_
             (attached.slot, Arc::clone(&attached.background))
         });
     let blk: *mut BlockBackend = blk.cast();
-    let slot = match found {
-        Some((slot, background)) => {
-            background.stop(glue);
-            background.drain(glue, blk);
-            slot
-        }
-        // Being detached, and drained for it, right now.
+    let (slot, background) = match found {
+        Some((slot, background)) => (slot, Some(background)),
+        // It is being detached, and drained for that, right now.
         None => match slots::by_notifier(notifier) {
-            Some(slot) => slot,
+            Some(slot) => (slot, None),
             None => return,
         },
     };
@@ -284,6 +280,10 @@ pub(crate) unsafe extern "C" fn on_removal(notifier: *mut Notifier, blk: *mut c_
     // SAFETY: live, in the main thread.
     unsafe { (glue.symbols.blk_drain)(blk) };
     end_capture(slot);
+    if let Some(background) = background {
+        background.stop(glue);
+        background.drain(glue, blk);
+    }
     mainloop::schedule(glue, || {
         if let Some(glue) = super::glue() {
             unhook_if_unused(glue);

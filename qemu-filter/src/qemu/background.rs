@@ -22,6 +22,8 @@ const CLOCK_REALTIME: c_uint = 0;
 const BLOCK_ZERO: c_int = 0x02;
 /// Longest sleep in one piece: what a stop would wait for if its wake-up were lost.
 const MAX_SLEEP: Duration = Duration::from_millis(500);
+/// Sleep of a coroutine that is to leave, until the engine says so too, in nanoseconds.
+const SHORT_SLEEP_NS: i64 = 1_000_000;
 /// How often a stop looks whether a read that is just being issued has been issued.
 const MAX_DRAINS: u32 = 64;
 /// Most pieces that one read goes to.
@@ -139,9 +141,7 @@ impl Background {
         // ORDERING: Release pairs with `stop` and `wake`.
         self.context.store(context, Ordering::Release);
         // ORDERING: SeqCst: after the store of `context`: who stops us now either is seen here or sees it.
-        if self.blk.load(Ordering::SeqCst).is_null() {
-            return;
-        }
+        let nanoseconds = if self.blk.load(Ordering::SeqCst).is_null() { SHORT_SLEEP_NS } else { nanoseconds };
         // SAFETY: in a coroutine; the place stays as long as this, and only this thread touches it.
         unsafe { (glue.symbols.qemu_co_sleep_ns_wakeable)(self.sleep.get(), CLOCK_REALTIME, nanoseconds) };
     }
