@@ -134,6 +134,7 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
         #[test]
         fn every_record_comes_out_once_with_its_own_bytes(
             sizes in prop::collection::vec(prop_oneof![1_usize..9000, 200_000_usize..700_000], 1..60)
