@@ -8,7 +8,7 @@
 use journal_format::index::{IndexHeader, IndexShape, Source};
 use journal_format::layout::Field;
 use journal_format::manifest::{MANIFEST_SEGMENT_BYTES, Manifest, ManifestHeader};
-use journal_format::recovery::{durable_floor, find_entry, see_data, see_meta, see_next};
+use journal_format::recovery::{durable_floor, see_data, see_meta, see_next};
 use journal_format::segment::{
     DATA_ENTRY_BYTES, DataEntry, META_ENTRY_BYTES, MetaEntry, Place, RawDataEntry, RawMetaEntry,
     SEGMENT_HEADER_PAGE_BYTES, SegmentHeader, SegmentMeta,
@@ -174,7 +174,7 @@ pub fn meta_entry(input: &[u8]) {
     put(&mut repaired, layout, "head_crc", &head_crc);
     seal(&mut repaired, META_ENTRY_BYTES);
     for bytes in [input, &repaired] {
-        let _ = (durable_floor(bytes, &PLACE), find_entry(bytes, &PLACE), see_next(bytes, &PLACE, Lsn(1)));
+        let _ = (durable_floor(bytes, &PLACE), see_next(bytes, &PLACE, Lsn(1)));
         let Ok(entry) = MetaEntry::parse(bytes, &PLACE) else { continue };
         let again =
             MetaEntry::encode_header(&PLACE, &entry.frame, entry.header.durable_lsn, entry.header.data)

@@ -13,8 +13,8 @@
 use crate::error::FormatError;
 use crate::layout::is_zero;
 use crate::segment::{
-    DATA_ENTRY_BYTES, DataEntry, ENTRY_ALIGN_BYTES, META_ENTRY_BYTES, META_ENTRY_MAGIC, MetaEntry,
-    MetaEntryHeader, PAGE_BYTES, Place, next_commit, next_entry,
+    DATA_ENTRY_BYTES, DataEntry, META_ENTRY_BYTES, META_ENTRY_MAGIC, MetaEntry, MetaEntryHeader, PAGE_BYTES,
+    Place, next_commit, next_entry,
 };
 use crate::units::Lsn;
 
@@ -60,7 +60,7 @@ pub enum Action {
     CutHere,
     /// Corrupt: refuse reads that need this frame's data and report it; the records say which ranges at which LSNs.
     RefuseData,
-    /// Corrupt: refuse the history from this LSN to the next good entry and report it; what it held is unknown.
+    /// Corrupt: refuse the history from this LSN on and report it; what it held is unknown. Nothing is appended behind it.
     RefuseRecords,
 }
 
@@ -276,24 +276,6 @@ pub fn durable_floor(bytes: &[u8], place: &Place) -> Lsn {
         position = position.saturating_add(PAGE_BYTES);
     }
     floor
-}
-
-/// The next whole metadata entry at or after `place`, where the entry that should be there was refused
-/// ([`Action::RefuseRecords`]): history goes on with it. `bytes` is the rest of the file from `place` on.
-#[must_use]
-pub fn find_entry<'a>(bytes: &'a [u8], place: &Place) -> Option<(Place, MetaEntry<'a>)> {
-    let mut position = next_entry(place.position);
-    loop {
-        let rest =
-            position.checked_sub(place.position).and_then(|skip| bytes.get(usize::try_from(skip).ok()?..))?;
-        let here = Place { position, ..*place };
-        if rest.starts_with(&META_ENTRY_MAGIC)
-            && let Ok(entry) = MetaEntry::parse(rest, &here)
-        {
-            return Some((here, entry));
-        }
-        position = position.checked_add(ENTRY_ALIGN_BYTES)?;
-    }
 }
 
 #[cfg(test)]

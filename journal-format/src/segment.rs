@@ -2,19 +2,18 @@
 //! Layout: `docs/formats/segment.md`.
 //!
 //! ```text
-//! data-N.seg  │ header page │ DataEntry · data │ pad │ DataEntry · data │ … │ zeroes
-//! meta-N.seg  │ header page │ MetaEntry · frame header · records │ pad │ … │ zeroes
+//! data-N.seg  │ header page │ DataEntry · data │ pad │ DataEntry · data │ …
+//! meta-N.seg  │ header page │ MetaEntry · frame header · records │ pad │ …
 //! ```
 //!
 //! **Alignment.** An entry starts on a multiple of [`ENTRY_ALIGN_BYTES`]; the first entry after a durability step
-//! starts on a multiple of [`PAGE_BYTES`]. So no page that holds acknowledged bytes is ever written again: a power cut
+//! starts on a multiple of [`PAGE_BYTES`]. So no append writes a page that holds acknowledged bytes again: a power cut
 //! in the middle of a page cannot take an acknowledged entry with it.
 //!
-//! **End of the log.** Files are preallocated and zeroed and a segment's bytes are written once. After an entry the
-//! next one is at [`next_entry`], or, if there are only zeroes, at [`next_commit`]; if there are only zeroes too, the
-//! log ends there. Whatever recovery finds behind the end, the writer makes it zero again before anybody is told what is
-//! durable, so that no bytes of a lost tail are ever taken for part of a new one. (The page in which the log ends is
-//! rewritten only if there is something behind the end in it: then all of it belongs to the commit that was cut.)
+//! **End of the log.** A segment's bytes are written once, into a file that ends there or holds zeroes there. After an entry
+//! the next one is at [`next_entry`], or, if there are only zeroes, at [`next_commit`]; if there are only zeroes too, or the
+//! file ends, the log ends there. Whatever recovery finds behind the end, the writer cuts it off, durably, before anybody
+//! is told what is durable, so that no bytes of a lost tail are ever taken for part of a new one.
 
 mod entry;
 
