@@ -1,0 +1,270 @@
+//! The catalog: hosts, VMs, disks, and which disks are to be protected. SQLite, one file.
+//!
+//! What the operator wants ([`DiskRow::protect`]) and the epochs handed out live only here. Everything else can be
+//! learned again from agents and the store: with the catalog lost, the store's disks come back by their UUIDs with
+//! `protect` unknown, and a disk that an agent is still capturing is taken to be wanted ([`Catalog::grant_epoch`]).
+//!
+//! WAL with `synchronous=FULL`: a change that was answered survives a power cut. Every call blocks on the file and
+//! takes one lock; only the control plane, and the opening of a disk, come here.
+
+mod schema;
+
+use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use journal_format::{DiskId, Epoch};
+use rusqlite::{Connection, OptionalExtension, Row, Transaction, params};
+
+use crate::error::ServerError;
+use crate::model::{DiskReport, HostId, HostReport, VmReport};
+
+/// One disk as the catalog knows it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskRow {
+    /// Its id.
+    pub id: DiskId,
+    /// Host of its VM; `None` when only the store knows it.
+    pub host: Option<HostId>,
+    /// Name of that host.
+    pub host_name: String,
+    /// Name of its VM; empty when only the store knows the disk.
+    pub vm: String,
+    /// UUID of its VM.
+    pub vm_uuid: Option<[u8; 16]>,
+    /// Version of its QEMU.
+    pub qemu_version: String,
+    /// Device in the VM.
+    pub device: String,
+    /// Node below the device.
+    pub node: String,
+    /// The node's driver.
+    pub driver: String,
+    /// Size in bytes.
+    pub disk_bytes: u64,
+    /// Whether the guest can only read it.
+    pub read_only: bool,
+    /// When an agent last reported it, nanoseconds since 1970 UTC; 0 for never.
+    pub seen_ns: u64,
+    /// Whether it is to be protected; `None` when that was lost with an older catalog.
+    pub protect: Option<bool>,
+    /// Last epoch handed out.
+    pub epoch: Epoch,
+}
+
+impl DiskRow {
+    /// The disk's other name, `vm/device`; its UUID when it has none.
+    #[must_use]
+    pub fn name(&self) -> String {
+        if self.vm.is_empty() { self.id.to_string() } else { format!("{}/{}", self.vm, self.device) }
+    }
+}
+
+/// The open catalog; any thread may call it.
+#[derive(Debug)]
+pub struct Catalog {
+    db: Mutex<Connection>,
+}
+
+impl Catalog {
+    /// Opens the file, creating or upgrading it.
+    ///
+    /// # Errors
+    /// `Catalog` when the file cannot be opened or was written by a newer release.
+    pub fn open(path: &Path) -> Result<Self, ServerError> {
+        let fail = |detail: String| ServerError::Catalog { path: path.to_owned(), detail };
+        let open = || -> rusqlite::Result<Connection> {
+            let db = Connection::open(path)?;
+            db.busy_timeout(Duration::from_secs(10))?;
+            db.pragma_update(None, "journal_mode", "WAL")?;
+            db.pragma_update(None, "synchronous", "FULL")?;
+            db.pragma_update(None, "foreign_keys", true)?;
+            Ok(db)
+        };
+        let mut db = open().map_err(|e| {
+            fail(format!(
+                "{e}; if it is damaged, move it away: the disks come back from the store, their settings not"
+            ))
+        })?;
+        schema::migrate(&mut db).map_err(fail)?;
+        Ok(Self { db: Mutex::new(db) })
+    }
+
+    /// All disks, in order of VM and device.
+    ///
+    /// # Errors
+    /// `Sqlite`.
+    pub fn disks(&self) -> Result<Vec<DiskRow>, ServerError> {
+        let db = self.lock();
+        let mut query = db.prepare_cached(&format!("{SELECT} ORDER BY vms.name, disks.device, disks.id"))?;
+        let rows = query.query_map([], read_row)?.collect::<rusqlite::Result<Vec<_>>>()?;
+        Ok(rows)
+    }
+
+    /// One disk.
+    ///
+    /// # Errors
+    /// `Sqlite`.
+    pub fn disk(&self, id: DiskId) -> Result<Option<DiskRow>, ServerError> {
+        let db = self.lock();
+        let mut query = db.prepare_cached(&format!("{SELECT} WHERE disks.id = ?1"))?;
+        Ok(query.query_row([&id.0[..]], read_row).optional()?)
+    }
+
+    /// The disks with that `vm/device`: none, one, or several on different hosts.
+    ///
+    /// # Errors
+    /// `Sqlite`.
+    pub fn disks_named(&self, name: &str) -> Result<Vec<DiskRow>, ServerError> {
+        let db = self.lock();
+        let mut query = db.prepare_cached(&format!("{SELECT} WHERE vms.name || '/' || disks.device = ?1"))?;
+        let rows = query.query_map([name], read_row)?.collect::<rusqlite::Result<Vec<_>>>()?;
+        Ok(rows)
+    }
+
+    /// Writes down what a host reports, in one transaction. Disks that it no longer reports stay known.
+    ///
+    /// # Errors
+    /// `Sqlite`.
+    pub fn record_report(&self, host: &HostReport, now_ns: u64) -> Result<(), ServerError> {
+        let mut db = self.lock();
+        let tx = db.transaction()?;
+        tx.execute(
+            "INSERT INTO hosts (id, name, agent_version, seen_ns) VALUES (?1, ?2, ?3, ?4)
+             ON CONFLICT (id) DO UPDATE SET name = ?2, agent_version = ?3, seen_ns = ?4",
+            params![&host.id.0[..], host.name, host.agent_version, to_sql(now_ns)],
+        )?;
+        for vm in &host.vms {
+            record_vm(&tx, host.id, vm, now_ns)?;
+        }
+        tx.commit()?;
+        Ok(())
+    }
+
+    /// Makes a disk of the store known when it is not: the catalog was lost, or the store came from elsewhere.
+    ///
+    /// # Errors
+    /// `Sqlite`.
+    pub fn adopt_from_store(&self, id: DiskId, disk_bytes: u64) -> Result<(), ServerError> {
+        self.lock().execute(
+            "INSERT INTO disks (id, device, node, driver, disk_bytes, read_only, seen_ns, epoch)
+             VALUES (?1, '', '', '', ?2, 0, 0, 0) ON CONFLICT (id) DO NOTHING",
+            params![&id.0[..], to_sql(disk_bytes)],
+        )?;
+        Ok(())
+    }
+
+    /// Writes down whether a disk is to be protected.
+    ///
+    /// # Errors
+    /// `Sqlite`.
+    pub fn set_protect(&self, id: DiskId, protect: Option<bool>) -> Result<(), ServerError> {
+        self.lock().execute("UPDATE disks SET protect = ?2 WHERE id = ?1", params![&id.0[..], protect])?;
+        Ok(())
+    }
+
+    /// Durably hands out an epoch: `resume`, if it is not older than any handed out or stored; else a new one.
+    ///
+    /// An agent that is told another epoch than the one it meant to resume has been overtaken by another capture
+    /// session of the same disk, and must begin a new one. A disk whose `protect` is unknown becomes a wanted one:
+    /// an agent is capturing it, so somebody wanted it.
+    ///
+    /// # Errors
+    /// `Sqlite`.
+    pub fn grant_epoch(
+        &self,
+        id: DiskId,
+        stored: Epoch,
+        resume: Option<Epoch>,
+    ) -> Result<Epoch, ServerError> {
+        let mut db = self.lock();
+        let tx = db.transaction()?;
+        let granted: Option<i64> = tx
+            .query_row("SELECT epoch FROM disks WHERE id = ?1", [&id.0[..]], |row| row.get(0))
+            .optional()?;
+        let newest = stored.0.max(granted.map_or(0, from_sql));
+        let epoch = resume.filter(|resume| resume.0 >= newest && resume.0 > 0).unwrap_or(Epoch(newest + 1));
+        tx.execute(
+            "UPDATE disks SET epoch = ?2, protect = coalesce(protect, 1) WHERE id = ?1",
+            params![&id.0[..], to_sql(epoch.0)],
+        )?;
+        tx.commit()?;
+        Ok(epoch)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Connection> {
+        // A panic while it was held left no open transaction: dropping one rolls it back.
+        self.db.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+const SELECT: &str = "
+    SELECT disks.id, vms.host, hosts.name, vms.name, vms.uuid, vms.qemu_version, disks.device, disks.node,
+           disks.driver, disks.disk_bytes, disks.read_only, disks.seen_ns, disks.protect, disks.epoch
+    FROM disks LEFT JOIN vms ON vms.id = disks.vm LEFT JOIN hosts ON hosts.id = vms.host";
+
+fn read_row(row: &Row<'_>) -> rusqlite::Result<DiskRow> {
+    let text = |index| row.get::<_, Option<String>>(index).map(Option::unwrap_or_default);
+    Ok(DiskRow {
+        id: DiskId(row.get(0)?),
+        host: row.get::<_, Option<[u8; 16]>>(1)?.map(HostId),
+        host_name: text(2)?,
+        vm: text(3)?,
+        vm_uuid: row.get(4)?,
+        qemu_version: text(5)?,
+        device: text(6)?,
+        node: text(7)?,
+        driver: text(8)?,
+        disk_bytes: from_sql(row.get(9)?),
+        read_only: row.get(10)?,
+        seen_ns: from_sql(row.get(11)?),
+        protect: row.get(12)?,
+        epoch: Epoch(from_sql(row.get(13)?)),
+    })
+}
+
+fn record_vm(tx: &Transaction<'_>, host: HostId, vm: &VmReport, now_ns: u64) -> rusqlite::Result<()> {
+    let uuid = vm.uuid.as_ref().map(|uuid| &uuid[..]);
+    let vm_id: i64 = tx.query_row(
+        "INSERT INTO vms (host, name, uuid, qemu_version, seen_ns) VALUES (?1, ?2, ?3, ?4, ?5)
+         ON CONFLICT (host, name) DO UPDATE SET uuid = ?3, qemu_version = ?4, seen_ns = ?5 RETURNING id",
+        params![&host.0[..], vm.name, uuid, vm.qemu_version, to_sql(now_ns)],
+        |row| row.get(0),
+    )?;
+    for disk in &vm.disks {
+        record_disk(tx, vm_id, disk, now_ns)?;
+    }
+    Ok(())
+}
+
+fn record_disk(tx: &Transaction<'_>, vm_id: i64, disk: &DiskReport, now_ns: u64) -> rusqlite::Result<()> {
+    tx.execute(
+        "INSERT INTO disks (id, vm, device, node, driver, disk_bytes, read_only, seen_ns, protect, epoch)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, 0, 0)
+         ON CONFLICT (id) DO UPDATE SET
+             vm = ?2, device = ?3, node = ?4, driver = ?5, disk_bytes = ?6, read_only = ?7, seen_ns = ?8",
+        params![
+            &disk.id.0[..],
+            vm_id,
+            disk.device,
+            disk.node,
+            disk.driver,
+            to_sql(disk.disk_bytes),
+            disk.read_only,
+            to_sql(now_ns)
+        ],
+    )?;
+    Ok(())
+}
+
+/// SQLite's integers are signed; what does not fit cannot be a size, a time or an epoch of this century.
+fn to_sql(value: u64) -> i64 {
+    i64::try_from(value).unwrap_or(i64::MAX)
+}
+
+fn from_sql(value: i64) -> u64 {
+    u64::try_from(value).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests;

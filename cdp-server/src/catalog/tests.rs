@@ -1,0 +1,78 @@
+//! What the catalog promises.
+
+use super::*;
+
+const DISK: DiskId = DiskId([7; 16]);
+
+fn open(dir: &tempfile::TempDir) -> Catalog {
+    Catalog::open(&dir.path().join("catalog.sqlite3")).expect("opens")
+}
+
+fn report(host: u8, vm: &str) -> HostReport {
+    let disk = DiskReport {
+        id: DISK,
+        device: "disk0".to_owned(),
+        node: "node0".to_owned(),
+        driver: "qcow2".to_owned(),
+        disk_bytes: 1 << 30,
+        read_only: false,
+        refused: String::new(),
+    };
+    let vm = VmReport { name: vm.to_owned(), disks: vec![disk], ..VmReport::default() };
+    HostReport { id: HostId([host; 16]), name: format!("host{host}"), vms: vec![vm], ..HostReport::default() }
+}
+
+#[test]
+fn what_is_wanted_survives_a_restart_and_a_new_report() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let catalog = open(&dir);
+    catalog.record_report(&report(1, "vm"), 5).expect("records");
+    catalog.set_protect(DISK, Some(true)).expect("sets");
+    drop(catalog);
+    let catalog = open(&dir);
+    catalog.record_report(&report(2, "vm"), 6).expect("records");
+    let row = catalog.disk(DISK).expect("reads").expect("known");
+    assert_eq!((row.protect, row.host_name.as_str(), row.seen_ns), (Some(true), "host2", 6));
+    assert_eq!(catalog.disks_named("vm/disk0").expect("reads"), vec![row]);
+}
+
+#[test]
+fn an_epoch_is_never_handed_out_twice() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let catalog = open(&dir);
+    catalog.record_report(&report(1, "vm"), 5).expect("records");
+    let grant = |stored, resume: Option<u64>| {
+        catalog.grant_epoch(DISK, Epoch(stored), resume.map(Epoch)).expect("grants")
+    };
+    assert_eq!(grant(0, None), Epoch(1));
+    assert_eq!(grant(0, None), Epoch(2), "nothing of epoch 1 was stored, and it may still be under way");
+    assert_eq!(grant(0, Some(2)), Epoch(2), "a resume keeps its epoch");
+    assert_eq!(grant(0, Some(1)), Epoch(3), "an overtaken epoch is not resumed");
+    assert_eq!(grant(9, None), Epoch(10), "the store knows more than a catalog that was lost");
+    assert_eq!(grant(9, Some(12)), Epoch(12), "so may the agent");
+}
+
+#[test]
+fn a_disk_of_a_lost_catalog_comes_back_and_an_agent_that_captures_it_says_it_is_wanted() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let catalog = open(&dir);
+    catalog.adopt_from_store(DISK, 4096).expect("adopts");
+    let row = catalog.disk(DISK).expect("reads").expect("known");
+    assert_eq!((row.protect, row.disk_bytes, row.name()), (None, 4096, DISK.to_string()));
+    catalog.record_report(&report(1, "vm"), 5).expect("records");
+    assert_eq!(catalog.disk(DISK).expect("reads").expect("known").protect, None, "a report is no wish");
+    catalog.grant_epoch(DISK, Epoch(3), Some(Epoch(3))).expect("grants");
+    assert_eq!(catalog.disk(DISK).expect("reads").expect("known").protect, Some(true));
+}
+
+#[test]
+fn a_catalog_of_a_newer_release_is_left_alone() {
+    let dir = tempfile::tempdir().expect("a directory");
+    drop(open(&dir));
+    let path = dir.path().join("catalog.sqlite3");
+    let db = Connection::open(&path).expect("opens");
+    db.pragma_update(None, "user_version", schema::VERSION + 1).expect("sets");
+    drop(db);
+    let error = Catalog::open(&path).expect_err("refused");
+    assert!(error.to_string().contains("newer cdp-server"), "{error}");
+}

@@ -1,0 +1,153 @@
+//! Configuration: command line over environment over the TOML file over the defaults.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use clap::Parser;
+use serde::Deserialize;
+
+use crate::error::ServerError;
+
+/// Default address for agents.
+pub const DEFAULT_LISTEN: &str = "127.0.0.1:7411";
+/// Default address for REST.
+pub const DEFAULT_HTTP: &str = "127.0.0.1:7410";
+
+/// Takes frames from agents, keeps them durable, and serves the REST API.
+///
+/// When it is ready it prints one line on standard output: `ready http=ADDR data=ADDR`. It logs to standard error
+/// (RUST_LOG sets how much) and stops cleanly on SIGTERM and SIGINT.
+#[derive(Parser, Debug, Default)]
+#[command(name = "cdp-server", version)]
+pub struct Args {
+    /// TOML file with the same settings (store, catalog, listen, http, token_file)
+    #[arg(long, env = "CDP_CONFIG", value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Directory of the journals; created when missing
+    #[arg(long, env = "CDP_STORE", value_name = "DIR")]
+    pub store: Option<PathBuf>,
+    /// The catalog's file [default: catalog.sqlite3 in the store's directory]
+    #[arg(long, env = "CDP_CATALOG", value_name = "FILE")]
+    pub catalog: Option<PathBuf>,
+    /// Address for agents; port 0 takes a free one [default: 127.0.0.1:7411]
+    #[arg(long, env = "CDP_LISTEN", value_name = "ADDR")]
+    pub listen: Option<SocketAddr>,
+    /// Address for REST; port 0 takes a free one [default: 127.0.0.1:7410]
+    #[arg(long, env = "CDP_HTTP", value_name = "ADDR")]
+    pub http: Option<SocketAddr>,
+    /// File with the token that agents must know; without it every agent that can connect is taken
+    #[arg(long, env = "CDP_TOKEN_FILE", value_name = "FILE")]
+    pub token_file: Option<PathBuf>,
+}
+
+/// The TOML file. Every setting is optional; unknown ones are refused, so that a misspelt one is noticed.
+#[derive(Deserialize, Debug, Default)]
+#[serde(deny_unknown_fields)]
+struct FileConfig {
+    store: Option<PathBuf>,
+    catalog: Option<PathBuf>,
+    listen: Option<SocketAddr>,
+    http: Option<SocketAddr>,
+    token_file: Option<PathBuf>,
+}
+
+/// What the server runs with.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Directory of the journals.
+    pub store: PathBuf,
+    /// The catalog's file.
+    pub catalog: PathBuf,
+    /// Address for agents; port 0 takes a free one.
+    pub listen: SocketAddr,
+    /// Address for REST; port 0 takes a free one.
+    pub http: SocketAddr,
+    /// Token that agents must know.
+    pub token: Option<String>,
+}
+
+impl Config {
+    /// The configuration for a store in `dir` on free loopback ports, without a token. For tests.
+    #[must_use]
+    pub fn on_free_ports(dir: &Path) -> Self {
+        let any = SocketAddr::from(([127, 0, 0, 1], 0));
+        Self { store: dir.to_owned(), catalog: dir.join(CATALOG_FILE), listen: any, http: any, token: None }
+    }
+
+    /// Command line and environment (`args`) over the file it names over the defaults.
+    ///
+    /// # Errors
+    /// `Config` when no store is named or the file is wrong; `Io` when a file cannot be read.
+    pub fn load(args: Args) -> Result<Self, ServerError> {
+        let file = args.config.as_deref().map(read_file).transpose()?.unwrap_or_default();
+        let store = args.store.or(file.store).ok_or_else(|| {
+            ServerError::Config(
+                "no store: give --store DIR (or CDP_STORE, or `store` in the file)".to_owned(),
+            )
+        })?;
+        let catalog = args.catalog.or(file.catalog).unwrap_or_else(|| store.join(CATALOG_FILE));
+        let address = |given: Option<SocketAddr>, default: &str| {
+            let bad = |e| ServerError::Config(format!("address {default}: {e}"));
+            given.map_or_else(|| default.parse().map_err(bad), Ok)
+        };
+        let listen = address(args.listen.or(file.listen), DEFAULT_LISTEN)?;
+        let http = address(args.http.or(file.http), DEFAULT_HTTP)?;
+        let token = args.token_file.or(file.token_file).map(|path| read_token(&path)).transpose()?;
+        Ok(Self { store, catalog, listen, http, token })
+    }
+}
+
+const CATALOG_FILE: &str = "catalog.sqlite3";
+
+fn read_text(path: &Path) -> Result<String, ServerError> {
+    std::fs::read_to_string(path).map_err(|e| ServerError::io("read", path.display().to_string(), e))
+}
+
+fn read_file(path: &Path) -> Result<FileConfig, ServerError> {
+    let text = read_text(path)?;
+    toml::from_str(&text).map_err(|e| ServerError::Config(format!("{}: {e}", path.display())))
+}
+
+fn read_token(path: &Path) -> Result<String, ServerError> {
+    let token = read_text(path)?.trim().to_owned();
+    if token.is_empty() {
+        return Err(ServerError::Config(format!("{}: the token is empty", path.display())));
+    }
+    Ok(token)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn file(dir: &tempfile::TempDir, text: &str) -> Option<PathBuf> {
+        let path = dir.path().join("server.toml");
+        std::fs::write(&path, text).expect("writes");
+        Some(path)
+    }
+
+    #[test]
+    fn the_command_line_wins_over_the_file_and_the_file_over_the_defaults() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let config = file(&dir, "store = '/from/file'\nlisten = '127.0.0.1:1'\nhttp = '127.0.0.1:2'\n");
+        let listen = Some(SocketAddr::from(([127, 0, 0, 1], 9)));
+        let config = Config::load(Args { config, listen, ..Args::default() }).expect("loads");
+        assert_eq!(config.store, Path::new("/from/file"));
+        assert_eq!(config.catalog, Path::new("/from/file/catalog.sqlite3"));
+        assert_eq!((config.listen.port(), config.http.port()), (9, 2));
+    }
+
+    #[test]
+    fn a_misspelt_setting_is_refused_by_name() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let config = file(&dir, "stroe = '/x'\n");
+        let error = Config::load(Args { config, ..Args::default() }).expect_err("refused");
+        assert!(error.to_string().contains("stroe"), "{error}");
+    }
+
+    #[test]
+    fn without_a_store_it_says_which_flag_is_missing() {
+        let error = Config::load(Args::default()).expect_err("refused");
+        assert!(error.to_string().contains("--store"), "{error}");
+    }
+}

@@ -1,0 +1,69 @@
+//! What all parts of the server share: catalog, store, live state, counters.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use journal_format::DiskId;
+use journal_store::Store;
+use tokio::sync::Semaphore;
+
+use crate::catalog::Catalog;
+use crate::config::Config;
+use crate::error::ServerError;
+use crate::fleet::Fleet;
+use crate::limits::MAX_READERS;
+use crate::metrics::Counters;
+use crate::names;
+
+/// The shared parts; every one of them may be used from any thread.
+#[derive(Debug)]
+pub(crate) struct Core {
+    pub(crate) catalog: Catalog,
+    pub(crate) store: Store,
+    pub(crate) fleet: Fleet,
+    pub(crate) counters: Counters,
+    /// Bounds how many REST requests read the store at once.
+    pub(crate) readers: Arc<Semaphore>,
+    pub(crate) token: Option<String>,
+    store_dir: PathBuf,
+}
+
+impl Core {
+    /// Opens store and catalog, and makes the store's disks known to the catalog.
+    pub(crate) fn open(config: &Config) -> Result<Self, ServerError> {
+        let io = |e| ServerError::io("create", config.store.display().to_string(), e);
+        std::fs::create_dir_all(&config.store).map_err(io)?;
+        let store = Store::open(&config.store)?;
+        for (disk, error) in store.damaged() {
+            tracing::error!(%disk, error, "left out a disk whose journal cannot be opened; put back a copy of its files");
+        }
+        let catalog = Catalog::open(&config.catalog)?;
+        for id in store.disks() {
+            let disk_bytes = store.disk(id).map_or(0, |disk| disk.disk_bytes());
+            catalog.adopt_from_store(id, disk_bytes)?;
+        }
+        let fleet = Fleet::default();
+        let readers = Arc::new(Semaphore::new(MAX_READERS));
+        let (token, store_dir) = (config.token.clone(), config.store.clone());
+        Ok(Self { catalog, store, fleet, counters: Counters::default(), readers, token, store_dir })
+    }
+
+    /// The wall clock, nanoseconds since 1970 UTC. The only place where the server reads it.
+    pub(crate) fn now_ns(&self) -> u64 {
+        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
+    }
+
+    /// Writes whose disk it is into the store. A failure costs names in an offline restore, nothing else.
+    pub(crate) fn write_name(&self, id: DiskId) {
+        let written = match self.catalog.disk(id) {
+            Ok(Some(row)) => names::write(&self.store_dir, &row).map_err(|e| e.to_string()),
+            Ok(None) => Ok(()),
+            Err(error) => Err(error.to_string()),
+        };
+        if let Err(error) = written {
+            tracing::warn!(disk = %id, error, "cannot write the disk's name.json");
+        }
+    }
+}

@@ -1,0 +1,94 @@
+//! Messages from a socket, with a deadline for each: a peer that trickles bytes holds one thread, for a bounded time,
+//! and never more memory than it has sent.
+
+use std::io::{self, BufRead, BufReader, Read};
+use std::net::TcpStream;
+use std::time::{Duration, Instant};
+
+use journal_format::wire::{MESSAGE_HEADER_BYTES, MessageHeader, MessageType};
+
+use crate::error::ServerError;
+
+const BUFFER_BYTES: usize = 64 << 10;
+/// A body grows by this much at a time, in bytes, as it arrives; the length field alone allocates nothing.
+const GROW_BYTES: usize = 256 << 10;
+
+/// A socket whose reads end at a deadline.
+#[derive(Debug)]
+struct TimedStream {
+    stream: TcpStream,
+    deadline: Instant,
+}
+
+impl Read for TimedStream {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let left = self.deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        // A timeout of less than a microsecond would be set as 0, which means none.
+        self.stream.set_read_timeout(Some(left.max(Duration::from_millis(1))))?;
+        self.stream.read(buf)
+    }
+}
+
+/// Reads whole messages from one connection.
+#[derive(Debug)]
+pub(crate) struct MessageReader {
+    stream: BufReader<TimedStream>,
+}
+
+impl MessageReader {
+    pub(crate) fn new(stream: TcpStream) -> Self {
+        let stream = TimedStream { stream, deadline: Instant::now() };
+        Self { stream: BufReader::with_capacity(BUFFER_BYTES, stream) }
+    }
+
+    /// The next message: its first byte must come within `idle`, the rest within `whole` after that. `None` when the
+    /// peer has closed between two messages. Types for which `accept` gives no limit are refused.
+    pub(crate) fn next(
+        &mut self,
+        idle: Duration,
+        whole: Duration,
+        accept: impl Fn(MessageType) -> Option<usize>,
+    ) -> Result<Option<(MessageType, Vec<u8>)>, ServerError> {
+        self.set_deadline(idle);
+        if self.stream.fill_buf().map_err(receive_error)?.is_empty() {
+            return Ok(None);
+        }
+        self.set_deadline(whole);
+        let mut header = [0_u8; MESSAGE_HEADER_BYTES];
+        self.stream.read_exact(&mut header).map_err(receive_error)?;
+        let (kind, len) = MessageHeader::parse(&header)?;
+        match accept(kind) {
+            Some(most) if len <= most => Ok(Some((kind, self.body(len)?))),
+            Some(most) => Err(ServerError::Protocol(format!("{kind:?} of {len} bytes; at most {most} here"))),
+            None => Err(ServerError::Protocol(format!("{kind:?} is not for the server, or not yet"))),
+        }
+    }
+
+    fn body(&mut self, len: usize) -> Result<Vec<u8>, ServerError> {
+        let mut body = Vec::new();
+        while body.len() < len {
+            let start = body.len();
+            body.resize(len.min(start.saturating_add(GROW_BYTES)), 0);
+            let fresh = body.get_mut(start..).unwrap_or_default();
+            self.stream.read_exact(fresh).map_err(receive_error)?;
+        }
+        Ok(body)
+    }
+
+    fn set_deadline(&mut self, from_now: Duration) {
+        self.stream.get_mut().deadline = Instant::now() + from_now;
+    }
+}
+
+fn receive_error(source: io::Error) -> ServerError {
+    match source.kind() {
+        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
+            ServerError::Protocol("nothing arrived in time; the peer is gone or too slow".to_owned())
+        }
+        io::ErrorKind::UnexpectedEof => ServerError::Protocol("the peer closed inside a message".to_owned()),
+        _ => ServerError::io("receive from", "agent", source),
+    }
+}

@@ -1,0 +1,155 @@
+//! The data plane: agents connect, frames come in, become durable and are acknowledged.
+//!
+//! | thread | number | does | may block on |
+//! | --- | --- | --- | --- |
+//! | `cdp-accept` | 1 | accepts connections, up to a limit | the network |
+//! | `cdp-agent` | 1 per agent | reads and checks messages, queues frames | the network; the queue when full |
+//! | `cdp-send` | 1 per agent | writes what others queued for that agent | the network |
+//! | `cdp-commit` | 1 | appends, commits, acknowledges, for all disks | the store |
+//!
+//! No async runtime here: a thread that waits for a disk holds up nobody who answers REST requests.
+
+pub(crate) mod committer;
+pub(crate) mod message;
+pub(crate) mod peer;
+pub(crate) mod queue;
+pub(crate) mod session;
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use crate::core::Core;
+use crate::data::committer::Work;
+use crate::data::queue::Queue;
+use crate::error::ServerError;
+use crate::limits::{INGEST_QUEUE_BYTES, MAX_AGENTS, STOP_TIMEOUT};
+
+/// The running data plane.
+#[derive(Debug)]
+pub(crate) struct DataPlane {
+    address: SocketAddr,
+    shared: Arc<Shared>,
+    accept: JoinHandle<()>,
+    commit: JoinHandle<()>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    core: Arc<Core>,
+    queue: Arc<Queue<Work>>,
+    stopping: AtomicBool,
+    connections: AtomicUsize,
+}
+
+impl DataPlane {
+    /// Starts listening and committing.
+    pub(crate) fn start(core: Arc<Core>, listen: SocketAddr) -> Result<Self, ServerError> {
+        let io = |e| ServerError::io("listen on", listen.to_string(), e);
+        let listener = TcpListener::bind(listen).map_err(io)?;
+        let address = listener.local_addr().map_err(io)?;
+        let queue = Arc::new(Queue::new(INGEST_QUEUE_BYTES));
+        let commit = spawn("cdp-commit", {
+            let (core, queue) = (Arc::clone(&core), Arc::clone(&queue));
+            move || committer::run(core, &queue)
+        })?;
+        let shared = Arc::new(Shared {
+            core,
+            queue,
+            stopping: AtomicBool::new(false),
+            connections: AtomicUsize::new(0),
+        });
+        let accept = spawn("cdp-accept", {
+            let shared = Arc::clone(&shared);
+            move || accept_loop(&shared, &listener)
+        })?;
+        Ok(Self { address, shared, accept, commit })
+    }
+
+    /// The address it listens on, with the real port.
+    pub(crate) fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Takes no more connections, closes those there are, and commits what they had sent.
+    pub(crate) fn stop(self) {
+        // ORDERING: pairs with the load in `accept_loop`, which the connection below wakes.
+        self.shared.stopping.store(true, Ordering::Release);
+        wake(self.address);
+        join(self.accept);
+        self.shared.core.fleet.close_all("the server stops");
+        self.shared.queue.close();
+        join(self.commit);
+        let end = Instant::now() + STOP_TIMEOUT;
+        // ORDERING: pairs with the decrement in `Slot::drop`; a count is all that is needed.
+        while self.shared.connections.load(Ordering::Acquire) > 0 && Instant::now() < end {
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+/// One connection's place among [`MAX_AGENTS`].
+struct Slot(Arc<Shared>);
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        // ORDERING: pairs with the load in `DataPlane::stop`.
+        self.0.connections.fetch_sub(1, Ordering::Release);
+    }
+}
+
+fn accept_loop(shared: &Arc<Shared>, listener: &TcpListener) {
+    loop {
+        let accepted = listener.accept();
+        // ORDERING: pairs with the store in `DataPlane::stop`.
+        if shared.stopping.load(Ordering::Acquire) {
+            return;
+        }
+        match accepted {
+            Ok((stream, _)) => serve(shared, stream),
+            Err(error) => {
+                // Out of file descriptors, most likely: the ones in use have to go first.
+                tracing::warn!(%error, "cannot accept a connection; raise the limit of open files if this goes on");
+                thread::sleep(Duration::from_millis(200));
+            }
+        }
+    }
+}
+
+fn serve(shared: &Arc<Shared>, stream: TcpStream) {
+    // ORDERING: only this thread adds, so the limit holds whatever the order; `Slot` gives the place back.
+    let before = shared.connections.fetch_add(1, Ordering::AcqRel);
+    let slot = Slot(Arc::clone(shared));
+    if before >= MAX_AGENTS {
+        tracing::warn!(limit = MAX_AGENTS, "turned a connection away: too many agents");
+        return;
+    }
+    let thread = spawn("cdp-agent", move || session::run(&slot.0.core, &slot.0.queue, stream));
+    if let Err(error) = thread {
+        tracing::warn!(%error, "turned a connection away");
+    }
+}
+
+fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, ServerError> {
+    let thread = thread::Builder::new().name(name.to_owned()).spawn(body);
+    thread.map_err(|e| ServerError::io("start thread", name, e))
+}
+
+fn join(thread: JoinHandle<()>) {
+    if thread.join().is_err() {
+        tracing::error!("a thread of the data plane panicked; report this as a bug");
+    }
+}
+
+/// Ends a blocking accept by connecting to it.
+fn wake(address: SocketAddr) {
+    let ip = match address.ip() {
+        IpAddr::V4(ip) if ip.is_unspecified() => IpAddr::V4(Ipv4Addr::LOCALHOST),
+        IpAddr::V6(ip) if ip.is_unspecified() => IpAddr::V6(Ipv6Addr::LOCALHOST),
+        ip => ip,
+    };
+    // A failure means that the listener is gone already.
+    let _ = TcpStream::connect_timeout(&SocketAddr::new(ip, address.port()), Duration::from_secs(1));
+}

@@ -1,0 +1,128 @@
+//! The queue between the readers and the committer: bounded in bytes, so that a slow disk slows the readers, whose
+//! unread sockets slow the agents.
+
+use std::collections::VecDeque;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+
+/// Work that a slow disk must not let pile up.
+pub(crate) trait Weighty {
+    /// Bytes it holds.
+    fn weight(&self) -> usize;
+}
+
+/// First in, first out; many producers, one consumer.
+#[derive(Debug)]
+pub(crate) struct Queue<T> {
+    state: Mutex<State<T>>,
+    limit: usize,
+    not_full: Condvar,
+    not_empty: Condvar,
+}
+
+#[derive(Debug)]
+struct State<T> {
+    items: VecDeque<T>,
+    weight: usize,
+    closed: bool,
+}
+
+impl<T: Weighty> Queue<T> {
+    pub(crate) fn new(limit: usize) -> Self {
+        let state = State { items: VecDeque::new(), weight: 0, closed: false };
+        Self { state: Mutex::new(state), limit, not_full: Condvar::new(), not_empty: Condvar::new() }
+    }
+
+    /// Waits for room and puts `item` in; gives it back once the queue is closed. An item heavier than the whole queue
+    /// goes in when the queue is empty.
+    pub(crate) fn push(&self, item: T) -> Result<(), T> {
+        let weight = item.weight();
+        let full = |state: &mut State<T>| {
+            !state.closed && !state.items.is_empty() && state.weight.saturating_add(weight) > self.limit
+        };
+        let mut state = self.not_full.wait_while(self.lock(), full).unwrap_or_else(PoisonError::into_inner);
+        if state.closed {
+            return Err(item);
+        }
+        state.weight = state.weight.saturating_add(weight);
+        state.items.push_back(item);
+        self.not_empty.notify_one();
+        Ok(())
+    }
+
+    /// Waits for work and takes what is there, until `most` bytes are reached. `None` once the queue is closed and
+    /// empty.
+    pub(crate) fn take(&self, most: usize) -> Option<Vec<T>> {
+        let idle = |state: &mut State<T>| !state.closed && state.items.is_empty();
+        let mut state = self.not_empty.wait_while(self.lock(), idle).unwrap_or_else(PoisonError::into_inner);
+        let (mut batch, mut weight) = (Vec::new(), 0_usize);
+        while weight < most
+            && let Some(item) = state.items.pop_front()
+        {
+            weight = weight.saturating_add(item.weight());
+            batch.push(item);
+        }
+        state.weight = state.weight.saturating_sub(weight);
+        self.not_full.notify_all();
+        (!batch.is_empty()).then_some(batch)
+    }
+
+    /// Refuses new work; what is in can still be taken.
+    pub(crate) fn close(&self) {
+        self.lock().closed = true;
+        self.not_full.notify_all();
+        self.not_empty.notify_all();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State<T>> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+    use std::sync::mpsc;
+    use std::time::Duration;
+
+    impl Weighty for usize {
+        fn weight(&self) -> usize {
+            *self
+        }
+    }
+
+    #[test]
+    fn a_full_queue_holds_the_producer_until_something_is_taken() {
+        let queue = Arc::new(Queue::new(10));
+        queue.push(8).expect("open");
+        let (done, pushed) = mpsc::channel();
+        let producer = Arc::clone(&queue);
+        let thread = std::thread::spawn(move || {
+            producer.push(5).expect("open");
+            done.send(()).expect("the test waits");
+        });
+        assert!(pushed.recv_timeout(Duration::from_millis(100)).is_err(), "8 + 5 is more than 10");
+        assert_eq!(queue.take(1), Some(vec![8]));
+        pushed.recv_timeout(Duration::from_secs(10)).expect("room now");
+        thread.join().expect("ends");
+        assert_eq!(queue.take(1), Some(vec![5]));
+    }
+
+    #[test]
+    fn a_closed_queue_refuses_new_work_and_gives_out_the_old() {
+        let queue = Queue::new(10);
+        queue.push(3).expect("open");
+        queue.push(4).expect("open");
+        queue.close();
+        assert_eq!(queue.push(1), Err(1));
+        assert_eq!(queue.take(100), Some(vec![3, 4]));
+        assert_eq!(queue.take(100), None);
+    }
+
+    #[test]
+    fn what_is_heavier_than_the_queue_still_passes() {
+        let queue = Queue::new(10);
+        queue.push(50).expect("open");
+        assert_eq!(queue.take(1), Some(vec![50]));
+    }
+}

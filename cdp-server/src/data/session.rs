@@ -1,0 +1,183 @@
+//! One agent's connection, from its first byte to its last, on its own thread.
+
+use std::net::TcpStream;
+use std::sync::Arc;
+use std::thread;
+use std::time::Instant;
+
+use journal_format::Frame;
+use journal_format::wire::{self, Hello, MessageType, PROTOCOL_VERSION, Welcome};
+
+use crate::core::Core;
+use crate::data::committer::Work;
+use crate::data::message::MessageReader;
+use crate::data::peer::{self, Peer};
+use crate::data::queue::Queue;
+use crate::error::ServerError;
+use crate::limits::{HELLO_TIMEOUT, IDLE_TIMEOUT, MAX_NAME_BYTES, MESSAGE_TIMEOUT, WRITE_TIMEOUT};
+use crate::model::{HostId, HostReport, cut};
+use crate::protection;
+
+/// Serves a connection until it ends.
+pub(crate) fn run(core: &Arc<Core>, queue: &Arc<Queue<Work>>, stream: TcpStream) {
+    let address = stream.peer_addr().map_or_else(|_| "unknown".to_owned(), |a| a.to_string());
+    match Session::begin(core, queue, stream, &address) {
+        Ok(mut session) => {
+            let reason = match session.serve() {
+                Ok(()) => "the agent closed it".to_owned(),
+                Err(error) => error.to_string(),
+            };
+            session.end(&reason);
+        }
+        Err(error) => tracing::warn!(address, %error, "turned a connection away"),
+    }
+}
+
+struct Session<'a> {
+    core: &'a Arc<Core>,
+    queue: &'a Arc<Queue<Work>>,
+    reader: MessageReader,
+    peer: Arc<Peer>,
+    host: HostId,
+    hello: Hello,
+}
+
+impl<'a> Session<'a> {
+    /// The handshake. A stranger gets [`Welcome`] with the reason, and nothing of it is kept.
+    fn begin(
+        core: &'a Arc<Core>,
+        queue: &'a Arc<Queue<Work>>,
+        stream: TcpStream,
+        address: &str,
+    ) -> Result<Self, ServerError> {
+        let io = |e| ServerError::io("set up", address, e);
+        stream.set_nodelay(true).map_err(io)?;
+        stream.set_write_timeout(Some(WRITE_TIMEOUT)).map_err(io)?;
+        let mut reader = MessageReader::new(stream.try_clone().map_err(io)?);
+        let first = |kind: MessageType| (kind == MessageType::Hello).then(|| kind.max_body_bytes());
+        let Some((_, body)) = reader.next(HELLO_TIMEOUT, HELLO_TIMEOUT, first)? else {
+            return Err(ServerError::Protocol("closed before it said anything".to_owned()));
+        };
+        let hello: Hello = wire::decode(&body)?;
+        let checked = check_hello(&hello, core.token.as_deref());
+        let welcome = Welcome {
+            protocol: PROTOCOL_VERSION,
+            refused: checked.as_ref().err().cloned().unwrap_or_default(),
+            server_version: env!("CARGO_PKG_VERSION").to_owned(),
+        };
+        let mut writer = stream.try_clone().map_err(io)?;
+        std::io::Write::write_all(&mut writer, &wire::encode(&welcome)?).map_err(io)?;
+        let host = checked.map_err(ServerError::Protocol)?;
+        let label = format!("{} ({address})", cut(hello.host_name.clone(), MAX_NAME_BYTES));
+        let (peer, outgoing) = Peer::new(core.fleet.next_session(), label, stream);
+        let weak = Arc::downgrade(&peer);
+        thread::Builder::new()
+            .name("cdp-send".to_owned())
+            .spawn(move || peer::write_loop(&weak, &outgoing, writer))
+            .map_err(|e| ServerError::io("start a thread for", address, e))?;
+        tracing::info!(agent = peer.label, version = hello.agent_version, "agent connected");
+        core.fleet.connected(&peer);
+        Ok(Self { core, queue, reader, peer, host, hello })
+    }
+
+    fn serve(&mut self) -> Result<(), ServerError> {
+        loop {
+            let message = self.reader.next(IDLE_TIMEOUT, MESSAGE_TIMEOUT, accepted)?;
+            let Some((kind, body)) = message else { return Ok(()) };
+            self.handle(kind, body)?;
+        }
+    }
+
+    fn handle(&mut self, kind: MessageType, body: Vec<u8>) -> Result<(), ServerError> {
+        let session = self.peer.id;
+        match kind {
+            MessageType::Inventory => self.inventory(wire::decode(&body)?)?,
+            MessageType::OpenDisk => {
+                self.enqueue(Work::Open { peer: Arc::clone(&self.peer), request: wire::decode(&body)? })?;
+            }
+            MessageType::Frame => {
+                let frame = Frame::parse(&body)?;
+                if frame.header().frame_len() != body.len() {
+                    return Err(ServerError::Protocol("bytes behind a frame".to_owned()));
+                }
+                self.enqueue(Work::Frame { peer: Arc::clone(&self.peer), bytes: body })?;
+            }
+            MessageType::CommandResult => {
+                self.core.fleet.completed(session, wire::decode(&body)?, Instant::now())
+            }
+            MessageType::DiskStatus => {
+                let status: wire::DiskStatus = wire::decode(&body)?;
+                self.core.fleet.status(session, wire::disk_id(&status.disk)?, status, Instant::now());
+            }
+            MessageType::Ping => {
+                self.peer.pong(&wire::decode(&body)?);
+            }
+            // That something arrived is all a pong says; `accepted` lets nothing else through.
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn inventory(&self, inventory: wire::Inventory) -> Result<(), ServerError> {
+        let (report, dropped) = HostReport::from_wire(self.host, &self.hello, inventory);
+        if dropped > 0 {
+            tracing::warn!(
+                agent = self.peer.label,
+                dropped,
+                "left out disks that are malformed or over the limit"
+            );
+        }
+        self.core.catalog.record_report(&report, self.core.now_ns())?;
+        self.core.fleet.reported(self.peer.id, &report);
+        for disk in report.vms.iter().flat_map(|vm| &vm.disks) {
+            self.core.write_name(disk.id);
+        }
+        protection::reconcile(self.core, Instant::now())
+    }
+
+    fn enqueue(&self, work: Work) -> Result<(), ServerError> {
+        self.queue.push(work).map_err(|_| ServerError::Stopping)
+    }
+
+    fn end(&self, reason: &str) {
+        self.peer.close(reason);
+        self.core.fleet.disconnected(self.peer.id);
+        // A queue that is closed has no owners to forget any more.
+        let _ = self.enqueue(Work::Gone { session: self.peer.id });
+    }
+}
+
+/// What an agent may say once it is known, and how long it may be.
+fn accepted(kind: MessageType) -> Option<usize> {
+    matches!(
+        kind,
+        MessageType::Inventory
+            | MessageType::OpenDisk
+            | MessageType::Frame
+            | MessageType::CommandResult
+            | MessageType::DiskStatus
+            | MessageType::Ping
+            | MessageType::Pong
+    )
+    .then(|| kind.max_body_bytes())
+}
+
+/// Who it is; or why it is refused, in words for the agent's log.
+fn check_hello(hello: &Hello, token: Option<&str>) -> Result<HostId, String> {
+    if hello.protocol != PROTOCOL_VERSION {
+        let theirs = hello.protocol;
+        return Err(format!(
+            "the agent speaks protocol {theirs}, the server {PROTOCOL_VERSION}; upgrade the older of the two"
+        ));
+    }
+    // Equality of blake3 hashes takes the same time wherever they differ.
+    if let Some(token) = token
+        && blake3::hash(token.as_bytes()) != blake3::hash(hello.token.as_bytes())
+    {
+        return Err(
+            "the token is not the server's; compare the agent's token file with the server's".to_owned()
+        );
+    }
+    let id = <[u8; 16]>::try_from(hello.host_id.as_slice());
+    id.map(HostId).map_err(|_| "the host id is not 16 bytes long".to_owned())
+}

@@ -1,0 +1,59 @@
+//! The crate's one error type.
+
+use std::io;
+use std::path::PathBuf;
+
+use journal_format::FormatError;
+
+/// Why the server could not start, or a part of it could not go on.
+#[derive(Debug, thiserror::Error)]
+pub enum ServerError {
+    /// The configuration makes no sense.
+    #[error("{0}")]
+    Config(String),
+    /// An operation on a file or socket failed.
+    #[error("{operation} {subject}: {source}")]
+    Io {
+        /// What was tried.
+        operation: &'static str,
+        /// On what.
+        subject: String,
+        /// What the system says.
+        source: io::Error,
+    },
+    /// The catalog cannot be used.
+    #[error("catalog {path}: {detail}", path = path.display())]
+    Catalog {
+        /// The catalog's file.
+        path: PathBuf,
+        /// What is wrong and what to do.
+        detail: String,
+    },
+    /// An operation on the open catalog failed.
+    #[error("catalog: {0}")]
+    Sqlite(#[from] rusqlite::Error),
+    /// The store failed.
+    #[error("store: {0}")]
+    Store(String),
+    /// A peer sent bytes that are no message.
+    #[error("protocol: {0}")]
+    Format(#[from] FormatError),
+    /// A peer broke the rules of the conversation.
+    #[error("protocol: {0}")]
+    Protocol(String),
+    /// The server is stopping.
+    #[error("the server is stopping")]
+    Stopping,
+}
+
+impl ServerError {
+    pub(crate) fn io(operation: &'static str, subject: impl Into<String>, source: io::Error) -> Self {
+        Self::Io { operation, subject: subject.into(), source }
+    }
+}
+
+impl From<journal_store::StoreError> for ServerError {
+    fn from(error: journal_store::StoreError) -> Self {
+        Self::Store(error.to_string())
+    }
+}

@@ -1,0 +1,37 @@
+//! The `cdp-server` program: see [`cdp_server`].
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use cdp_server::{Args, Config, Server, ServerError};
+use clap::Parser;
+use tracing_subscriber::EnvFilter;
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    match run(args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!(%error, "cdp-server ends");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: Args) -> Result<(), ServerError> {
+    let server = Server::start(Config::load(args)?)?;
+    announce(&server);
+    let signal = server.wait_for_signal();
+    tracing::info!(signal, "stopping");
+    server.stop();
+    Ok(())
+}
+
+/// The ready line. Whoever started the server may have closed its output; that is no reason to stop.
+fn announce(server: &Server) {
+    let mut out = std::io::stdout().lock();
+    let _ = writeln!(out, "ready http={} data={}", server.http_address(), server.data_address());
+    let _ = out.flush();
+}

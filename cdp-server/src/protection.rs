@@ -1,0 +1,157 @@
+//! The protection controller: makes real what the operator wants.
+//!
+//! What is wanted is in the catalog; what is, comes from agents. The two are compared on every inventory (an agent or
+//! a VM came back) and every two seconds, and the difference becomes commands. Commands are idempotent at the agent, so
+//! one too many does no harm; one that failed is sent again after a rest.
+//!
+//! A `PUT` writes the wish down first, then sends the command and waits for its result. What it answers:
+//!
+//! | case | answer | the wish |
+//! | --- | --- | --- |
+//! | the agent has done it | 200 | kept |
+//! | agent or VM not there, or no answer in time | 202, the reason in the body | kept; carried out when they are back |
+//! | the agent cannot switch it on | 409 `agent-refused` | taken back |
+//! | the agent cannot switch it off | 409 `agent-refused` | kept: capture must not go on against the operator's will |
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use cdp_api::{Kind, Problem, ProtectionPhase, ProtectionState};
+use journal_format::DiskId;
+
+use crate::catalog::DiskRow;
+use crate::core::Core;
+use crate::error::ServerError;
+use crate::fleet::{Command, LiveDisk, Mode};
+use crate::limits::COMMAND_TIMEOUT;
+use crate::rest::problem::{ApiError, agent_refused};
+
+/// What a disk needs, given what is wanted and what is. `None`: nothing, or nothing now.
+fn needed(wanted: Option<bool>, live: &LiveDisk) -> Option<bool> {
+    let wanted = wanted?;
+    let captured = live.fresh && live.mode != Mode::Off;
+    let possible = live.refused.is_empty() || !wanted;
+    (wanted != captured && possible && !live.resting).then_some(wanted)
+}
+
+/// Sends what is needed to all disks that agents report now. Does not wait for results: those show in the live state.
+pub(crate) fn reconcile(core: &Core, now: Instant) -> Result<(), ServerError> {
+    for disk in core.catalog.disks()? {
+        let Some(live) = core.fleet.live(disk.id, now) else { continue };
+        if let Some(enabled) = needed(disk.protect, &live) {
+            tracing::info!(disk = disk.name(), enabled, "switching protection");
+            core.fleet.command(disk.id, Command::SetProtection(enabled), now);
+        }
+    }
+    Ok(())
+}
+
+/// What the API says of a disk's protection.
+pub(crate) fn state(disk: &DiskRow, live: Option<&LiveDisk>, gap_open: bool) -> ProtectionState {
+    let enabled = disk.protect.unwrap_or(false);
+    let (phase, reason) = match (enabled, live) {
+        (true, None) => (ProtectionPhase::Offline, OFFLINE.to_owned()),
+        (true, Some(live)) if !live.fresh || live.mode == Mode::Off => {
+            let reason = if live.refused.is_empty() { &live.last_error } else { &live.refused };
+            (ProtectionPhase::Starting, reason.clone())
+        }
+        (true, Some(live)) if live.mode == Mode::Tracking => {
+            (ProtectionPhase::Tracking, "the ring was full; history resumes after a resync".to_owned())
+        }
+        (true, Some(_)) if gap_open => (ProtectionPhase::Syncing, String::new()),
+        (true, Some(_)) => (ProtectionPhase::Protected, String::new()),
+        (false, Some(live)) if live.fresh && live.mode != Mode::Off => {
+            (ProtectionPhase::Stopping, live.last_error.clone())
+        }
+        (false, Some(live)) => (ProtectionPhase::Off, live.refused.clone()),
+        (false, None) => (ProtectionPhase::Off, String::new()),
+    };
+    ProtectionState { enabled, phase, reason }
+}
+
+const OFFLINE: &str =
+    "the host's agent is not connected or the VM does not run; protection starts when both are back";
+
+/// Whether the wish is already a fact, or has still to become one.
+pub(crate) enum Outcome {
+    /// The agent has done it.
+    Done,
+    /// It will be done; why not yet, is said here.
+    Pending(String),
+}
+
+/// Carries out a `PUT`. Waits at most [`COMMAND_TIMEOUT`].
+pub(crate) async fn set(core: &Arc<Core>, disk: &DiskRow, enabled: bool) -> Result<Outcome, ApiError> {
+    if enabled && let Some(problem) = impossible(core, disk) {
+        return Err(problem.into());
+    }
+    persist(core, disk.id, Some(enabled)).await?;
+    let Some(result) = core.fleet.command(disk.id, Command::SetProtection(enabled), Instant::now()) else {
+        return Ok(if enabled { Outcome::Pending(OFFLINE.to_owned()) } else { Outcome::Done });
+    };
+    match tokio::time::timeout(COMMAND_TIMEOUT, result).await {
+        Ok(Ok(result)) if result.error.is_empty() => Ok(Outcome::Done),
+        Ok(Ok(result)) => {
+            if enabled {
+                persist(core, disk.id, disk.protect).await?;
+            }
+            Err(agent_refused(&result.error).into())
+        }
+        Ok(Err(_)) => {
+            Ok(Outcome::Pending("the connection to the host's agent broke; it will be told again".to_owned()))
+        }
+        Err(_) => Ok(Outcome::Pending("the host's agent is still at it; ask again for the state".to_owned())),
+    }
+}
+
+/// The agent says beforehand that it cannot protect the disk.
+fn impossible(core: &Core, disk: &DiskRow) -> Option<Problem> {
+    let live = core.fleet.live(disk.id, Instant::now())?;
+    (!live.refused.is_empty()).then(|| agent_refused(&live.refused))
+}
+
+async fn persist(core: &Arc<Core>, id: DiskId, protect: Option<bool>) -> Result<(), ApiError> {
+    let core = Arc::clone(core);
+    let done = tokio::task::spawn_blocking(move || core.catalog.set_protect(id, protect)).await;
+    let done =
+        done.map_err(|_| Problem::new(Kind::Internal, "the catalog's task failed", "see the server's log"))?;
+    Ok(done?)
+}
+
+/// Compares what is wanted and what is, until the receiver's sender is dropped.
+pub(crate) fn reconcile_loop(core: &Core, stop: &std::sync::mpsc::Receiver<()>, every: Duration) {
+    while stop.recv_timeout(every) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
+        if let Err(error) = reconcile(core, Instant::now()) {
+            tracing::error!(%error, "cannot compare wanted and real protection; trying again");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn live(mode: Mode) -> LiveDisk {
+        LiveDisk { mode, fresh: true, ..LiveDisk::default() }
+    }
+
+    #[test]
+    fn only_a_difference_makes_a_command() {
+        let capturing = live(Mode::Capturing);
+        let off = live(Mode::Off);
+        assert_eq!(needed(Some(true), &off), Some(true));
+        assert_eq!(needed(Some(true), &capturing), None);
+        assert_eq!(needed(Some(false), &capturing), Some(false));
+        assert_eq!(needed(Some(false), &off), None);
+        assert_eq!(needed(Some(true), &live(Mode::Tracking)), None, "a resync is the agent's own business");
+        assert_eq!(needed(None, &capturing), None, "a wish that was lost is not guessed");
+    }
+
+    #[test]
+    fn what_rests_or_cannot_be_is_left_alone() {
+        assert_eq!(needed(Some(true), &LiveDisk { resting: true, ..live(Mode::Off) }), None);
+        let refused = "unknown QEMU".to_owned();
+        assert_eq!(needed(Some(true), &LiveDisk { refused: refused.clone(), ..live(Mode::Off) }), None);
+        assert_eq!(needed(Some(false), &LiveDisk { refused, ..live(Mode::Capturing) }), Some(false));
+    }
+}

@@ -1,0 +1,118 @@
+//! `/v1/disks/{disk}/extents` and `/v1/disks/{disk}/data`: a disk's contents at a point, for restore.
+
+#![allow(unused_qualifications, reason = "the OpenAPI macro qualifies the query types")]
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::State;
+use axum::http::header;
+use axum::response::{IntoResponse, Response};
+use cdp_api::limits::{MAX_DATA_BYTES, MAX_EXTENTS};
+use cdp_api::{Extent, ExtentKind, Extents, Problem};
+use journal_format::{ByteRange, Lsn};
+use journal_store::View;
+use serde::Deserialize;
+use utoipa::IntoParams;
+
+use crate::core::Core;
+use crate::resolve;
+use crate::rest::extract::{ApiQuery, DiskName};
+use crate::rest::problem::{ApiError, bad_request, no_journal, store_failed};
+use crate::rest::reading;
+
+/// Query of `extents` and `data`.
+#[derive(Clone, Copy, Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct RangeQuery {
+    /// The point: right after this record. `points?at=` resolves others to it.
+    lsn: u64,
+    /// First byte; 0 when absent.
+    #[serde(default)]
+    offset: u64,
+    /// Length in bytes; to the end of the disk when absent.
+    length: Option<u64>,
+}
+
+/// What a range of the disk holds at a point. Long answers stop early and say in `next_offset` where to ask again.
+#[utoipa::path(get, path = "/v1/disks/{disk}/extents", tag = "contents", operation_id = "get_extents", params(
+    ("disk" = String, Path, description = "UUID, or vm/device (as two segments or with the slash as %2F)"),
+    RangeQuery,
+), responses(
+    (status = 200, description = "The extents", body = Extents),
+    (status = "default", description = "What went wrong", body = Problem, content_type = "application/problem+json"),
+))]
+pub(crate) async fn extents(
+    State(core): State<Arc<Core>>,
+    disk: DiskName,
+    ApiQuery(query): ApiQuery<RangeQuery>,
+) -> Result<Json<Extents>, ApiError> {
+    reading(&core, move |core| {
+        let view = open(core, &disk, query)?;
+        let range = range(&view, query)?;
+        let mut answer =
+            Extents { lsn: query.lsn, disk_bytes: view.disk_bytes(), extents: Vec::new(), next_offset: None };
+        for extent in view.extents(range).map_err(|e| store_failed(&e))? {
+            if answer.extents.len() == MAX_EXTENTS {
+                answer.next_offset = Some(extent.range.offset());
+                break;
+            }
+            answer.extents.push(to_api(&extent));
+        }
+        Ok(Json(answer))
+    })
+    .await
+}
+
+/// The bytes of a range of the disk at a point, at most 16 MiB.
+#[utoipa::path(get, path = "/v1/disks/{disk}/data", tag = "contents", operation_id = "get_data", params(
+    ("disk" = String, Path, description = "UUID, or vm/device (as two segments or with the slash as %2F)"),
+    RangeQuery,
+), responses(
+    (status = 200, description = "The bytes", body = Vec<u8>, content_type = "application/octet-stream"),
+    (status = "default", description = "What went wrong", body = Problem, content_type = "application/problem+json"),
+))]
+pub(crate) async fn data(
+    State(core): State<Arc<Core>>,
+    disk: DiskName,
+    ApiQuery(query): ApiQuery<RangeQuery>,
+) -> Result<Response, ApiError> {
+    let bytes = reading(&core, move |core| {
+        let view = open(core, &disk, query)?;
+        let range = range(&view, query)?;
+        if range.length() > MAX_DATA_BYTES {
+            return Err(
+                bad_request(format!("{} bytes at once; at most {MAX_DATA_BYTES}", range.length())).into()
+            );
+        }
+        let mut bytes = vec![0; usize::try_from(range.length()).unwrap_or(0)];
+        view.read(range.offset(), &mut bytes).map_err(|e| store_failed(&e))?;
+        Ok(bytes)
+    })
+    .await?;
+    Ok(([(header::CONTENT_TYPE, "application/octet-stream")], bytes).into_response())
+}
+
+fn open(core: &Core, disk: &DiskName, query: RangeQuery) -> Result<View, ApiError> {
+    let id = disk.find(core)?.id;
+    let disk = core.store.disk(id).ok_or_else(|| no_journal(id))?;
+    resolve::view(&disk, Lsn(query.lsn))
+}
+
+fn range(view: &View, query: RangeQuery) -> Result<ByteRange, ApiError> {
+    let disk_bytes = view.disk_bytes();
+    let length = query.length.unwrap_or_else(|| disk_bytes.saturating_sub(query.offset));
+    ByteRange::new(query.offset, length).filter(|range| range.end() <= disk_bytes).ok_or_else(|| {
+        bad_request(format!("{length} bytes from {} pass the end of the disk, {disk_bytes}", query.offset))
+            .into()
+    })
+}
+
+fn to_api(extent: &journal_store::Extent) -> Extent {
+    let kind = match extent.kind {
+        journal_store::ExtentKind::Data => ExtentKind::Data,
+        journal_store::ExtentKind::Zero => ExtentKind::Zero,
+    };
+    Extent { offset: extent.range.offset(), length: extent.range.length(), kind }
+}

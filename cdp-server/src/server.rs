@@ -1,0 +1,111 @@
+//! The whole server: start, addresses, stop.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::mpsc;
+use std::thread::JoinHandle;
+
+use tokio::net::TcpListener;
+use tokio::runtime::Runtime;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::oneshot;
+
+use crate::config::Config;
+use crate::core::Core;
+use crate::data::DataPlane;
+use crate::error::ServerError;
+use crate::limits::{RECONCILE_EVERY, STOP_TIMEOUT};
+use crate::{protection, rest};
+
+/// A running server. [`Server::stop`] ends it cleanly; dropping it without leaves its threads running.
+#[derive(Debug)]
+pub struct Server {
+    runtime: Runtime,
+    http_address: SocketAddr,
+    http_stop: oneshot::Sender<()>,
+    http_task: tokio::task::JoinHandle<std::io::Result<()>>,
+    data: DataPlane,
+    reconcile_stop: mpsc::Sender<()>,
+    reconcile: JoinHandle<()>,
+}
+
+impl Server {
+    /// Opens catalog and store, and starts everything. When it returns, both addresses take connections.
+    ///
+    /// # Errors
+    /// What could not be opened or listened on.
+    pub fn start(config: Config) -> Result<Self, ServerError> {
+        let core = Arc::new(Core::open(&config)?);
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .thread_name("cdp-rest")
+            .enable_all()
+            .build()
+            .map_err(|e| ServerError::io("start", "the async runtime", e))?;
+        let listener = runtime
+            .block_on(TcpListener::bind(config.http))
+            .map_err(|e| ServerError::io("listen on", config.http.to_string(), e))?;
+        let http_address =
+            listener.local_addr().map_err(|e| ServerError::io("listen on", config.http.to_string(), e))?;
+        let (http_stop, stopped) = oneshot::channel::<()>();
+        let router = rest::router(Arc::clone(&core));
+        let http_task = runtime.spawn(async move {
+            axum::serve(listener, router)
+                .with_graceful_shutdown(async {
+                    // Dropping the sender means to stop, too.
+                    let _ = stopped.await;
+                })
+                .await
+        });
+        let data = DataPlane::start(Arc::clone(&core), config.listen)?;
+        let (reconcile_stop, stop) = mpsc::channel();
+        let reconcile = std::thread::Builder::new()
+            .name("cdp-protect".to_owned())
+            .spawn(move || protection::reconcile_loop(&core, &stop, RECONCILE_EVERY))
+            .map_err(|e| ServerError::io("start thread", "cdp-protect", e))?;
+        Ok(Self { runtime, http_address, http_stop, http_task, data, reconcile_stop, reconcile })
+    }
+
+    /// The address of REST, with the real port.
+    #[must_use]
+    pub fn http_address(&self) -> SocketAddr {
+        self.http_address
+    }
+
+    /// The address for agents, with the real port.
+    #[must_use]
+    pub fn data_address(&self) -> SocketAddr {
+        self.data.address()
+    }
+
+    /// Waits for SIGTERM or SIGINT; says which.
+    #[must_use]
+    pub fn wait_for_signal(&self) -> &'static str {
+        self.runtime.block_on(async {
+            match (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) {
+                (Ok(mut terminate), Ok(mut interrupt)) => tokio::select! {
+                    _ = terminate.recv() => "SIGTERM",
+                    _ = interrupt.recv() => "SIGINT",
+                },
+                // Without handlers, the signals end the process, and a crash is always safe.
+                _ => std::future::pending().await,
+            }
+        })
+    }
+
+    /// Stops cleanly: no new requests, what was received is made durable and acknowledged as far as the agents still
+    /// listen, open requests get a few seconds to end.
+    pub fn stop(self) {
+        drop(self.reconcile_stop);
+        let _ = self.http_stop.send(());
+        self.data.stop();
+        if self.reconcile.join().is_err() {
+            tracing::error!("the protection controller panicked; report this as a bug");
+        }
+        let ended = self.runtime.block_on(async { tokio::time::timeout(STOP_TIMEOUT, self.http_task).await });
+        if ended.is_err() {
+            tracing::warn!("open REST requests did not end in time; cutting them off");
+        }
+        self.runtime.shutdown_timeout(STOP_TIMEOUT);
+    }
+}

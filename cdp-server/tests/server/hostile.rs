@@ -1,0 +1,150 @@
+//! Peers that are broken or mean no good: each is turned away, and the server goes on.
+
+use std::time::Duration;
+
+use journal_format::wire::{self, MessageHeader, MessageType};
+use journal_format::{Lsn, frame::FRAME_HEADER_BYTES};
+
+use crate::agent::{Agent, Capture, hello};
+use crate::{Fixture, now_ns};
+
+/// The server still does its work.
+fn assert_alive(fixture: &Fixture) {
+    let mut agent = Agent::with_disk(fixture.data());
+    let mut capture = Capture::new(&agent.open(None), now_ns() - 1_000_000_000);
+    let frame = capture.begin().write(0, &[1; 512]).frame();
+    let last = capture.last();
+    agent.ship(&frame, last);
+}
+
+#[test]
+fn bytes_that_are_no_message_end_the_connection() {
+    let fixture = Fixture::start();
+    for bytes in [&b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"[..], &[0; 64], &[0xff; 4096]] {
+        let mut peer = Agent::raw(fixture.data());
+        peer.send_bytes(bytes);
+        peer.expect_closed();
+    }
+    assert_alive(&fixture);
+}
+
+#[test]
+fn a_length_over_its_limit_ends_the_connection() {
+    let fixture = Fixture::start();
+    let mut peer = Agent::raw(fixture.data());
+    let mut header = wire::encode(&hello()).expect("encodes");
+    header.truncate(wire::MESSAGE_HEADER_BYTES);
+    header[8..12].copy_from_slice(&u32::MAX.to_le_bytes());
+    let crc = crc32c::crc32c(&header[..12]);
+    header[12..].copy_from_slice(&crc.to_le_bytes());
+    peer.send_bytes(&header);
+    peer.expect_closed();
+    assert_alive(&fixture);
+}
+
+#[test]
+fn a_stranger_who_starts_with_anything_but_hello_is_turned_away() {
+    let fixture = Fixture::start();
+    let mut peer = Agent::raw(fixture.data());
+    peer.send(&wire::Inventory::default());
+    peer.expect_closed();
+    assert_alive(&fixture);
+}
+
+#[test]
+fn another_protocol_is_refused_in_words() {
+    let fixture = Fixture::start();
+    let mut peer = Agent::raw(fixture.data());
+    let welcome = peer.hello(&wire::Hello { protocol: 99, ..hello() });
+    assert!(welcome.refused.contains("upgrade"), "{}", welcome.refused);
+    peer.expect_closed();
+    let mut peer = Agent::raw(fixture.data());
+    let welcome = peer.hello(&wire::Hello { host_id: vec![1; 3], ..hello() });
+    assert!(welcome.refused.contains("16 bytes"), "{}", welcome.refused);
+    peer.expect_closed();
+}
+
+#[test]
+fn without_the_token_nobody_gets_in() {
+    let fixture = Fixture::start_with(|config| config.token = Some("secret".to_owned()));
+    for token in ["", "Secret", "secret2"] {
+        let mut peer = Agent::raw(fixture.data());
+        let welcome = peer.hello(&wire::Hello { token: token.to_owned(), ..hello() });
+        assert!(welcome.refused.contains("token"), "{token}");
+        peer.expect_closed();
+    }
+    let mut peer = Agent::raw(fixture.data());
+    assert_eq!(peer.hello(&wire::Hello { token: "secret".to_owned(), ..hello() }).refused, "");
+}
+
+#[test]
+fn a_corrupt_frame_ends_the_connection_and_nothing_of_it_is_kept() {
+    let fixture = Fixture::start();
+    let mut agent = Agent::with_disk(fixture.data());
+    let mut capture = Capture::new(&agent.open(None), now_ns() - 1_000_000_000);
+    let mut frame = capture.begin().write(0, &[1; 512]).frame();
+    let last = frame.len() - 1;
+    frame[last] ^= 1;
+    agent.send_frame(&frame);
+    agent.expect_closed();
+    frame[last] ^= 1;
+    frame[FRAME_HEADER_BYTES] ^= 1;
+    let mut agent = Agent::with_disk(fixture.data());
+    assert_eq!(agent.open(Some(capture.epoch)).durable_lsn, 0);
+    agent.send_frame(&frame);
+    agent.expect_closed();
+    frame[FRAME_HEADER_BYTES] ^= 1;
+    let mut agent = Agent::with_disk(fixture.data());
+    assert_eq!(agent.open(Some(capture.epoch)).durable_lsn, 0);
+    agent.ship(&frame, Lsn(3));
+}
+
+#[test]
+fn a_body_that_is_no_protobuf_ends_the_connection() {
+    let fixture = Fixture::start();
+    let mut agent = Agent::connect(fixture.data());
+    let header = MessageHeader::new(MessageType::OpenDisk, 4).expect("fits");
+    agent.send_bytes(zerocopy::IntoBytes::as_bytes(&header));
+    agent.send_bytes(&[0xff; 4]);
+    agent.expect_closed();
+    let mut agent = Agent::connect(fixture.data());
+    agent.send(&wire::OpenDisk { disk: vec![1; 5], ..wire::OpenDisk::default() });
+    agent.expect_closed();
+    assert_alive(&fixture);
+}
+
+#[test]
+fn a_peer_that_trickles_holds_up_nobody() {
+    let fixture = Fixture::start();
+    let bytes = wire::encode(&hello()).expect("encodes");
+    let mut slow = Agent::raw(fixture.data());
+    let mut silent: Vec<_> = (0..20).map(|_| Agent::raw(fixture.data())).collect();
+    for byte in bytes.iter().take(8) {
+        slow.send_bytes(&[*byte]);
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert_alive(&fixture);
+    slow.send_bytes(&bytes[8..]);
+    assert!(slow.receive().is_some(), "slow, but in time");
+    let first = silent.remove(0);
+    first.expect_closed();
+}
+
+#[test]
+fn a_disk_larger_than_any_is_refused_in_words() {
+    let fixture = Fixture::start();
+    let mut agent = Agent::connect(fixture.data());
+    agent.send(&wire::OpenDisk { disk: vec![9; 16], disk_bytes: u64::MAX, resume_epoch: 0 });
+    let opened: wire::DiskOpened = agent.expect();
+    assert!(opened.refused.contains("larger"), "{}", opened.refused);
+    assert_alive(&fixture);
+}
+
+#[test]
+fn a_ping_is_answered_with_its_number() {
+    let fixture = Fixture::start();
+    let mut agent = Agent::connect(fixture.data());
+    agent.send(&wire::Ping { number: 42 });
+    let (kind, body) = agent.receive().expect("answers");
+    assert_eq!((kind, wire::decode::<wire::Ping>(&body).expect("decodes").number), (MessageType::Pong, 42));
+}

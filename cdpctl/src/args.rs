@@ -1,0 +1,86 @@
+//! The command line.
+
+use clap::{Parser, Subcommand, ValueEnum};
+
+/// Looks after the disks that a qemu-cdp server protects.
+///
+/// A disk is named by its UUID or as vm/device. A point in time is `lsn:N`, `bookmark:NAME`, `latest`, a time such as
+/// `2026-11-20T10:00:03Z`, `2026-11-20 10:00:03` or `10:00:03` (local), or how long ago, such as `-5m` or
+/// `5 minutes ago`. A time to the second means the start of that second.
+#[derive(Parser, Debug)]
+#[command(
+    name = "cdpctl",
+    version,
+    after_help = "Exit codes: 0 done; 1 failed; 2 wrong usage; 3 the point is in a gap or out of range."
+)]
+pub(crate) struct Args {
+    /// Address of the server
+    #[arg(
+        long,
+        global = true,
+        env = "CDP_SERVER",
+        value_name = "URL",
+        default_value = "http://127.0.0.1:7410"
+    )]
+    pub(crate) server: String,
+    /// How to print results
+    #[arg(long, global = true, value_enum, value_name = "FORMAT", default_value = "text")]
+    pub(crate) output_format: Format,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// How to print results.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub(crate) enum Format {
+    /// For people; the layout may change.
+    Text,
+    /// For programs: the API's own JSON.
+    Json,
+}
+
+#[derive(Subcommand, Debug)]
+pub(crate) enum Command {
+    /// Show disks
+    #[command(subcommand)]
+    Disk(DiskCommand),
+    /// Switch protection of a disk on; works while its VM runs
+    Protect {
+        /// UUID or vm/device
+        disk: String,
+    },
+    /// Switch protection of a disk off; its history stays
+    Unprotect {
+        /// UUID or vm/device
+        disk: String,
+    },
+    /// Show what of a disk can be restored
+    Points {
+        /// UUID or vm/device
+        disk: String,
+        /// Also show what this point resolves to
+        #[arg(long, value_name = "POINT", allow_hyphen_values = true)]
+        at: Option<String>,
+    },
+    /// Name a point of a disk: now, or one that exists
+    Bookmark {
+        /// UUID or vm/device
+        disk: String,
+        /// 1 to 255 bytes, unique for the disk
+        name: String,
+        /// The point to name, instead of now
+        #[arg(long, value_name = "POINT", allow_hyphen_values = true)]
+        at: Option<String>,
+    },
+}
+
+#[derive(Subcommand, Debug)]
+pub(crate) enum DiskCommand {
+    /// All disks, protected or not
+    List,
+    /// One disk with all that is known of it
+    Show {
+        /// UUID or vm/device
+        disk: String,
+    },
+}

@@ -1,0 +1,107 @@
+//! `cdpctl`: the operator's command line over the REST API.
+//!
+//! *Owns* arguments, text output and exit codes. *Must not know* the store or the server's insides: everything goes
+//! through [`cdp_api::Client`].
+//!
+//! Exit codes: 0 done; 1 failed (server not reached, no such disk, agent away, …); 2 wrong usage, also a text that is
+//! no point in time; 3 the point cannot be restored (in a gap or out of range).
+
+#![forbid(unsafe_code)]
+
+mod args;
+mod output;
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use cdp_api::client::parse_point;
+use cdp_api::{Client, ClientError, Kind, PointSpec, Problem};
+use clap::Parser;
+
+use crate::args::{Args, Command, DiskCommand};
+use crate::output::Output;
+
+const FAILED: u8 = 1;
+const USAGE: u8 = 2;
+const NOT_RESTORABLE: u8 = 3;
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    match run(&args) {
+        Ok(text) => print(&text),
+        Err(Failure::Api(error)) => report(&error),
+        Err(Failure::Usage(problem)) => {
+            complain(&problem.detail, &problem.hint);
+            ExitCode::from(USAGE)
+        }
+    }
+}
+
+enum Failure {
+    Api(ClientError),
+    Usage(Box<Problem>),
+}
+
+impl From<ClientError> for Failure {
+    fn from(error: ClientError) -> Self {
+        Self::Api(error)
+    }
+}
+
+/// Carries out the command; returns what goes to standard output.
+fn run(args: &Args) -> Result<String, Failure> {
+    let point = |text: &Option<String>| -> Result<Option<PointSpec>, Failure> {
+        text.as_deref().map(parse_point).transpose().map_err(Failure::Usage)
+    };
+    let output = Output::new(args.output_format);
+    let client = Client::new(&args.server)?;
+    Ok(match &args.command {
+        Command::Disk(DiskCommand::List) => output.disks(&client.disks()?),
+        Command::Disk(DiskCommand::Show { disk }) => output.disk(&client.disk(disk)?),
+        Command::Protect { disk } => output.protection(disk, &client.set_protection(disk, true)?),
+        Command::Unprotect { disk } => output.protection(disk, &client.set_protection(disk, false)?),
+        Command::Points { disk, at } => match point(at)? {
+            Some(at) => output.points(&client.points_at(disk, &at)?),
+            None => output.points(&client.points(disk)?),
+        },
+        Command::Bookmark { disk, name, at } => {
+            let at = point(at)?;
+            output.bookmark(&client.create_bookmark(disk, name, at.as_ref())?)
+        }
+    })
+}
+
+fn print(text: &str) -> ExitCode {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Ok(()) => ExitCode::SUCCESS,
+        // The reader of a pipe may have seen enough.
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
+        Err(error) => {
+            complain(&format!("cannot write: {error}"), "check where standard output goes");
+            ExitCode::from(FAILED)
+        }
+    }
+}
+
+fn report(error: &ClientError) -> ExitCode {
+    complain(&error.to_string(), error.hint());
+    let Some(problem) = error.problem() else { return ExitCode::from(FAILED) };
+    for (name, point) in [("before", &problem.before), ("after", &problem.after)] {
+        if let Some(point) = point {
+            eprintln!("nearest good point {name}: {point}");
+        }
+    }
+    ExitCode::from(match problem.kind {
+        Kind::BadPoint | Kind::BadRequest => USAGE,
+        Kind::PointInGap | Kind::PointOutOfRange => NOT_RESTORABLE,
+        _ => FAILED,
+    })
+}
+
+fn complain(what: &str, hint: &str) {
+    eprintln!("cdpctl: {what}");
+    if !hint.is_empty() {
+        eprintln!("hint: {hint}");
+    }
+}

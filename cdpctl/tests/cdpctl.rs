@@ -1,0 +1,172 @@
+//! `cdpctl` as an operator runs it, against a live server with a fake agent behind it.
+
+#![allow(missing_docs, reason = "tests document themselves by their names")]
+
+#[allow(dead_code, reason = "the server's tests use more of it")]
+#[path = "../../cdp-server/tests/server/agent.rs"]
+mod agent;
+
+use std::process::Output;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use agent::{Agent, Capture, DISK};
+use cdp_server::{Config, Server};
+use journal_format::{Lsn, wire};
+
+struct Fixture {
+    _dir: tempfile::TempDir,
+    server: Option<Server>,
+    url: String,
+}
+
+impl Fixture {
+    fn start() -> Self {
+        let dir = tempfile::tempdir().expect("a directory");
+        let server = Server::start(Config::on_free_ports(dir.path())).expect("starts");
+        let url = format!("http://{}", server.http_address());
+        Self { _dir: dir, server: Some(server), url }
+    }
+
+    /// A server that knows `vm/disk0` with three records, of which 2 and 3 can be restored.
+    fn with_journal() -> (Self, Agent, Capture) {
+        let fixture = Self::start();
+        let mut agent = Agent::with_disk(fixture.server.as_ref().expect("runs").data_address());
+        let mut capture = Capture::new(&agent.open(None), now_ns() - 60_000_000_000);
+        let frame = capture.begin().write(0, &[1; 512]).frame();
+        agent.ship(&frame, Lsn(3));
+        (fixture, agent, capture)
+    }
+
+    fn run(&self, args: &[&str]) -> Output {
+        run(&self.url, args)
+    }
+
+    /// Runs it, expects success, and gives standard output.
+    fn text(&self, args: &[&str]) -> String {
+        let output = self.run(args);
+        assert_eq!(output.status.code(), Some(0), "{args:?}: {}", stderr(&output));
+        String::from_utf8(output.stdout).expect("UTF-8")
+    }
+
+    fn json(&self, args: &[&str]) -> serde_json::Value {
+        let text = self.text(&[args, &["--output-format", "json"]].concat());
+        serde_json::from_str(&text).expect("JSON")
+    }
+}
+
+impl Drop for Fixture {
+    fn drop(&mut self) {
+        if let Some(server) = self.server.take() {
+            server.stop();
+        }
+    }
+}
+
+fn run(server: &str, args: &[&str]) -> Output {
+    let mut command = assert_cmd::Command::cargo_bin("cdpctl").expect("built");
+    command.env("CDP_SERVER", server).env("TZ", "UTC").args(args).output().expect("runs")
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+fn now_ns() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970");
+    u64::try_from(since.as_nanos()).expect("before 2554")
+}
+
+#[test]
+fn disks_are_listed_and_shown_as_text_and_json() {
+    let (fixture, _agent, _) = Fixture::with_journal();
+    let list = fixture.json(&["disk", "list"]);
+    assert_eq!(
+        (list[0]["id"].as_str(), list[0]["vm"].as_str()),
+        (Some(DISK.to_string().as_str()), Some("vm"))
+    );
+    let text = fixture.text(&["disk", "list"]);
+    assert!(text.contains("vm/disk0") && text.contains("1.0 MiB"), "{text}");
+    let show = fixture.json(&["disk", "show", "vm/disk0"]);
+    assert_eq!((show["driver"].as_str(), show["journal"]["durable_lsn"].as_u64()), (Some("qcow2"), Some(3)));
+    assert!(fixture.text(&["disk", "show", &DISK.to_string()]).contains("newest point: lsn 3"));
+}
+
+#[test]
+fn points_echo_what_a_time_resolves_to() {
+    let (fixture, _agent, capture) = Fixture::with_journal();
+    let points = fixture.json(&["points", "vm/disk0", "--at", "lsn:2"]);
+    assert_eq!((points["resolved"]["lsn"].as_u64(), points["newest"]["lsn"].as_u64()), (Some(2), Some(3)));
+    let time = cdp_api::time::rfc3339(capture.stamp);
+    let points = fixture.json(&["points", "vm/disk0", "--at", &time]);
+    assert_eq!(points["resolved"]["stamp_ns"].as_u64(), Some(capture.stamp));
+    let local = time.replace('T', " ").replace('Z', "");
+    assert_eq!(fixture.json(&["points", "vm/disk0", "--at", &local])["resolved"], points["resolved"]);
+    let text = fixture.text(&["points", "vm/disk0", "--at", "-5s"]);
+    assert!(text.contains("resolved:     lsn 3") && text.contains("after a write"), "{text}");
+}
+
+#[test]
+fn a_point_that_cannot_be_restored_is_exit_code_3_with_the_nearest_points() {
+    let (fixture, _agent, _) = Fixture::with_journal();
+    let output = fixture.run(&["points", "vm/disk0", "--at", "-1h"]);
+    assert_eq!(output.status.code(), Some(3));
+    assert!(output.stdout.is_empty());
+    let text = stderr(&output);
+    assert!(text.contains("nearest good point after: lsn 2") && text.contains("hint: "), "{text}");
+}
+
+#[test]
+fn what_is_no_point_is_wrong_usage() {
+    let (fixture, _agent, _) = Fixture::with_journal();
+    let output = fixture.run(&["points", "vm/disk0", "--at", "yesterday"]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(stderr(&output).contains("lsn:N"), "{}", stderr(&output));
+    assert_eq!(fixture.run(&["points"]).status.code(), Some(2));
+}
+
+#[test]
+fn an_unknown_disk_and_a_server_that_is_not_there_are_failures_with_a_hint() {
+    let fixture = Fixture::start();
+    let output = fixture.run(&["disk", "show", "vm/none"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).contains("cdpctl disk list"), "{}", stderr(&output));
+    let output = run("http://127.0.0.1:1", &["disk", "list"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).contains("CDP_SERVER"), "{}", stderr(&output));
+}
+
+#[test]
+fn bookmarks_name_a_point_once() {
+    let (fixture, agent, _) = Fixture::with_journal();
+    drop(agent);
+    let bookmark = fixture.json(&["bookmark", "vm/disk0", "first", "--at", "lsn:2"]);
+    assert_eq!((bookmark["name"].as_str(), bookmark["lsn"].as_u64()), (Some("first"), Some(2)));
+    let again = fixture.run(&["bookmark", "vm/disk0", "first"]);
+    assert_eq!(again.status.code(), Some(1));
+    assert!(stderr(&again).contains("exists"), "{}", stderr(&again));
+    assert_eq!(
+        fixture.json(&["points", "vm/disk0", "--at", "bookmark:first"])["resolved"]["lsn"].as_u64(),
+        Some(2)
+    );
+}
+
+#[test]
+fn protection_is_switched_through_the_agent() {
+    let (fixture, mut agent, _) = Fixture::with_journal();
+    let url = fixture.url.clone();
+    let protect = std::thread::spawn(move || run(&url, &["protect", "vm/disk0"]));
+    let command: wire::SetProtection = agent.expect();
+    assert!(command.enabled);
+    agent.done(command.request);
+    let output = protect.join().expect("no panic");
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    assert!(String::from_utf8_lossy(&output.stdout).contains("vm/disk0: protection on"));
+    drop(agent);
+    let end = Instant::now() + Duration::from_secs(30);
+    while fixture.json(&["disk", "show", "vm/disk0"])["online"] == true {
+        assert!(Instant::now() < end, "the server notices that the agent is gone");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let state = fixture.json(&["unprotect", "vm/disk0"]);
+    assert_eq!((state["enabled"].as_bool(), state["phase"].as_str()), (Some(false), Some("off")));
+}
