@@ -145,6 +145,13 @@ impl FakeDisk {
         Arc::clone(self.producer.lock().unwrap().as_ref().expect("attached"))
     }
 
+    /// What a guest's flush does.
+    pub fn flush(&self) {
+        if let Some(producer) = self.producer.lock().unwrap().as_ref() {
+            let _full_or_lsn = producer.flush_record();
+        }
+    }
+
     pub fn is_attached(&self) -> bool {
         self.producer.lock().unwrap().is_some()
     }

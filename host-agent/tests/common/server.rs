@@ -240,7 +240,11 @@ impl FakeServer {
                 let status: wire::DiskStatus = wire::decode(body).unwrap();
                 self.with(|state| state.statuses.insert(status.disk.clone(), status));
             }
-            MessageType::Ping | MessageType::Pong => {}
+            MessageType::Ping => {
+                let ping: wire::Ping = wire::decode(body).unwrap();
+                self.send_bytes(&wire::encode_as(MessageType::Pong, &ping).unwrap());
+            }
+            MessageType::Pong => {}
             other => self.complain(format!("the agent sent {other:?}")),
         }
         true
