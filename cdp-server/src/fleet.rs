@@ -342,7 +342,7 @@ mod tests {
     fn peer(fleet: &Fleet) -> (Arc<Peer>, std::sync::mpsc::Receiver<Vec<u8>>) {
         let listener = TcpListener::bind("127.0.0.1:0").expect("binds");
         let stream = TcpStream::connect(listener.local_addr().expect("bound")).expect("connects");
-        let (peer, outgoing) = Peer::new(fleet.next_session(), "host".to_owned(), stream);
+        let (peer, outgoing) = Peer::new(fleet.next_session(), "host".to_owned(), Arc::new(stream));
         fleet.connected(&peer);
         (peer, outgoing)
     }

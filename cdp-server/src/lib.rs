@@ -21,6 +21,7 @@ mod data;
 mod describe;
 pub mod error;
 mod fleet;
+mod http;
 pub mod limits;
 mod metrics;
 pub mod model;
@@ -32,4 +33,4 @@ mod server;
 
 pub use config::{Args, Config};
 pub use error::ServerError;
-pub use server::Server;
+pub use server::{Server, Signals};

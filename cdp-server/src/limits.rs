@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use journal_format::limits::MAX_FRAME_BYTES;
 
-/// Most agents connected at once. One host has one agent.
-pub const MAX_AGENTS: usize = 1024;
+/// Most agents connected at once. One host has one agent, and each takes one file descriptor.
+pub const MAX_AGENTS: usize = 512;
 
 /// Bytes of frames that may wait for the committer, over all agents. Readers stop reading when it is full, so TCP
 /// holds the agents back.
@@ -68,6 +68,12 @@ pub const RECONCILE_RETRY: Duration = Duration::from_secs(20);
 /// Largest body of a REST request, in bytes.
 pub const MAX_REST_BODY_BYTES: usize = 64 << 10;
 
+/// Most REST connections at once; more wait to be accepted. Bounds descriptors, so that REST cannot starve the data plane.
+pub const MAX_HTTP_CONNECTIONS: usize = 256;
+
+/// A REST connection on which no byte goes either way for this long is closed. Longer than any request takes to be answered.
+pub const HTTP_IDLE: Duration = Duration::from_secs(120);
+
 /// REST requests that may read the store at once; each may hold `cdp_api::limits::MAX_DATA_BYTES`.
 pub const MAX_READERS: usize = 16;
 
@@ -79,4 +85,5 @@ const _: () = assert!(BATCH_BYTES <= INGEST_QUEUE_BYTES);
 const _: () = assert!(PING_EVERY.as_secs() * 3 < IDLE_TIMEOUT.as_secs());
 const _: () =
     assert!(cdp_api::limits::MAX_BOOKMARK_BYTES == journal_format::limits::MAX_BOOKMARK_BYTES as usize);
+const _: () = assert!(COMMAND_TIMEOUT.as_secs() + BOOKMARK_TIMEOUT.as_secs() < HTTP_IDLE.as_secs());
 const _: () = assert!(COMMAND_TIMEOUT.as_secs() + BOOKMARK_TIMEOUT.as_secs() < 90, "the client waits 90 s");

@@ -22,8 +22,9 @@ fn main() -> ExitCode {
 
 fn run(args: Args) -> Result<(), ServerError> {
     let server = Server::start(Config::load(args)?)?;
+    let signals = server.catch_signals()?;
     announce(&server);
-    let signal = server.wait_for_signal();
+    let signal = server.wait(signals);
     tracing::info!(signal, "stopping");
     server.stop();
     Ok(())

@@ -7,13 +7,14 @@ use std::thread::JoinHandle;
 
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::oneshot;
 
 use crate::config::Config;
 use crate::core::Core;
 use crate::data::DataPlane;
 use crate::error::ServerError;
+use crate::http::Limited;
 use crate::limits::{RECONCILE_EVERY, STOP_TIMEOUT};
 use crate::{protection, rest};
 
@@ -27,6 +28,13 @@ pub struct Server {
     data: DataPlane,
     reconcile_stop: mpsc::Sender<()>,
     reconcile: JoinHandle<()>,
+}
+
+/// The signals that end the server, caught.
+#[derive(Debug)]
+pub struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
 }
 
 impl Server {
@@ -50,7 +58,7 @@ impl Server {
         let (http_stop, stopped) = oneshot::channel::<()>();
         let router = rest::router(Arc::clone(&core));
         let http_task = runtime.spawn(async move {
-            axum::serve(listener, router)
+            axum::serve(Limited::new(listener), router)
                 .with_graceful_shutdown(async {
                     // Dropping the sender means to stop, too.
                     let _ = stopped.await;
@@ -78,17 +86,23 @@ impl Server {
         self.data.address()
     }
 
+    /// Takes over SIGTERM and SIGINT, so that from now on they wait for [`Server::wait`].
+    ///
+    /// # Errors
+    /// `Io` when the handlers cannot be installed.
+    pub fn catch_signals(&self) -> Result<Signals, ServerError> {
+        let _runtime = self.runtime.enter();
+        let catch = |kind| signal(kind).map_err(|e| ServerError::io("catch", "SIGTERM and SIGINT", e));
+        Ok(Signals { terminate: catch(SignalKind::terminate())?, interrupt: catch(SignalKind::interrupt())? })
+    }
+
     /// Waits for SIGTERM or SIGINT; says which.
     #[must_use]
-    pub fn wait_for_signal(&self) -> &'static str {
+    pub fn wait(&self, mut signals: Signals) -> &'static str {
         self.runtime.block_on(async {
-            match (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) {
-                (Ok(mut terminate), Ok(mut interrupt)) => tokio::select! {
-                    _ = terminate.recv() => "SIGTERM",
-                    _ = interrupt.recv() => "SIGINT",
-                },
-                // Without handlers, the signals end the process, and a crash is always safe.
-                _ => std::future::pending().await,
+            tokio::select! {
+                _ = signals.terminate.recv() => "SIGTERM",
+                _ = signals.interrupt.recv() => "SIGINT",
             }
         })
     }

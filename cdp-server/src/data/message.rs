@@ -3,6 +3,7 @@
 
 use std::io::{self, BufRead, BufReader, Read};
 use std::net::TcpStream;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use journal_format::wire::{MESSAGE_HEADER_BYTES, MessageHeader, MessageType};
@@ -16,7 +17,7 @@ const GROW_BYTES: usize = 256 << 10;
 /// A socket whose reads end at a deadline.
 #[derive(Debug)]
 struct TimedStream {
-    stream: TcpStream,
+    stream: Arc<TcpStream>,
     deadline: Instant,
 }
 
@@ -28,7 +29,7 @@ impl Read for TimedStream {
         }
         // A timeout of less than a microsecond would be set as 0, which means none.
         self.stream.set_read_timeout(Some(left.max(Duration::from_millis(1))))?;
-        self.stream.read(buf)
+        (&*self.stream).read(buf)
     }
 }
 
@@ -39,7 +40,7 @@ pub(crate) struct MessageReader {
 }
 
 impl MessageReader {
-    pub(crate) fn new(stream: TcpStream) -> Self {
+    pub(crate) fn new(stream: Arc<TcpStream>) -> Self {
         let stream = TimedStream { stream, deadline: Instant::now() };
         Self { stream: BufReader::with_capacity(BUFFER_BYTES, stream) }
     }

@@ -24,13 +24,17 @@ pub(crate) struct Peer {
     /// Host name and address, for logs.
     pub(crate) label: String,
     out: SyncSender<Vec<u8>>,
-    stream: TcpStream,
+    stream: Arc<TcpStream>,
     closed: AtomicBool,
 }
 
 impl Peer {
     /// The peer, and what its writer thread runs on.
-    pub(crate) fn new(id: SessionId, label: String, stream: TcpStream) -> (Arc<Self>, Receiver<Vec<u8>>) {
+    pub(crate) fn new(
+        id: SessionId,
+        label: String,
+        stream: Arc<TcpStream>,
+    ) -> (Arc<Self>, Receiver<Vec<u8>>) {
         let (out, outgoing) = sync_channel(OUTGOING_MESSAGES);
         (Arc::new(Self { id, label, out, stream, closed: AtomicBool::new(false) }), outgoing)
     }
@@ -75,7 +79,7 @@ impl Peer {
 }
 
 /// The writer thread: sends what is queued, and pings when nothing was for a while. Ends with the connection.
-pub(crate) fn write_loop(peer: &std::sync::Weak<Peer>, outgoing: &Receiver<Vec<u8>>, mut stream: TcpStream) {
+pub(crate) fn write_loop(peer: &std::sync::Weak<Peer>, outgoing: &Receiver<Vec<u8>>, stream: &TcpStream) {
     let mut ping = 0;
     loop {
         let bytes = match outgoing.recv_timeout(PING_EVERY) {
@@ -89,7 +93,7 @@ pub(crate) fn write_loop(peer: &std::sync::Weak<Peer>, outgoing: &Receiver<Vec<u
             }
             Err(RecvTimeoutError::Disconnected) => return,
         };
-        if let Err(error) = stream.write_all(&bytes) {
+        if let Err(error) = { stream }.write_all(&bytes) {
             if let Some(peer) = peer.upgrade() {
                 peer.close(&format!("sending failed: {error}"));
             }

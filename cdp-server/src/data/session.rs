@@ -1,5 +1,6 @@
 //! One agent's connection, from its first byte to its last, on its own thread.
 
+use std::io::Write;
 use std::net::TcpStream;
 use std::sync::Arc;
 use std::thread;
@@ -53,7 +54,8 @@ impl<'a> Session<'a> {
         let io = |e| ServerError::io("set up", address, e);
         stream.set_nodelay(true).map_err(io)?;
         stream.set_write_timeout(Some(WRITE_TIMEOUT)).map_err(io)?;
-        let mut reader = MessageReader::new(stream.try_clone().map_err(io)?);
+        let stream = Arc::new(stream);
+        let mut reader = MessageReader::new(Arc::clone(&stream));
         let first = |kind: MessageType| (kind == MessageType::Hello).then(|| kind.max_body_bytes());
         let Some((_, body)) = reader.next(HELLO_TIMEOUT, HELLO_TIMEOUT, first)? else {
             return Err(ServerError::Protocol("closed before it said anything".to_owned()));
@@ -65,15 +67,14 @@ impl<'a> Session<'a> {
             refused: checked.as_ref().err().cloned().unwrap_or_default(),
             server_version: env!("CARGO_PKG_VERSION").to_owned(),
         };
-        let mut writer = stream.try_clone().map_err(io)?;
-        std::io::Write::write_all(&mut writer, &wire::encode(&welcome)?).map_err(io)?;
+        (&*stream).write_all(&wire::encode(&welcome)?).map_err(io)?;
         let host = checked.map_err(ServerError::Protocol)?;
         let label = format!("{} ({address})", cut(hello.host_name.clone(), MAX_NAME_BYTES));
-        let (peer, outgoing) = Peer::new(core.fleet.next_session(), label, stream);
+        let (peer, outgoing) = Peer::new(core.fleet.next_session(), label, Arc::clone(&stream));
         let weak = Arc::downgrade(&peer);
         thread::Builder::new()
             .name("cdp-send".to_owned())
-            .spawn(move || peer::write_loop(&weak, &outgoing, writer))
+            .spawn(move || peer::write_loop(&weak, &outgoing, &stream))
             .map_err(|e| ServerError::io("start a thread for", address, e))?;
         tracing::info!(agent = peer.label, version = hello.agent_version, "agent connected");
         core.fleet.connected(&peer);

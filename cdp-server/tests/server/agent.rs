@@ -60,6 +60,11 @@ impl Agent {
         self.stream.write_all(bytes).expect("the server reads");
     }
 
+    /// Sends what may be refused.
+    pub(crate) fn try_send(&mut self, bytes: &[u8]) -> std::io::Result<()> {
+        self.stream.write_all(bytes)
+    }
+
     /// The next message that is no ping.
     pub(crate) fn receive(&mut self) -> Option<(MessageType, Vec<u8>)> {
         loop {

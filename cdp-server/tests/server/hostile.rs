@@ -148,3 +148,24 @@ fn a_ping_is_answered_with_its_number() {
     let (kind, body) = agent.receive().expect("answers");
     assert_eq!((kind, wire::decode::<wire::Ping>(&body).expect("decodes").number), (MessageType::Pong, 42));
 }
+
+#[test]
+fn a_peer_that_does_not_read_is_cut_off() {
+    let fixture = Fixture::start();
+    let mut agent = Agent::connect(fixture.data());
+    let pings = wire::encode(&wire::Ping { number: 1 }).expect("encodes").repeat(10_000);
+    // A hundred times what the sockets' buffers and the server's queue hold.
+    let cut_off = (0..1000).any(|_| agent.try_send(&pings).is_err());
+    assert!(cut_off, "the server takes questions without end from a peer that reads no answers");
+    assert_alive(&fixture);
+}
+
+#[test]
+fn rest_connections_that_say_nothing_do_not_stop_the_data_plane() {
+    let fixture = Fixture::start();
+    let http = fixture.server.as_ref().expect("runs").http_address();
+    let silent: Vec<_> = (0..300).map(|_| std::net::TcpStream::connect(http).expect("connects")).collect();
+    assert_alive(&fixture);
+    drop(silent);
+    assert_eq!(fixture.client.disks().expect("answers").len(), 1);
+}

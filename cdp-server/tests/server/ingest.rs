@@ -207,3 +207,32 @@ fn whose_disk_it_is_stands_in_the_store_for_offline_restores() {
         (Some("vm"), Some("disk0"), Some("host1"))
     );
 }
+
+#[test]
+fn extents_come_in_pages_that_fit_together() {
+    let fixture = Fixture::start();
+    let mut agent = Agent::with_disk(fixture.data());
+    let mut capture = Capture::new(&agent.open(None), now_ns() - 60_000_000_000);
+    capture.begin();
+    for block in 0..12_000 {
+        capture.write(block * 64, &[1]);
+    }
+    let (frame, last) = (capture.frame(), capture.last());
+    agent.ship(&frame, last);
+    let (mut offset, mut pages, mut data) = (0, 0, 0);
+    loop {
+        let page = fixture.client.extents(NAME, last.0, offset, DISK_BYTES - offset).expect("extents");
+        for extent in &page.extents {
+            assert_eq!(extent.offset, offset, "no hole, no overlap");
+            offset += extent.length;
+            data += u64::from(extent.kind == ExtentKind::Data) * extent.length;
+        }
+        pages += 1;
+        match page.next_offset {
+            Some(next) => assert_eq!(next, offset),
+            None => break,
+        }
+    }
+    assert!(pages > 1);
+    assert_eq!((offset, data), (DISK_BYTES, 12_000));
+}

@@ -4,6 +4,7 @@ use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
 
 use journal_format::Lsn;
+use journal_format::wire::{self, MessageType};
 
 use crate::agent::{Agent, Capture};
 use crate::now_ns;
@@ -18,14 +19,21 @@ impl Drop for Program {
 }
 
 fn command(store: &std::path::Path) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_cdp-server"));
+    arguments(Command::new(env!("CARGO_BIN_EXE_cdp-server")), store)
+}
+
+fn arguments(mut command: Command, store: &std::path::Path) -> Command {
     command.arg("--store").arg(store).args(["--listen", "127.0.0.1:0", "--http", "127.0.0.1:0"]);
     command.stdout(Stdio::piped()).stderr(Stdio::null());
     command
 }
 
 fn start(store: &std::path::Path) -> (Program, String, std::net::SocketAddr) {
-    let mut child = command(store).spawn().expect("starts");
+    start_as(Command::new(env!("CARGO_BIN_EXE_cdp-server")), store)
+}
+
+fn start_as(program: Command, store: &std::path::Path) -> (Program, String, std::net::SocketAddr) {
+    let mut child = arguments(program, store).spawn().expect("starts");
     let mut line = String::new();
     BufReader::new(child.stdout.take().expect("piped")).read_line(&mut line).expect("a line");
     let words: Vec<_> = line.split_whitespace().collect();
@@ -74,4 +82,39 @@ fn a_second_server_on_the_same_store_refuses_to_start() {
     let (_program, _, _) = start(dir.path());
     let second = command(dir.path()).output().expect("runs");
     assert_eq!(second.status.code(), Some(1));
+}
+
+#[test]
+fn a_full_disk_stops_acknowledgements_of_the_disk_and_nothing_else() {
+    let dir = tempfile::tempdir().expect("a directory");
+    // A limit on the size of files stands for a full disk: writes over it fail, as the signal is ignored.
+    let limited = "trap '' XFSZ; ulimit -f 2048; exec \"$@\"";
+    let mut shell = Command::new("sh");
+    shell.args(["-c", limited, "sh"]).arg(env!("CARGO_BIN_EXE_cdp-server"));
+    let (_program, http, data) = start_as(shell, dir.path());
+    let mut agent = Agent::with_disk(data);
+    let mut capture = Capture::new(&agent.open(None), now_ns() - 1_000_000_000);
+    let frame = capture.begin().write(0, &[3; 512]).frame();
+    agent.ship(&frame, Lsn(3));
+    let refused = loop {
+        let frame = capture.write(0, &[4; 1 << 20]).frame();
+        agent.send_frame(&frame);
+        match agent.receive().expect("the connection stays") {
+            (MessageType::Ack, _) => assert!(capture.last().0 < 20, "the limit is 2 MiB or less"),
+            (kind, body) => {
+                assert_eq!(kind, MessageType::Refused);
+                break wire::decode::<wire::Refused>(&body).expect("decodes");
+            }
+        }
+    };
+    assert!(!refused.message.is_empty() && refused.retry_ms > 0);
+    let client = cdp_api::Client::new(&http).expect("a client");
+    assert_eq!(
+        client.data("vm/disk0", 3, 0, 512).expect("reads"),
+        vec![3; 512],
+        "what is there stays readable"
+    );
+    // It may be tried again, and is refused again, for as long as there is no room.
+    let durable = agent.open(Some(capture.epoch)).durable_lsn;
+    assert!((3..capture.last().0).contains(&durable), "only what is durable counts: {durable}");
 }
