@@ -35,7 +35,7 @@ impl Dirty<'_> {
 
     /// Takes the first run of dirty chunks at or behind `from` (bytes), clears its bits and returns it, cut to
     /// `max_bytes` and to the disk's size; `None` when there is none up to the end. The caller reserves its fill's
-    /// slot *after* this and reads the disk after that.
+    /// slot *after* this and reads the disk after that ([`crate::Producer::reserve_fill`] says why).
     #[must_use]
     pub fn take_run(&self, from: u64, max_bytes: u64) -> Option<ByteRange> {
         let chunks = self.chunks();

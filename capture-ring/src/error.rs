@@ -38,6 +38,7 @@ impl RingError {
         Self { kind, what, lsn: None, source: None }
     }
 
+    #[cfg(not(loom))]
     pub(crate) fn os(what: &'static str, source: impl Into<std::io::Error>) -> Self {
         Self { kind: RingErrorKind::Os, what, lsn: None, source: Some(source.into()) }
     }

@@ -243,7 +243,6 @@ pub(crate) struct Slot {
     pub(crate) what: AtomicU64,
     /// First block, when there are pieces.
     pub(crate) block: AtomicU64,
-    #[cfg_attr(loom, expect(dead_code, reason = "padding"))]
     pub(crate) pad: Pad<2>,
 }
 
@@ -267,7 +266,6 @@ pub(crate) struct Slab {
     pub(crate) live: AtomicU64,
     /// Next free slab plus one; 0 ends the list. Meaningful only while the slab is on the free list.
     pub(crate) next: AtomicU64,
-    #[cfg_attr(loom, expect(dead_code, reason = "padding"))]
     pub(crate) pad: Pad<6>,
 }
 
@@ -276,29 +274,24 @@ pub(crate) struct Slab {
 pub(crate) struct Words {
     /// Number of slots ever reserved. Written by every producer, at each completion.
     pub(crate) tail: AtomicU64,
-    #[cfg_attr(loom, expect(dead_code, reason = "padding"))]
     pub(crate) pad_tail: Pad<15>,
 
     /// Slots that may still be promised. Taken by producers at begin, given back by the consumer.
     pub(crate) credits: AtomicU64,
-    #[cfg_attr(loom, expect(dead_code, reason = "padding"))]
     pub(crate) pad_credits: Pad<15>,
 
     /// The slab being filled: see `arena`. Written by producers at each begin.
     pub(crate) current: AtomicU64,
-    #[cfg_attr(loom, expect(dead_code, reason = "padding"))]
     pub(crate) pad_current: Pad<15>,
 
     /// Top of the free-slab stack: tag in the high half, slab plus one in the low half.
     pub(crate) free_top: AtomicU64,
     /// Slabs on the stack, for gauges and for yielding to guest requests.
     pub(crate) free_slabs: AtomicU64,
-    #[cfg_attr(loom, expect(dead_code, reason = "padding"))]
     pub(crate) pad_free: Pad<14>,
 
     /// Records taken out. Written by the consumer, once per batch.
     pub(crate) head: AtomicU64,
-    #[cfg_attr(loom, expect(dead_code, reason = "padding"))]
     pub(crate) pad_head: Pad<15>,
 
     /// Generation, reason and mode: see `mode`. Read by producers at each begin, seldom written, like all of this
@@ -316,14 +309,12 @@ pub(crate) struct Words {
     pub(crate) gap_ended: AtomicU64,
     /// Size of the disk in bytes.
     pub(crate) disk_bytes: AtomicU64,
-    #[cfg_attr(loom, expect(dead_code, reason = "padding"))]
     pub(crate) pad_mode: Pad<9>,
 
     /// Untracked requests in flight and threads about to publish a gap-begin.
     pub(crate) untracked: AtomicU64,
     /// Background reads that hold a slot.
     pub(crate) fills: AtomicU64,
-    #[cfg_attr(loom, expect(dead_code, reason = "padding"))]
     pub(crate) pad_untracked: Pad<14>,
 }
 

@@ -476,9 +476,13 @@ impl Producer {
         Ok((self.publish(number, &entry), stamp))
     }
 
-    /// Reserves the LSN of a background read, and room for up to `max_bytes` of data. Call it *before* the dirty
-    /// bits are taken ([`crate::Dirty::take_run`]) and before the disk is read: then every guest write that races
-    /// with the read gets a greater LSN and wins.
+    /// Reserves the LSN of a background read, and room for up to `max_bytes` of data.
+    ///
+    /// The order matters: *take* the dirty bits ([`crate::Dirty::take_run`]), *reserve*, then *read* the disk. A
+    /// recorded write that ends after the slot was reserved has a greater LSN and wins on replay; one that ended
+    /// before has a smaller LSN and is in what is read. Reserving first would be wrong: the fill could take the bit
+    /// of an unrecorded write that came after a recorded one with a greater LSN than the fill's, and replay would
+    /// bring the recorded one back. When this fails, mark the run dirty again.
     ///
     /// # Errors
     /// [`Full`] when less than a quarter of the slots or of the arena is free: fills yield to the guest.
