@@ -1,0 +1,389 @@
+//! Copying an image block by block, and proving afterwards that the target holds it.
+
+use std::io;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use blake3::Hash;
+
+use crate::error::RestoreError;
+use crate::limits::{BLOCK_BYTES, GRAIN_BYTES};
+use crate::output::Output;
+use crate::source::Image;
+
+/// What was written, block by block: enough to prove later that it is still there.
+#[derive(Debug)]
+pub(crate) struct Written {
+    disk_bytes: u64,
+    /// Ascending; between them are only zeroes.
+    blocks: Vec<Block>,
+    /// Bytes that are not holes.
+    pub(crate) data_bytes: u64,
+}
+
+#[derive(Debug)]
+struct Block {
+    offset: u64,
+    length: u64,
+    hash: Hash,
+}
+
+/// What both passes need to know of their surroundings.
+pub(crate) struct Pass<'a> {
+    /// The target's name, for errors.
+    pub(crate) path: &'a Path,
+    /// Set by a signal handler: stop soon.
+    pub(crate) stop: &'a AtomicBool,
+    /// Told the position reached, in bytes of the disk.
+    pub(crate) progress: &'a dyn Fn(u64),
+}
+
+impl Pass<'_> {
+    fn reached(&self, position: u64) -> Result<(), RestoreError> {
+        (self.progress)(position);
+        // ORDERING: Relaxed; the flag stands alone, no other memory is published with it.
+        if self.stop.load(Ordering::Relaxed) { Err(RestoreError::Interrupted) } else { Ok(()) }
+    }
+
+    fn failed(&self, operation: &'static str, offset: u64) -> impl FnOnce(io::Error) -> RestoreError {
+        let path = self.path.to_owned();
+        move |source| RestoreError::Output { path, operation, offset, source }
+    }
+}
+
+/// Writes all of `image` to `output` and makes it durable. Each byte is written or zeroed exactly once, ascending.
+///
+/// # Errors
+/// `Source`, `Output` or `Interrupted`; the target is then incomplete.
+pub(crate) fn copy(
+    image: &mut dyn Image,
+    output: &mut dyn Output,
+    pass: &Pass,
+) -> Result<Written, RestoreError> {
+    let disk_bytes = image.disk_bytes();
+    let mut written = Written { disk_bytes, blocks: Vec::new(), data_bytes: 0 };
+    let mut buffer = vec![0; BLOCK_BYTES as usize];
+    let mut position = 0;
+    while position < disk_bytes {
+        let data = image.next_data(position)?.map_or(disk_bytes, |stretch| stretch.start);
+        let zeroes_end = if data == disk_bytes { disk_bytes } else { data - data % BLOCK_BYTES };
+        if zeroes_end > position {
+            output.zero(position, zeroes_end - position).map_err(pass.failed("zeroing", position))?;
+            position = zeroes_end;
+        } else {
+            let length = BLOCK_BYTES.min(disk_bytes - position);
+            let bytes = &mut buffer[..length as usize];
+            fill(image, position, bytes)?;
+            written.data_bytes +=
+                write_sparse(output, position, bytes).map_err(pass.failed("writing", position))?;
+            written.blocks.push(Block { offset: position, length, hash: blake3::hash(bytes) });
+            position += length;
+        }
+        pass.reached(position)?;
+    }
+    output.sync().map_err(pass.failed("making durable", 0))?;
+    Ok(written)
+}
+
+/// Reads the disk's `bytes.len()` bytes from `offset` on; only stretches with data are asked for.
+fn fill(image: &mut dyn Image, offset: u64, bytes: &mut [u8]) -> Result<(), RestoreError> {
+    bytes.fill(0);
+    let end = offset + bytes.len() as u64;
+    let mut position = offset;
+    while position < end {
+        let Some(stretch) = image.next_data(position)?.filter(|stretch| stretch.start < end) else {
+            break;
+        };
+        let stop = stretch.end.min(end);
+        image.read(stretch.start, &mut bytes[(stretch.start - offset) as usize..(stop - offset) as usize])?;
+        position = stop;
+    }
+    Ok(())
+}
+
+/// Writes the grains that are not zero and zeroes the others, in as few calls as possible. Returns the bytes written.
+fn write_sparse(output: &mut dyn Output, offset: u64, bytes: &[u8]) -> io::Result<u64> {
+    let mut written = 0;
+    let mut at = 0;
+    while at < bytes.len() {
+        let zero = is_zero(grain(bytes, at));
+        let mut end = at;
+        while end < bytes.len() && is_zero(grain(bytes, end)) == zero {
+            end = (end + GRAIN_BYTES).min(bytes.len());
+        }
+        if zero {
+            output.zero(offset + at as u64, (end - at) as u64)?;
+        } else {
+            output.write(offset + at as u64, &bytes[at..end])?;
+            written += (end - at) as u64;
+        }
+        at = end;
+    }
+    Ok(written)
+}
+
+fn grain(bytes: &[u8], at: usize) -> &[u8] {
+    &bytes[at..(at + GRAIN_BYTES).min(bytes.len())]
+}
+
+fn is_zero(bytes: &[u8]) -> bool {
+    bytes.iter().all(|byte| *byte == 0)
+}
+
+/// Reads the target back and compares: blocks by their hash, everything else with zeroes.
+///
+/// # Errors
+/// `Verify` for the first block that differs, `Output` when reading fails, or `Interrupted`.
+pub(crate) fn verify(output: &mut dyn Output, written: &Written, pass: &Pass) -> Result<(), RestoreError> {
+    let mut buffer = vec![0; BLOCK_BYTES as usize];
+    let mut position = 0;
+    for block in &written.blocks {
+        verify_zeroes(output, position, block.offset, &mut buffer, pass)?;
+        let bytes = &mut buffer[..block.length as usize];
+        output.read(block.offset, bytes).map_err(pass.failed("reading back", block.offset))?;
+        if blake3::hash(bytes) != block.hash {
+            return Err(differs(pass, block.offset, block.length));
+        }
+        position = block.offset + block.length;
+        pass.reached(position)?;
+    }
+    verify_zeroes(output, position, written.disk_bytes, &mut buffer, pass)
+}
+
+fn verify_zeroes(
+    output: &mut dyn Output,
+    mut position: u64,
+    end: u64,
+    buffer: &mut [u8],
+    pass: &Pass,
+) -> Result<(), RestoreError> {
+    while position < end {
+        position =
+            output.next_stored(position, end).map_err(pass.failed("looking for holes in", position))?;
+        let length = (end - position).min(BLOCK_BYTES);
+        let bytes = &mut buffer[..length as usize];
+        output.read(position, bytes).map_err(pass.failed("reading back", position))?;
+        if !is_zero(bytes) {
+            return Err(differs(pass, position, length));
+        }
+        position += length;
+        pass.reached(position)?;
+    }
+    Ok(())
+}
+
+fn differs(pass: &Pass, offset: u64, length: u64) -> RestoreError {
+    RestoreError::Verify { path: pass.path.to_owned(), offset, length }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ops::Range;
+
+    use cdp_api::{PointKind, ResolvedPoint};
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::output::{Qcow2File, RawFile};
+    use crate::source::DiskName;
+
+    /// An image in memory whose stretches of data may lie anywhere and may hold zeroes too.
+    struct Memory {
+        name: DiskName,
+        point: ResolvedPoint,
+        bytes: Vec<u8>,
+        stretches: Vec<Range<u64>>,
+    }
+
+    impl std::fmt::Debug for Memory {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            write!(f, "{} bytes, data in {:?}", self.bytes.len(), self.stretches)
+        }
+    }
+
+    impl Memory {
+        fn new(bytes: Vec<u8>, stretches: Vec<Range<u64>>) -> Self {
+            let name =
+                DiskName { id: String::new(), vm: String::new(), device: String::new(), host: String::new() };
+            Self { name, point: ResolvedPoint::new(1, 1, PointKind::Write, true), bytes, stretches }
+        }
+    }
+
+    impl Image for Memory {
+        fn disk(&self) -> &DiskName {
+            &self.name
+        }
+        fn point(&self) -> &ResolvedPoint {
+            &self.point
+        }
+        fn disk_bytes(&self) -> u64 {
+            self.bytes.len() as u64
+        }
+        fn next_data(&mut self, from: u64) -> Result<Option<Range<u64>>, RestoreError> {
+            let next = self.stretches.iter().find(|stretch| stretch.end > from);
+            Ok(next.map(|stretch| stretch.start.max(from)..stretch.end))
+        }
+        fn read(&mut self, offset: u64, into: &mut [u8]) -> Result<(), RestoreError> {
+            into.copy_from_slice(&self.bytes[offset as usize..offset as usize + into.len()]);
+            Ok(())
+        }
+    }
+
+    /// A target in memory that held something else before, and may lie or fail.
+    struct Target {
+        bytes: Vec<u8>,
+        /// The write with this number is lost.
+        loses: Option<usize>,
+        /// The write with this number finds no space.
+        full_at: Option<usize>,
+        writes: usize,
+    }
+
+    impl Target {
+        fn of(length: usize) -> Self {
+            Self { bytes: vec![0xaa; length], loses: None, full_at: None, writes: 0 }
+        }
+        fn put(&mut self, offset: u64, data: &[u8]) -> io::Result<()> {
+            self.writes += 1;
+            if self.full_at == Some(self.writes) {
+                return Err(io::ErrorKind::StorageFull.into());
+            }
+            if self.loses != Some(self.writes) {
+                self.bytes[offset as usize..offset as usize + data.len()].copy_from_slice(data);
+            }
+            Ok(())
+        }
+    }
+
+    impl Output for Target {
+        fn write(&mut self, offset: u64, data: &[u8]) -> io::Result<()> {
+            self.put(offset, data)
+        }
+        fn zero(&mut self, offset: u64, length: u64) -> io::Result<()> {
+            self.put(offset, &vec![0; length as usize])
+        }
+        fn sync(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+        fn next_stored(&mut self, from: u64, _end: u64) -> io::Result<u64> {
+            Ok(from)
+        }
+        fn read(&mut self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+            into.copy_from_slice(&self.bytes[offset as usize..offset as usize + into.len()]);
+            Ok(())
+        }
+    }
+
+    fn quietly<T>(run: impl FnOnce(&Pass) -> T) -> T {
+        let stop = AtomicBool::new(false);
+        run(&Pass { path: Path::new("target"), stop: &stop, progress: &|_| () })
+    }
+
+    fn restore(image: &mut Memory, output: &mut dyn Output) -> Result<Written, RestoreError> {
+        quietly(|pass| {
+            let written = copy(image, output, pass)?;
+            verify(output, &written, pass)?;
+            Ok(written)
+        })
+    }
+
+    /// Three blocks and a bit, with data at both ends, across a block's border, and stretches that hold zeroes.
+    fn example() -> Memory {
+        let block = BLOCK_BYTES;
+        let stretches = vec![0..10_000, block - 5..block + 5_000, 3 * block + 4096..3 * block + 12_000];
+        let mut bytes = vec![0; 3 * block as usize + 12_000];
+        for stretch in &stretches {
+            bytes[stretch.start as usize..stretch.end as usize].fill(7);
+        }
+        bytes[4096..8192].fill(0);
+        Memory::new(bytes, stretches)
+    }
+
+    #[test]
+    fn a_target_that_held_something_else_holds_the_image_afterwards() {
+        let mut image = example();
+        let mut target = Target::of(image.bytes.len());
+        let written = restore(&mut image, &mut target).expect("restores");
+        assert!(target.bytes == image.bytes);
+        assert!(written.data_bytes < 40_000, "zeroes are not written as data: {}", written.data_bytes);
+    }
+
+    #[test]
+    fn every_lost_write_is_found() {
+        let mut count = Target::of(example().bytes.len());
+        restore(&mut example(), &mut count).expect("restores");
+        for lost in 1..=count.writes {
+            let mut target = Target::of(example().bytes.len());
+            target.loses = Some(lost);
+            let found = restore(&mut example(), &mut target);
+            assert!(matches!(found, Err(RestoreError::Verify { .. })), "lost write {lost}: {found:?}");
+        }
+    }
+
+    #[test]
+    fn a_full_target_is_said_to_be_full() {
+        let mut target = Target::of(example().bytes.len());
+        target.full_at = Some(3);
+        let error = restore(&mut example(), &mut target).expect_err("it is full");
+        assert!(error.hint().contains("free some space"), "{error}: {}", error.hint());
+    }
+
+    #[test]
+    fn a_signal_stops_it() {
+        let stop = AtomicBool::new(true);
+        let pass = Pass { path: Path::new("target"), stop: &stop, progress: &|_| () };
+        let mut target = Target::of(example().bytes.len());
+        assert!(matches!(copy(&mut example(), &mut target, &pass), Err(RestoreError::Interrupted)));
+    }
+
+    fn qemu_img(arguments: &[&str], files: &[&Path]) {
+        let status =
+            std::process::Command::new("qemu-img").args(arguments).args(files).status().expect("qemu-img");
+        assert!(status.success(), "qemu-img {arguments:?}: {status}");
+    }
+
+    fn any_image() -> impl Strategy<Value = Memory> {
+        let length = 1..3 * BLOCK_BYTES;
+        let stretch = (0..3 * BLOCK_BYTES, 1..600_000_u64, any::<u8>());
+        (length, prop::collection::vec(stretch, 0..8)).prop_map(|(length, mut list)| {
+            list.sort_unstable();
+            let mut bytes = vec![0; length as usize];
+            let mut stretches: Vec<Range<u64>> = Vec::new();
+            for (offset, size, value) in list {
+                let start = offset.max(stretches.last().map_or(0, |last| last.end));
+                let end = (start + size).min(length);
+                if start < end {
+                    bytes[start as usize..end as usize].fill(value);
+                    stretches.push(start..end);
+                }
+            }
+            Memory::new(bytes, stretches)
+        })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(24))]
+
+        #[test]
+        fn any_image_reaches_a_raw_file(mut image in any_image()) {
+            let file = tempfile::NamedTempFile::new().expect("file");
+            let mut output = RawFile::create(file.reopen().expect("file"), image.disk_bytes()).expect("create");
+            restore(&mut image, &mut output).expect("restores");
+            prop_assert!(std::fs::read(file.path()).expect("file") == image.bytes);
+        }
+
+        #[test]
+        fn any_image_reaches_a_qcow2_file(mut image in any_image()) {
+            let file = tempfile::NamedTempFile::new().expect("file");
+            let mut output = Qcow2File::create(file.reopen().expect("file"), image.disk_bytes()).expect("create");
+            restore(&mut image, &mut output).expect("restores");
+            drop(output);
+            let raw = tempfile::NamedTempFile::new().expect("file");
+            std::fs::write(raw.path(), &image.bytes).expect("write");
+            qemu_img(&["check", "-q", "-f", "qcow2"], &[file.path()]);
+            // QEMU counts in sectors; the rest of the last one is zeroes in both.
+            raw.as_file().set_len(image.disk_bytes().next_multiple_of(512)).expect("size");
+            qemu_img(&["compare", "-q", "-f", "raw", "-F", "qcow2"], &[raw.path(), file.path()]);
+        }
+    }
+}

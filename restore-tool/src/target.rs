@@ -1,0 +1,232 @@
+//! What a restore may overwrite, and what each failure leaves behind.
+//!
+//! | target | while it is written | after success | after a failure |
+//! | --- | --- | --- | --- |
+//! | file | a temporary file beside it, `.NAME.XXXXXX.cdp-restore-partial`; the old file is whole | the new image under its name, in one rename | the temporary file is removed (after a `kill -9` or a power cut it stays, and may be deleted); the name still means what it meant before |
+//! | block device | overwritten in place | the disk's bytes; what lies behind them is as before | partly overwritten: restore again before using it |
+//!
+//! A file of 0 bytes counts as empty, and a device of which every byte is zero. Anything else is overwritten only with
+//! `--force`.
+
+use std::fs::{self, File, OpenOptions, Permissions};
+use std::io::{self, Read, Seek, SeekFrom};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt, fchown};
+use std::path::{Path, PathBuf};
+
+use nix::fcntl::OFlag;
+use tempfile::NamedTempFile;
+
+use crate::error::RestoreError;
+use crate::limits::BLOCK_BYTES;
+use crate::output::{Device, Output, Qcow2File, RawFile};
+
+/// Format of the restored image.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Format {
+    /// The disk's bytes as they are; zeroes take no space in a file.
+    Raw,
+    /// QEMU's qcow2, version 3, without a backing file.
+    Qcow2,
+}
+
+/// Suffix of the temporary file beside a file target.
+const PARTIAL_SUFFIX: &str = ".cdp-restore-partial";
+
+/// A target that has passed all checks. Dropping it without [`Target::commit`] removes what is temporary.
+#[derive(Debug)]
+pub struct Target {
+    path: PathBuf,
+    kind: TargetKind,
+}
+
+#[derive(Debug)]
+enum TargetKind {
+    File { temporary: NamedTempFile, replaces: bool },
+    Device { file: File, device_bytes: u64 },
+}
+
+impl Target {
+    /// Checks that `path` may be written to, and opens it (a device) or a temporary file beside it (a file). Nothing of the
+    /// target changes yet.
+    ///
+    /// # Errors
+    /// `Refused` for something that is neither file nor block device, is not empty (without `force`), is mounted, or
+    /// is too small for `disk_bytes`; `Output` when it cannot be opened.
+    pub fn prepare(path: &Path, format: Format, disk_bytes: u64, force: bool) -> Result<Self, RestoreError> {
+        match fs::metadata(path) {
+            Ok(meta) if meta.is_file() => {
+                if meta.len() > 0 && !force {
+                    return Err(not_empty(path, &format!("it is a file of {} bytes", meta.len())));
+                }
+                Self::file(path, Some(&meta))
+            }
+            Ok(meta) if meta.file_type().is_block_device() => Self::device(path, format, disk_bytes, force),
+            Ok(_) => Err(refused(path, "it is neither a file nor a block device", "choose another --output")),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Self::file(path, None),
+            Err(error) => Err(failed(path, "looking at")(error)),
+        }
+    }
+
+    fn file(path: &Path, old: Option<&fs::Metadata>) -> Result<Self, RestoreError> {
+        // Through a symbolic link, the file that it points to is replaced, not the link.
+        let path = match old {
+            Some(_) => fs::canonicalize(path).map_err(failed(path, "resolving"))?,
+            None => path.to_owned(),
+        };
+        let name = path
+            .file_name()
+            .ok_or_else(|| refused(&path, "it has no file name", "choose another --output"))?;
+        let mut prefix = std::ffi::OsString::from(".");
+        prefix.push(name);
+        prefix.push(".");
+        let mut builder = tempfile::Builder::new();
+        builder.prefix(&prefix).suffix(PARTIAL_SUFFIX);
+        // Readable by nobody else: it is all that a guest keeps. A file that is replaced keeps its owner and mode.
+        builder.permissions(Permissions::from_mode(0o600));
+        let temporary =
+            builder.tempfile_in(directory_of(&path)).map_err(failed(&path, "creating a file beside"))?;
+        if let Some(old) = old {
+            let keep = |file: &File| {
+                fchown(file, Some(old.uid()), Some(old.gid()))?;
+                file.set_permissions(Permissions::from_mode(old.mode() & 0o7777))
+            };
+            keep(temporary.as_file()).map_err(failed(&path, "taking over owner and mode of"))?;
+        }
+        Ok(Self { path, kind: TargetKind::File { temporary, replaces: old.is_some() } })
+    }
+
+    fn device(path: &Path, format: Format, disk_bytes: u64, force: bool) -> Result<Self, RestoreError> {
+        if format != Format::Raw {
+            return Err(refused(
+                path,
+                "a block device takes only --format raw",
+                "leave --format out, or restore to a file",
+            ));
+        }
+        // O_EXCL on a block device: fails while it is mounted or otherwise in use.
+        let file = OpenOptions::new().read(true).write(true).custom_flags(OFlag::O_EXCL.bits()).open(path);
+        let mut file = file.map_err(|error| match error.kind() {
+            io::ErrorKind::ResourceBusy => {
+                refused(path, "it is mounted or in use", "unmount it, or choose another device")
+            }
+            _ => failed(path, "opening")(error),
+        })?;
+        let device_bytes = file.seek(SeekFrom::End(0)).map_err(failed(path, "measuring"))?;
+        if device_bytes < disk_bytes {
+            let detail = format!("the device has {device_bytes} bytes, the disk {disk_bytes}");
+            return Err(refused(path, &detail, "choose a device that is at least as large"));
+        }
+        if !force && let Some(at) = first_non_zero(&mut file).map_err(failed(path, "reading"))? {
+            return Err(not_empty(path, &format!("the device holds data at byte {at}")));
+        }
+        Ok(Self { path: path.to_owned(), kind: TargetKind::Device { file, device_bytes } })
+    }
+
+    /// The image to be written there.
+    ///
+    /// # Errors
+    /// `Output` when the file cannot be set up.
+    pub(crate) fn output(&self, format: Format, disk_bytes: u64) -> Result<Box<dyn Output>, RestoreError> {
+        let open = || -> io::Result<Box<dyn Output>> {
+            Ok(match &self.kind {
+                TargetKind::Device { file, .. } => Box::new(Device::new(file.try_clone()?)),
+                TargetKind::File { temporary, .. } => {
+                    let file = temporary.as_file().try_clone()?;
+                    match format {
+                        Format::Raw => Box::new(RawFile::create(file, disk_bytes)?),
+                        Format::Qcow2 => Box::new(Qcow2File::create(file, disk_bytes)?),
+                    }
+                }
+            })
+        };
+        open().map_err(failed(&self.path, "setting up"))
+    }
+
+    /// Gives the finished image its name, durably. For a device there is nothing left to do.
+    ///
+    /// # Errors
+    /// `Refused` when a file has appeared under a name that was free; `Output` when the rename fails.
+    pub fn commit(self) -> Result<(), RestoreError> {
+        let TargetKind::File { temporary, replaces } = self.kind else {
+            return Ok(());
+        };
+        let path = &self.path;
+        let named = if replaces { temporary.persist(path) } else { temporary.persist_noclobber(path) };
+        named.map_err(|e| match e.error.kind() {
+            io::ErrorKind::AlreadyExists => not_empty(path, "something has appeared there meanwhile"),
+            _ => failed(path, "renaming the finished image to")(e.error),
+        })?;
+        let directory = File::open(directory_of(path)).and_then(|directory| directory.sync_all());
+        directory.map_err(failed(path, "making durable the name of"))
+    }
+
+    /// The target's path, with symbolic links resolved where a file is replaced.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// What a failure after this point leaves, as a sentence.
+    #[must_use]
+    pub fn after_failure(&self) -> String {
+        let path = self.path.display();
+        match &self.kind {
+            TargetKind::Device { .. } => {
+                format!("{path} may be partly overwritten: restore again before using it")
+            }
+            TargetKind::File { replaces: true, .. } => format!("{path} is as it was before"),
+            TargetKind::File { replaces: false, .. } => format!("nothing was left at {path}"),
+        }
+    }
+
+    /// What else the user should know, as a sentence.
+    #[must_use]
+    pub fn remark(&self, disk_bytes: u64) -> Option<String> {
+        match &self.kind {
+            TargetKind::Device { device_bytes, .. } if *device_bytes > disk_bytes => Some(format!(
+                "the device is larger than the disk; its last {} bytes stay as they are",
+                device_bytes - disk_bytes
+            )),
+            _ => None,
+        }
+    }
+}
+
+fn directory_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
+}
+
+/// Position of the first byte that is not zero. A device in use differs from zero early, so this reads it all only when
+/// it is blank.
+fn first_non_zero(file: &mut File) -> io::Result<Option<u64>> {
+    file.seek(SeekFrom::Start(0))?;
+    let mut block = vec![0; BLOCK_BYTES as usize];
+    let mut at = 0;
+    loop {
+        let got = file.read(&mut block)?;
+        if got == 0 {
+            return Ok(None);
+        }
+        if let Some(position) = block[..got].iter().position(|byte| *byte != 0) {
+            return Ok(Some(at + position as u64));
+        }
+        at += got as u64;
+    }
+}
+
+fn refused(path: &Path, detail: &str, hint: &str) -> RestoreError {
+    RestoreError::Refused { path: path.to_owned(), detail: detail.to_owned(), hint: hint.to_owned() }
+}
+
+fn not_empty(path: &Path, detail: &str) -> RestoreError {
+    refused(path, detail, "choose another --output, or give --force to overwrite it")
+}
+
+fn failed(path: &Path, operation: &'static str) -> impl FnOnce(io::Error) -> RestoreError {
+    let path = path.to_owned();
+    move |source| RestoreError::Output { path, operation, offset: 0, source }
+}
