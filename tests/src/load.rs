@@ -15,6 +15,7 @@ use crate::random::Random;
 pub const MAX_WRITE_BYTES: u64 = 1 << 20;
 
 const DATA_FILES: u64 = 8;
+const SECTOR_BYTES: u64 = 512;
 
 /// One request of a guest.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -89,14 +90,19 @@ impl Load {
     pub fn next_request(&mut self) -> Request {
         let kind = self.random.within(0..100);
         let length = self.length();
-        let offset = self.random.within(0..self.disk_bytes - length) / self.grain * self.grain;
+        let most = self.disk_bytes - length.next_multiple_of(SECTOR_BYTES) + 1;
+        let offset = self.random.within(0..most) / self.grain * self.grain;
         match kind {
             0..50 => {
                 Request::Write { offset, length, file: self.random.within(0..DATA_FILES), fua: kind < 5 }
             }
             50..70 => Request::Pattern { offset, length, byte: self.random.within(1..256) as u8 },
             70..82 => Request::Zero { offset, length, unmap: kind.is_multiple_of(2) },
-            82..90 => Request::Discard { offset, length },
+            82..90 => {
+                // In sectors: blklogwrites itself stumbles over others.
+                let offset = offset / SECTOR_BYTES * SECTOR_BYTES;
+                Request::Discard { offset, length: length.next_multiple_of(SECTOR_BYTES) }
+            }
             _ => Request::Flush,
         }
     }
@@ -163,7 +169,7 @@ impl Busy {
     #[must_use]
     pub fn start(mut load: Load, nbd_url: &str) -> Self {
         let mut command = Command::new("qemu-io");
-        command.args(["-f", "raw", nbd_url]);
+        command.args(["-t", "writeback", "-f", "raw", nbd_url]);
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::inherit());
         let mut child = command.spawn().expect("qemu-io starts");
         let output = child.stdout.take().expect("piped");

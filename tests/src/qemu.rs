@@ -121,7 +121,7 @@ impl Qemu {
         match self.entry.clone() {
             Entry::Nbd(_) => {
                 let mut command = Command::new("qemu-io");
-                command.args(["-f", "raw"]);
+                command.args(["-t", "writeback", "-f", "raw"]);
                 for line in commands {
                     command.args(["-c", line.as_ref()]);
                 }

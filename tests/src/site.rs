@@ -90,7 +90,8 @@ impl Site {
         self.agent = start_agent(self.directory.path(), &self.data);
     }
 
-    /// Waits until a disk of that VM is known and returns its id. With several disks, `device` must be part of the
+    /// Waits until a disk of that VM is known, and that it can be written to (while QEMU sets up an export it cannot, for
+    /// a moment), and returns its id. With several disks, `device` must be part of the
     /// name of the wanted one.
     ///
     /// # Panics
@@ -104,6 +105,9 @@ impl Site {
             (!found.is_empty()).then_some(found)
         });
         assert_eq!(found.len(), 1, "several disks: {found:?}");
+        wait_for("the disk to be writable", || {
+            (!self.client.disk(&found[0].id).expect("disk").read_only).then_some(())
+        });
         found[0].id.clone()
     }
 

@@ -1,0 +1,9 @@
+//! End-to-end tests: real QEMU programs, the real filter, agent, server and `cdp-restore`.
+//!
+//! Each test has its own directory, ports and sockets, so that all can run at the same time.
+
+mod drivers;
+mod interruptions;
+mod toggle;
+mod unseen;
+mod witness;
