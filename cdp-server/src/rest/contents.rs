@@ -28,14 +28,14 @@ use crate::rest::reading;
 pub(crate) struct RangeQuery {
     /// The point: right after this record. `points?at=` resolves others to it.
     lsn: u64,
-    /// First byte; 0 when absent.
+    /// First byte, in bytes from the start of the disk; 0 when absent.
     #[serde(default)]
     offset: u64,
     /// Length in bytes; to the end of the disk when absent.
     length: Option<u64>,
 }
 
-/// What a range of the disk holds at a point. Long answers stop early and say in `next_offset` where to ask again.
+/// What a range of the disk holds at a point; what lies past its end is left out. Long answers stop early and say in `next_offset` where to ask again.
 #[utoipa::path(get, path = "/v1/disks/{disk}/extents", tag = "contents", operation_id = "get_extents", params(
     ("disk" = String, Path, description = "UUID, or vm/device (as two segments or with the slash as %2F)"),
     RangeQuery,
@@ -50,7 +50,7 @@ pub(crate) async fn extents(
 ) -> Result<Json<Extents>, ApiError> {
     reading(&core, move |core| {
         let view = open(core, &disk, query)?;
-        let range = range(&view, query)?;
+        let range = range(&view, clamped(&view, query))?;
         let mut answer =
             Extents { lsn: query.lsn, disk_bytes: view.disk_bytes(), extents: Vec::new(), next_offset: None };
         for extent in view.extents(range).map_err(|e| store_failed(&e))? {
@@ -100,6 +100,7 @@ fn open(core: &Core, disk: &DiskName, query: RangeQuery) -> Result<View, ApiErro
     resolve::view(&disk, Lsn(query.lsn))
 }
 
+/// The range asked for; to the end of the disk where no length is given.
 fn range(view: &View, query: RangeQuery) -> Result<ByteRange, ApiError> {
     let disk_bytes = view.disk_bytes();
     let length = query.length.unwrap_or_else(|| disk_bytes.saturating_sub(query.offset));
@@ -107,6 +108,13 @@ fn range(view: &View, query: RangeQuery) -> Result<ByteRange, ApiError> {
         bad_request(format!("{length} bytes from {} pass the end of the disk, {disk_bytes}", query.offset))
             .into()
     })
+}
+
+/// The part of the range asked for that is on the disk.
+fn clamped(view: &View, query: RangeQuery) -> RangeQuery {
+    let offset = query.offset.min(view.disk_bytes());
+    let left = view.disk_bytes() - offset;
+    RangeQuery { offset, length: Some(query.length.map_or(left, |length| length.min(left))), ..query }
 }
 
 fn to_api(extent: &journal_store::Extent) -> Extent {

@@ -34,6 +34,10 @@ fn what_is_acknowledged_can_be_read_back_at_every_point() {
 
     let extents = fixture.client.extents(NAME, 5, 0, DISK_BYTES).expect("extents");
     assert_eq!((extents.disk_bytes, extents.next_offset), (DISK_BYTES, None));
+    let none = fixture.client.extents(NAME, 5, 0, 0).expect("extents");
+    assert_eq!((none.disk_bytes, none.extents.len(), none.next_offset), (DISK_BYTES, 0, None));
+    let past = fixture.client.extents(NAME, 5, 4096, u64::MAX).expect("extents");
+    assert_eq!(past.extents.last().map(|e| e.offset + e.length), Some(DISK_BYTES));
     let covered: u64 = extents.extents.iter().map(|e| e.length).sum();
     let data: u64 = extents.extents.iter().filter(|e| e.kind == ExtentKind::Data).map(|e| e.length).sum();
     assert_eq!((covered, data), (DISK_BYTES, 4096));
