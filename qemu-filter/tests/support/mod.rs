@@ -5,3 +5,4 @@
 pub mod agent;
 pub mod memory;
 pub mod programs;
+pub mod qmp;

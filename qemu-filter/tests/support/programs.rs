@@ -26,6 +26,11 @@ impl Site {
         Self { root, folder }
     }
 
+    /// The root of the release under test.
+    pub fn root(&self) -> &Path {
+        self.root.as_deref().unwrap_or(Path::new("/"))
+    }
+
     /// The folder as we see it.
     pub fn path(&self) -> &Path {
         self.folder.path()
@@ -56,7 +61,7 @@ impl Site {
     /// Where the program's file is for us.
     pub fn executable(&self, program: &str) -> PathBuf {
         let installed = Path::new("usr/bin").join(program);
-        self.root.as_deref().unwrap_or(Path::new("/")).join(installed)
+        self.root().join(installed)
     }
 
     /// The process that runs `program`: `started` itself, for chroot and env become it.
@@ -99,7 +104,7 @@ impl Site {
     }
 }
 
-fn library() -> PathBuf {
+pub fn library() -> PathBuf {
     let mut folder = std::env::current_exe().unwrap();
     folder.pop();
     let library = folder.join("libcdp_filter.so");

@@ -1,0 +1,305 @@
+//! A system emulator with disks on iothreads: what management does to a disk goes on as before, and is followed.
+
+mod support;
+
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+use journal_format::Op;
+
+use support::agent::{Agent, Filter, wait_for};
+use support::memory::{differing, driver_tables};
+use support::programs::Site;
+use support::qmp::Qmp;
+
+const VIRTIO: &str = "/machine/peripheral/disk0/virtio-backend";
+const SCSI: &str = "/machine/peripheral/disk1";
+const UUID: &str = "12345678-9abc-def0-1234-56789abcdef0";
+
+/// A virtual machine whose processor is stopped, with a virtio disk and a SCSI disk on iothreads.
+struct Vm {
+    child: Child,
+    qmp: Qmp,
+}
+
+impl Vm {
+    fn start(site: &Site, mut command: Command) -> Self {
+        for disk in ["disk0", "disk1"] {
+            site.create("qcow2", disk, "8M");
+        }
+        command.args([
+            "-accel",
+            "tcg",
+            "-machine",
+            "q35",
+            "-m",
+            "64",
+            "-nodefaults",
+            "-display",
+            "none",
+            "-S",
+        ]);
+        command.args(["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]);
+        command.args([
+            "-name",
+            "guest",
+            "-uuid",
+            UUID,
+            "-object",
+            "iothread,id=io0",
+            "-object",
+            "iothread,id=io1",
+        ]);
+        for disk in ["disk0", "disk1"] {
+            let file = site.inside(disk);
+            let node = format!(
+                "driver=qcow2,node-name=node-{disk},file.driver=file,file.node-name=file-{disk},file.filename={file}"
+            );
+            command.args(["-blockdev", &node]);
+        }
+        command.args(["-device", "virtio-blk-pci,id=disk0,drive=node-disk0,iothread=io0,share-rw=on"]);
+        command.args(["-device", "virtio-scsi-pci,id=scsi0,iothread=io1"]);
+        command.args(["-device", "scsi-hd,id=disk1,drive=node-disk1,bus=scsi0.0"]);
+        command.args(["-qmp", &format!("unix:{},server=on,wait=off", site.inside("qmp"))]);
+        let child = command.stdout(Stdio::null()).spawn().unwrap();
+        Self { child, qmp: Qmp::connect(&site.path().join("qmp")) }
+    }
+
+    fn quit(mut self) {
+        self.qmp.must("{'execute': 'quit'}");
+        assert!(self.child.wait().unwrap().success());
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _ended = self.child.kill();
+        let _reaped = self.child.wait();
+    }
+}
+
+fn start<'a>(site: &Site, agent: &'a Agent) -> (Vm, Filter<'a>) {
+    let mut command = site.command("env");
+    let socket = agent.socket().file_name().unwrap().to_str().unwrap();
+    command.arg(format!("LD_PRELOAD={}", site.inside("libcdp_filter.so")));
+    command.arg(format!("CDP_AGENT_SOCKET={}", site.inside(socket))).arg("qemu-system-x86_64");
+    let vm = Vm::start(site, command);
+    (vm, agent.accept())
+}
+
+/// Many writes through an NBD export of the same node on an iothread, as a guest would make them: two programs whose
+/// writes overlap, each with a pattern of its own.
+struct Load([Child; 2]);
+
+impl Load {
+    fn on(site: &Site, qmp: &mut Qmp, node: &str, iothread: &str) -> Self {
+        let socket = site.inside("nbd");
+        qmp.must(&format!(
+            "{{'execute': 'nbd-server-start', 'arguments': {{'addr': {{'type': 'unix', 'data': {{'path': '{socket}'}}}}}}}}"
+        ));
+        let export =
+            format!("'type': 'nbd', 'id': 'load', 'node-name': '{node}', 'name': 'load', 'writable': true");
+        qmp.must(&format!(
+            "{{'execute': 'block-export-add', 'arguments': {{{export}, 'iothread': '{iothread}'}}}}"
+        ));
+        let url = format!("nbd+unix:///load?socket={socket}");
+        Self([("8k", "1"), ("16k", "2")].map(|(size, pattern)| {
+            let mut command = site.command("qemu-img");
+            command.args(["bench", "-w", "-c", "10000000", "-d", "16", "-s", size, "-f", "raw"]);
+            command.args([&format!("--pattern={pattern}"), &url]).stdout(Stdio::null()).spawn().unwrap()
+        }))
+    }
+
+    /// Ends it, unless a request has failed before.
+    fn end(mut self) {
+        for child in &mut self.0 {
+            assert!(child.try_wait().unwrap().is_none(), "a request has failed");
+            child.kill().unwrap();
+            child.wait().unwrap();
+        }
+    }
+}
+
+fn guest_writes(records: &[support::agent::Taken]) -> usize {
+    records.iter().filter(|taken| matches!(taken.record.op, Op::Write { fill: false, .. })).count()
+}
+
+#[test]
+fn disks_are_listed_by_their_device_and_the_vm_by_name_and_uuid() {
+    let site = Site::new();
+    let agent = Agent::listen(site.path());
+    let (vm, mut filter) = start(&site, &agent);
+    assert_eq!(
+        (filter.hello.program.as_str(), filter.hello.vm_name.as_str()),
+        ("qemu-system-x86_64", "guest")
+    );
+    let uuid: String = filter.hello.vm_uuid.iter().map(|byte| format!("{byte:02x}")).collect();
+    assert_eq!(uuid, UUID.replace('-', ""));
+    for device in ["disk0", "disk1"] {
+        let disk = filter.disk(device);
+        assert_eq!(
+            (disk.node, disk.driver.as_str(), disk.disk_bytes),
+            (format!("node-{device}"), "qcow2", 8 << 20)
+        );
+        assert_eq!((disk.read_only, disk.refused.as_str()), (false, ""));
+    }
+    assert_eq!(filter.list().len(), 2);
+    vm.quit();
+}
+
+#[test]
+fn snapshot_and_commit_go_on_under_capture_and_only_the_guest_is_captured() {
+    let site = Site::new();
+    let agent = Agent::listen(site.path());
+    let (mut vm, mut filter) = start(&site, &agent);
+    let qmp = &mut vm.qmp;
+    qmp.io(VIRTIO, "write -P 1 0 1M");
+    let graph = qmp.must("{'execute': 'query-named-block-nodes', 'arguments': {'flat': true}}");
+    let tap = filter.attach("disk0");
+    tap.wait_synced();
+    let names = |text: &str| text.matches("\"node-name\"").count();
+    let with = qmp.must("{'execute': 'query-named-block-nodes', 'arguments': {'flat': true}}");
+    assert_eq!(names(&graph), names(&with));
+    qmp.io(VIRTIO, "write -P 2 512k 64k");
+    qmp.must(&format!(
+        "{{'execute': 'blockdev-snapshot-sync', 'arguments': {{'node-name': 'node-disk0', 'snapshot-file': '{}',
+          'snapshot-node-name': 'overlay'}}}}",
+        site.inside("overlay")
+    ).replace('\n', " "));
+    qmp.io(VIRTIO, "write -P 3 600k 64k");
+    qmp.must("{'execute': 'block-commit', 'arguments': {'device': 'overlay', 'job-id': 'commit'}}");
+    qmp.wait_ready();
+    qmp.io(VIRTIO, "write -P 4 700k 4k");
+    qmp.must("{'execute': 'block-job-complete', 'arguments': {'device': 'commit'}}");
+    qmp.wait_jobs();
+    qmp.io(VIRTIO, "write -P 5 2M 64k");
+    qmp.must("{'execute': 'block_resize', 'arguments': {'node-name': 'node-disk0', 'size': 10485760}}");
+    qmp.io(VIRTIO, "write -P 6 9M 64k");
+    qmp.io(VIRTIO, "write -z 2112k 64k");
+    tap.wait_synced();
+    let image = tap.image();
+    assert_eq!(filter.disk("disk0").refused, "");
+    filter.detach("disk0");
+    vm.quit();
+    assert!(image == site.contents("qcow2", "disk0"), "the captured image differs");
+    assert_eq!(guest_writes(&tap.finish()), 5, "each guest write once, no job's");
+}
+
+#[test]
+fn protection_toggles_under_load_on_an_iothread() {
+    let site = Site::new();
+    let agent = Agent::listen(site.path());
+    let (mut vm, mut filter) = start(&site, &agent);
+    let load = Load::on(&site, &mut vm.qmp, "node-disk0", "io0");
+    let mut seen = 0;
+    for _ in 0..50 {
+        let tap = filter.attach("disk0");
+        let other = filter.attach("disk1");
+        vm.qmp.io(SCSI, "write -P 3 0 64k");
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        filter.detach("disk0");
+        seen += guest_writes(&tap.finish());
+        filter.detach("disk1");
+        assert_eq!(guest_writes(&other.finish()), 1);
+    }
+    load.end();
+    assert!(seen > 50, "only {seen} writes of the load were captured");
+    vm.quit();
+}
+
+#[test]
+fn what_is_captured_under_load_is_the_image() {
+    let site = Site::new();
+    let agent = Agent::listen(site.path());
+    let (mut vm, mut filter) = start(&site, &agent);
+    let load = Load::on(&site, &mut vm.qmp, "node-disk0", "io0");
+    let tap = filter.attach("disk0");
+    tap.wait_synced();
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    load.end();
+    vm.qmp.must("{'execute': 'nbd-server-stop'}");
+    vm.qmp.io(VIRTIO, "write -P 9 1M 8k");
+    let image = tap.image();
+    filter.detach("disk0");
+    vm.quit();
+    assert!(image == site.contents("qcow2", "disk0"), "the captured image differs");
+    assert!(guest_writes(&tap.finish()) > 100);
+}
+
+#[test]
+fn an_unplugged_disk_ends_its_capture() {
+    let site = Site::new();
+    let agent = Agent::listen(site.path());
+    let (mut vm, mut filter) = start(&site, &agent);
+    let executable = site.executable("qemu-system-x86_64");
+    let before = driver_tables(vm.child.id(), &executable);
+    let tap = filter.attach("disk1");
+    vm.qmp.io(SCSI, "write -P 3 0 64k");
+    vm.qmp.must("{'execute': 'device_del', 'arguments': {'id': 'disk1'}}");
+    wait_for("the disk's end", || (!filter.list().iter().any(|disk| disk.device == "disk1")).then_some(()));
+    wait_for("unhooking", || {
+        (differing(&before, &driver_tables(vm.child.id(), &executable)) == 0).then_some(())
+    });
+    vm.qmp.must("{'execute': 'blockdev-del', 'arguments': {'node-name': 'node-disk1'}}");
+    drop(tap);
+    vm.quit();
+}
+
+#[test]
+fn quitting_under_capture_ends_well() {
+    let site = Site::new();
+    let agent = Agent::listen(site.path());
+    let (mut vm, mut filter) = start(&site, &agent);
+    let tap = filter.attach("disk0");
+    vm.qmp.io(VIRTIO, "write -P 3 0 64k");
+    vm.quit();
+    drop(tap);
+}
+
+/// The folder that a running QEMU looks for its modules in.
+fn module_folder(site: &Site) -> std::path::PathBuf {
+    let version = site.run("qemu-system-x86_64", &["--version"]);
+    let package = version.split(['(', ')']).nth(1).expect("a package version in brackets");
+    let allowed = |letter: char| letter.is_ascii_alphanumeric() || "+.~-".contains(letter);
+    let name: String = package.chars().map(|letter| if allowed(letter) { letter } else { '_' }).collect();
+    site.root().join("run/qemu").join(name)
+}
+
+/// Removes what was put into the folder, whatever happens.
+struct Module<'a>(&'a Path);
+
+impl Drop for Module<'_> {
+    fn drop(&mut self) {
+        std::fs::remove_file(self.0).unwrap();
+    }
+}
+
+#[test]
+fn a_qemu_that_runs_already_is_entered_as_a_module() {
+    let site = Site::new();
+    let agent = Agent::listen(site.path());
+    let mut command = site.command("env");
+    let socket = agent.socket().file_name().unwrap().to_str().unwrap();
+    command.arg(format!("CDP_AGENT_SOCKET={}", site.inside(socket))).arg("qemu-system-x86_64");
+    let mut vm = Vm::start(&site, command);
+    vm.qmp.io(VIRTIO, "write -P 1 0 1M");
+    let folder = module_folder(&site);
+    std::fs::create_dir_all(&folder).unwrap();
+    let path = folder.join("block-ssh.so");
+    std::fs::copy(site.path().join("libcdp_filter.so"), &path).unwrap();
+    let module = Module(&path);
+    let answer = vm.qmp.run(
+        r#"{"execute": "blockdev-add", "arguments": {"driver": "ssh", "node-name": "none", "path": "/", "server": {"host": "h", "port": "1"}}}"#,
+    );
+    assert!(answer.contains("\"error\""), "{answer}");
+    drop(module);
+    let mut filter = agent.accept();
+    let tap = filter.attach("disk0");
+    vm.qmp.io(VIRTIO, "write -P 2 512k 64k");
+    tap.wait_synced();
+    let image = tap.image();
+    filter.detach("disk0");
+    vm.quit();
+    assert!(image == site.contents("qcow2", "disk0"), "the captured image differs");
+}
