@@ -5,7 +5,7 @@
 //!
 //! *Must not know* QEMU, rings, or how the store lays out its files.
 //!
-//! *Threads*: the data plane has its own ([`data`](crate) module: accept, two per agent, one committer); REST runs on
+//! *Threads*: the data plane has its own (`data`: accept, two per agent, one committer); REST runs on
 //! a small async runtime whose handlers send everything that blocks to the blocking pool; one thread compares wanted
 //! and real protection. A slow disk holds up the committer and through the bounded queue the agents, never REST.
 //!

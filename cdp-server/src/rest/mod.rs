@@ -1,6 +1,6 @@
 //! REST under `/v1`: routes, and what all requests have in common.
 //!
-//! Handlers run on the async runtime and never touch catalog or store there: what blocks goes through [`reading`],
+//! Handlers run on the async runtime and never touch catalog or store there: what blocks goes through `reading`,
 //! to the blocking pool, a bounded number at a time.
 
 mod bookmarks;
