@@ -13,6 +13,8 @@ mod text;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 pub use capture_ring::control::DiskInfo;
@@ -74,8 +76,20 @@ pub trait Host: Send + Sync {
 /// # Errors
 /// When the thread cannot be created.
 pub fn start(host: Arc<dyn Host>, socket: PathBuf) -> std::io::Result<()> {
+    start_until(host, socket, Arc::new(AtomicBool::new(false))).map(drop)
+}
+
+/// As [`start`]; the thread ends within a few seconds after `stop` was set.
+///
+/// # Errors
+/// When the thread cannot be created.
+pub fn start_until(
+    host: Arc<dyn Host>,
+    socket: PathBuf,
+    stop: Arc<AtomicBool>,
+) -> std::io::Result<JoinHandle<()>> {
     let thread = std::thread::Builder::new().name("cdp-control".to_owned()).stack_size(STACK_BYTES);
-    crate::ffi::signals::blocked(|| thread.spawn(move || run(host.as_ref(), &socket))).map(drop)
+    crate::ffi::signals::blocked(|| thread.spawn(move || run(host.as_ref(), &socket, &stop)))
 }
 
 /// The agent's socket: `CDP_AGENT_SOCKET`, else `/run/qemu-cdp/agent.sock`.
@@ -84,20 +98,23 @@ pub fn socket_path() -> PathBuf {
     std::env::var_os(SOCKET_ENV).map_or_else(|| PathBuf::from(DEFAULT_SOCKET), PathBuf::from)
 }
 
-fn run(host: &dyn Host, socket: &Path) {
+fn run(host: &dyn Host, socket: &Path, stop: &AtomicBool) {
     let mut captures = Captures::default();
     let mut pause = FIRST_RETRY_PAUSE;
-    loop {
+    // ORDERING: Relaxed: a request to end, nothing is handed over with it.
+    while !stop.load(Ordering::Relaxed) {
         if let Ok(connection) = Connection::connect(socket) {
             // A bug here must end neither the process nor the thread (I1): it costs this connection.
-            let talk = || Session::new(host, &connection, &mut captures).run();
+            let talk = || Session::new(host, &connection, &mut captures).run(stop);
             if let Ok(served) = catch_unwind(AssertUnwindSafe(talk))
                 && served
             {
                 pause = FIRST_RETRY_PAUSE;
             }
         }
-        std::thread::sleep(pause);
+        if !stop.load(Ordering::Relaxed) {
+            std::thread::sleep(pause);
+        }
         pause = (pause * 2).min(LONGEST_RETRY_PAUSE);
     }
 }

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::os::fd::AsFd as _;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use capture_ring::RingError;
@@ -42,18 +43,19 @@ impl<'a> Session<'a> {
         Self { host, connection, captures, disks: None, served: false }
     }
 
-    /// Serves until the connection is lost. Returns whether the agent ever asked for something.
-    pub(super) fn run(mut self) -> bool {
+    /// Serves until the connection is lost or `stop` is set. Returns whether the agent ever asked for something.
+    pub(super) fn run(mut self, stop: &AtomicBool) -> bool {
         // Every error of the connection means the same: the agent is gone or is none. It will be tried again.
-        let _lost = self.serve();
+        let _lost = self.serve(stop);
         self.served
     }
 
-    fn serve(&mut self) -> Result<(), RingError> {
+    fn serve(&mut self, stop: &AtomicBool) -> Result<(), RingError> {
         self.connection.send(&Message::Hello(hello(&self.host.identity())))?;
         self.look(true)?;
         let mut next_look = Instant::now() + LOOK_PERIOD;
-        loop {
+        // ORDERING: as in `run`.
+        while !stop.load(Ordering::Relaxed) {
             let wait = next_look.saturating_duration_since(Instant::now());
             if let Some(received) = self.connection.recv(Some(wait))? {
                 self.served = true;
@@ -64,6 +66,7 @@ impl<'a> Session<'a> {
                 next_look = Instant::now() + LOOK_PERIOD;
             }
         }
+        Ok(())
     }
 
     fn obey(&mut self, message: Message, fds: Option<AttachFds>) -> Result<(), RingError> {

@@ -108,6 +108,20 @@ impl Capture {
         })
     }
 
+    /// Takes back a request that was told to wait: `true`, and it never began. `false` when its token is being woken:
+    /// wait for that, then begin again.
+    #[must_use]
+    pub fn withdraw(&self, in_flight: &mut InFlight) -> bool {
+        let State::Parked(slot) = in_flight.state else { return false };
+        if !self.table.unpark(slot) {
+            return false;
+        }
+        self.leave_table(in_flight);
+        in_flight.state = State::Idle;
+        self.count.leave(in_flight.phase);
+        true
+    }
+
     /// After the disk has answered, before the guest is told. Panics of ours are caught here.
     #[inline]
     pub fn finish(&self, in_flight: &mut InFlight, outcome: Outcome) {

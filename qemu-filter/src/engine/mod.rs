@@ -42,6 +42,8 @@ mod testing;
 pub use capture::{Capture, Status};
 pub use capture_ring::Mode;
 pub use error::{EngineError, EngineErrorKind};
+pub(crate) use fault::guard;
+pub(crate) use grace::{InFlightCount, Phase};
 pub use request::{InFlight, Piece};
 pub use resync::Resync;
 

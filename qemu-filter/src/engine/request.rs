@@ -10,13 +10,20 @@ use super::inflight::Slot;
 use super::{Kind, Request};
 
 /// A contiguous part of a request's memory in the ring, aligned to 4 KiB.
+///
+/// Laid out like an `iovec`, so that a list of pieces can be handed to whoever issues the write.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(C)]
 pub struct Piece {
     /// First byte; writable until the request is finished (or the resync's step answered).
     pub ptr: NonNull<u8>,
     /// Length in bytes, at least 1.
     pub len: usize,
 }
+
+const _: () = assert!(size_of::<Piece>() == size_of::<libc::iovec>());
+const _: () = assert!(std::mem::offset_of!(Piece, ptr) == std::mem::offset_of!(libc::iovec, iov_base));
+const _: () = assert!(std::mem::offset_of!(Piece, len) == std::mem::offset_of!(libc::iovec, iov_len));
 
 /// The pieces of one request, in the order of the disk's bytes.
 #[derive(Clone, Copy, Debug)]
