@@ -355,3 +355,7 @@ pub(crate) mod flag {
     pub(crate) const FUA: u8 = 2;
     pub(crate) const MAY_UNMAP: u8 = 4;
 }
+
+#[cfg(all(test, not(loom)))]
+#[path = "layout_tests.rs"]
+mod tests;

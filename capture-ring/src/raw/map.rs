@@ -215,6 +215,9 @@ impl Memory {
     }
 }
 
+/// Byte offsets of a clock page's words: magic number, version, newest stamp (on cache lines of its own).
+pub(crate) const CLOCK_WORDS_AT: [usize; 3] = [0, 8, 128];
+
 /// A mapped clock page.
 pub(crate) struct ClockMemory(Mapping);
 
@@ -223,21 +226,26 @@ impl ClockMemory {
         Mapping::new(fd, CLOCK_BYTES).map(Self)
     }
 
-    fn word(&self, at: usize) -> &AtomicU64 {
-        debug_assert!(at.is_multiple_of(8) && at < CLOCK_BYTES as usize);
-        // SAFETY: both callers' offsets lie in the page that `map` mapped.
-        let word = unsafe { self.0.base.add(at) }.cast::<AtomicU64>();
-        // SAFETY: mapped, aligned to 8, initialised by `mmap`, and an atomic may be shared with other writers.
-        unsafe { word.as_ref() }
+    fn words(&self) -> [&AtomicU64; 3] {
+        CLOCK_WORDS_AT.map(|at| {
+            debug_assert!(at.is_multiple_of(8) && at < CLOCK_BYTES as usize);
+            // SAFETY: all three offsets lie in the page that `map` mapped.
+            let word = unsafe { self.0.base.add(at) }.cast::<AtomicU64>();
+            // SAFETY: mapped, aligned to 8, initialised by `mmap`, and an atomic may be shared with other writers.
+            unsafe { word.as_ref() }
+        })
     }
 
     /// Magic number and version.
     pub(crate) fn signature(&self) -> [&AtomicU64; 2] {
-        [self.word(0), self.word(8)]
+        let [magic, version, _] = self.words();
+        [magic, version]
     }
 
-    /// The newest stamp given out, on cache lines of its own.
+    /// The newest stamp given out.
+    #[inline]
     pub(crate) fn last(&self) -> &AtomicU64 {
-        self.word(128)
+        let [_, _, last] = self.words();
+        last
     }
 }

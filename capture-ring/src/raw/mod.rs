@@ -13,6 +13,8 @@ mod map;
 
 #[cfg(loom)]
 pub(crate) use heap::{ClockMemory, Memory};
+#[cfg(all(test, not(loom)))]
+pub(crate) use map::CLOCK_WORDS_AT;
 #[cfg(not(loom))]
 pub(crate) use map::{
     ClockMemory, Memory, create_sealed, file_bytes, own, read_description, write_description,
