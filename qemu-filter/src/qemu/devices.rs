@@ -131,7 +131,12 @@ fn describe(glue: &Glue, blk: *mut BlockBackend, maps: Option<&Maps>) -> Option<
     // SAFETY: as above.
     info.driver = c_text(unsafe { (glue.symbols.bdrv_get_format_name)(node) }).unwrap_or_default();
     // SAFETY: as above.
-    info.read_only = unsafe { (glue.symbols.bdrv_is_read_only)(node) } || !may_write(glue, blk, has_devices);
+    info.read_only = unsafe { (glue.symbols.bdrv_is_read_only)(node) };
+    // A program without devices that does not want to write is no guest; an operator's read-only disk has a name, though.
+    // Without a name, QEMU itself opens files for a moment, to find out their format.
+    if !has_devices && !may_write(glue, blk) && (!info.read_only || info.node.starts_with('#')) {
+        return None;
+    }
     // SAFETY: live, in the main thread.
     let length = unsafe { (glue.symbols.blk_getlength)(blk) };
     info.disk_bytes = u64::try_from(length).unwrap_or(0);
@@ -142,13 +147,13 @@ fn describe(glue: &Glue, blk: *mut BlockBackend, maps: Option<&Maps>) -> Option<
     Some(info)
 }
 
-/// Whether a program without devices has opened the node for writing. A device's own permission follows the
-/// guest's state and tells nothing.
-fn may_write(glue: &Glue, blk: *mut BlockBackend, has_devices: bool) -> bool {
+/// Whether a BlockBackend was opened for writing. (Only without devices: a device's permission follows the guest's state
+/// and tells nothing.)
+fn may_write(glue: &Glue, blk: *mut BlockBackend) -> bool {
     let (mut granted, mut shared) = (0, 0);
     // SAFETY: live; the two numbers outlive the call.
     unsafe { (glue.symbols.blk_get_perm)(blk, &raw mut granted, &raw mut shared) };
-    has_devices || granted & PERMISSION_WRITE != 0
+    granted & PERMISSION_WRITE != 0
 }
 
 /// Why a disk cannot be protected.
