@@ -107,7 +107,10 @@ impl Consumer {
             None => match self.ring.slots().look(self.head) {
                 Look::Published(_) if !self.is_usable()? => return Ok(Next::Empty),
                 Look::Published(entry) => self.check(entry)?,
-                Look::Pending => return self.nothing_published(),
+                Look::Pending => {
+                    self.is_usable()?;
+                    return self.nothing_published();
+                }
                 Look::Corrupt => {
                     return Err(RingError::corrupt("a slot's word is one that no producer writes"));
                 }
@@ -125,7 +128,8 @@ impl Consumer {
     /// worked out.
     fn is_usable(&self) -> Result<bool, RingError> {
         let words = self.ring.memory().words();
-        // ORDERING: Relaxed: the slot's word was loaded with Acquire, and its publisher reserved after the stop.
+        // ORDERING: Relaxed: the slot's word was loaded with Acquire, and if its publisher reserved after the stop, the
+        // chain of `tail` makes the stop visible. For a slot that is not published it is a hint.
         if words.stopped.load(Ordering::Relaxed) == 0 {
             return Ok(true);
         }

@@ -4,7 +4,9 @@
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
-use capture_ring::{Bell, Consumer, Full, HostClock, Mode, Next, OpKind, Producer, Resync, Ring, RingConfig};
+use capture_ring::{
+    Bell, Consumer, Full, HostClock, Mode, Next, OpKind, Producer, Resync, Ring, RingConfig, RingErrorKind,
+};
 use journal_format::{ByteRange, DiskId, Epoch, GapReason, Lsn, Op, Record, Stamp};
 
 const MIB: u64 = 1 << 20;
@@ -225,6 +227,33 @@ fn what_a_dead_producer_left_is_void_and_dirty() {
     let ops: Vec<Op> = drain(&mut consumer).iter().map(|record| record.op).collect();
     assert!(matches!(ops[..], [Op::Void, Op::Write { .. }]), "{ops:?}");
     assert_eq!(consumer.issued_ranges().expect("sane headers"), [range(5 * MIB, 600_000)]);
+}
+
+/// Not even the reserve has a slot for the gap record: the loss is said in the header, and the guest goes on.
+#[test]
+fn a_loss_that_no_record_can_tell_ends_the_epoch_where_it_happened() {
+    let (producer, mut consumer) = pair(&RingConfig { slots: 16, ..config() });
+    producer.attach().expect("new ring");
+    while producer.resized(16 * MIB).is_ok() {}
+    producer.enter_tracking(GapReason::Overflow);
+    assert_eq!(producer.ring().mode().mode, Mode::Off);
+    assert!(producer.begin_tracked(range(0, 4096)).is_none());
+    let taken = (0..16).map(|_| take(&mut consumer, &mut Vec::new())).count();
+    assert_eq!(taken, 16, "what came before the loss is good");
+    for _ in 0..2 {
+        let error =
+            consumer.next(&mut Vec::new(), u32::MAX).expect_err("nothing behind the loss may be used");
+        assert_eq!((error.kind(), error.lsn()), (RingErrorKind::Stopped, Some(Lsn(41 + 16))));
+        let _ = producer.flush_record();
+    }
+}
+
+#[test]
+fn a_range_beyond_the_bitmap_ends_capture_rather_than_being_forgotten() {
+    let (producer, _consumer) = pair(&config());
+    producer.attach().expect("new ring");
+    producer.mark_dirty(range(1 << 40, 1));
+    assert_eq!(producer.ring().mode().mode, Mode::Off);
 }
 
 #[test]
