@@ -92,7 +92,7 @@ impl<'a> Session<'a> {
     fn handle(&mut self, kind: MessageType, body: Vec<u8>) -> Result<(), ServerError> {
         let session = self.peer.id;
         match kind {
-            MessageType::Inventory => self.inventory(wire::decode(&body)?)?,
+            MessageType::Inventory => self.inventory(wire::decode(&body)?),
             MessageType::OpenDisk => {
                 self.enqueue(Work::Open { peer: Arc::clone(&self.peer), request: wire::decode(&body)? })?;
             }
@@ -119,7 +119,8 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
-    fn inventory(&self, inventory: wire::Inventory) -> Result<(), ServerError> {
+    /// A catalog that cannot be written (its disk is full) costs what is new in the report; disks that are known go on.
+    fn inventory(&self, inventory: wire::Inventory) {
         let (report, dropped) = HostReport::from_wire(self.host, &self.hello, inventory);
         if dropped > 0 {
             tracing::warn!(
@@ -128,12 +129,14 @@ impl<'a> Session<'a> {
                 "left out disks that are malformed or over the limit"
             );
         }
-        self.core.catalog.record_report(&report, self.core.now_ns())?;
+        let recorded = self.core.catalog.record_report(&report, self.core.now_ns());
         self.core.fleet.reported(self.peer.id, &report);
         for disk in report.vms.iter().flat_map(|vm| &vm.disks) {
             self.core.write_name(disk.id);
         }
-        protection::reconcile(self.core, Instant::now())
+        if let Err(error) = recorded.and_then(|()| protection::reconcile(self.core, Instant::now())) {
+            tracing::error!(agent = self.peer.label, %error, "cannot write down what the agent reports; free its disk");
+        }
     }
 
     fn enqueue(&self, work: Work) -> Result<(), ServerError> {
