@@ -36,6 +36,8 @@ struct Begun {
     in_flight: InFlight,
 }
 
+const _: () =
+    assert!(std::mem::offset_of!(cdp_options, size) == 0 && std::mem::offset_of!(cdp_status, size) == 0);
 const _: () = assert!(size_of::<Begun>() <= size_of::<cdp_request>());
 const _: () = assert!(align_of::<Begun>() <= align_of::<cdp_request>());
 
@@ -62,7 +64,7 @@ pub unsafe extern "C" fn cdp_open(options: *const cdp_options, out: *mut *mut cd
         if out.is_null() {
             return Err(Failure::invalid("out is NULL"));
         }
-        // SAFETY: not NULL or refused inside; the caller promises a `cdp_options` of the size it says.
+        // SAFETY: NULL is refused inside; otherwise a `cdp_options` of the size that it says.
         let options = unsafe { read_options(options) }?;
         // SAFETY: the texts of the caller's options are NULL or end with a NUL.
         let (device, socket) = unsafe { device_of(&options) }?;
@@ -83,7 +85,7 @@ unsafe fn read_options(options: *const cdp_options) -> Result<cdp_options, Failu
         return Err(Failure::invalid("options is NULL"));
     }
     // SAFETY: not NULL; every version of the structure starts with its size.
-    let size = unsafe { (&raw const (*options).size).read() };
+    let size = unsafe { options.cast::<usize>().read() };
     let least = std::mem::offset_of!(cdp_options, opaque) + size_of::<*const u8>();
     if size < least {
         return Err(Failure::invalid("options.size is smaller than the first version of the structure"));
@@ -414,7 +416,7 @@ pub unsafe extern "C" fn cdp_status(capture: *mut cdp_capture, status: *mut cdp_
             return Err(Failure::invalid("status is NULL"));
         }
         // SAFETY: not NULL; every version of the structure starts with its size.
-        let size = unsafe { (&raw const (*status).size).read() };
+        let size = unsafe { status.cast::<usize>().read() };
         let mut filled = status_of(&handle.device);
         filled.size = size.min(size_of::<cdp_status>());
         if filled.size < std::mem::offset_of!(cdp_status, disk_bytes) + size_of::<u64>() {
