@@ -1,0 +1,194 @@
+//! The programs without devices, and a system emulator that goes to the background.
+
+mod support;
+
+use std::process::{Child, Command, Stdio};
+
+use support::agent::{Agent, Filter, wait_for};
+use support::programs::Site;
+use support::qmp::Qmp;
+
+/// Ends a process that is not our child any more.
+struct Background(u32);
+
+impl Drop for Background {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _ended = Command::new("kill").args(["-KILL", &self.0.to_string()]).status();
+    }
+}
+
+/// Ends a child.
+struct Foreground(Child);
+
+impl Drop for Foreground {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _ended = self.0.kill();
+        let _reaped = self.0.wait();
+    }
+}
+
+/// Writes through an NBD export, and compares what was captured with the image.
+fn captured_through_export(site: &Site, filter: &mut Filter<'_>, device: &str) {
+    let tap = filter.attach(device);
+    let url = format!("nbd+unix:///disk?socket={}", site.inside("nbd"));
+    site.run(
+        "qemu-io",
+        &["-f", "raw", "-c", "write -P 7 64k 96k", "-c", "write -z 96k 4k", "-c", "flush", &url],
+    );
+    site.run("qemu-img", &["bench", "-q", "-w", "-c", "2000", "-d", "8", "-s", "8k", "-f", "raw", &url]);
+    tap.wait_synced();
+    let image = tap.image();
+    filter.detach(device);
+    assert!(image == site.contents("raw", "disk"), "the captured image differs");
+}
+
+#[test]
+fn a_storage_daemon_in_the_background_is_protected_by_node_name() {
+    let site = Site::new();
+    site.create("raw", "disk", "8M");
+    let agent = Agent::listen(site.path());
+    let status = site
+        .filtered("qemu-storage-daemon", &agent)
+        .args(["--daemonize", "--pidfile", &site.inside("pid")])
+        .args(["--blockdev", &format!("driver=file,node-name=disk,filename={}", site.inside("disk"))])
+        .args(["--nbd-server", &format!("addr.type=unix,addr.path={}", site.inside("nbd"))])
+        // On an iothread, QEMU 7.2 ends with an assertion of its own when a client leaves.
+        .args(["--export", "type=nbd,id=e,name=disk,node-name=disk,writable=on"])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status()
+        .unwrap();
+    assert!(status.success());
+    let pid = std::fs::read_to_string(site.path().join("pid")).unwrap().trim().parse().unwrap();
+    let _ends = Background(pid);
+    let mut filter = agent.accept();
+    assert_eq!(filter.hello.program, "qemu-storage-daemon");
+    captured_through_export(&site, &mut filter, "disk");
+}
+
+#[test]
+fn a_network_block_device_server_that_forks_is_protected() {
+    let site = Site::new();
+    site.create("raw", "disk", "8M");
+    let agent = Agent::listen(site.path());
+    let options = format!("driver=file,node-name=disk,filename={}", site.inside("disk"));
+    let status = site
+        .filtered("qemu-nbd", &agent)
+        .args(["--fork", "--persistent", "--pid-file", &site.inside("pid"), "--socket", &site.inside("nbd")])
+        .args(["--export-name", "disk", "--image-opts", &options])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status()
+        .unwrap();
+    assert!(status.success());
+    let pid = std::fs::read_to_string(site.path().join("pid")).unwrap().trim().parse().unwrap();
+    let _ends = Background(pid);
+    let mut filter = agent.accept();
+    captured_through_export(&site, &mut filter, "disk");
+}
+
+#[test]
+fn a_system_emulator_in_the_background_is_protected() {
+    let site = Site::new();
+    site.create("raw", "disk", "8M");
+    let agent = Agent::listen(site.path());
+    let status = site
+        .filtered("qemu-system-x86_64", &agent)
+        .args([
+            "-accel",
+            "tcg",
+            "-machine",
+            "pc",
+            "-m",
+            "64",
+            "-display",
+            "none",
+            "-nodefaults",
+            "-S",
+            "-daemonize",
+        ])
+        .args([
+            "-pidfile",
+            &site.inside("pid"),
+            "-qmp",
+            &format!("unix:{},server=on,wait=off", site.inside("qmp")),
+        ])
+        .args(["-drive", &format!("if=none,id=d,format=raw,file={}", site.inside("disk"))])
+        .args(["-device", "ide-hd,id=disk0,drive=d"])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status()
+        .unwrap();
+    assert!(status.success());
+    let pid = std::fs::read_to_string(site.path().join("pid")).unwrap().trim().parse().unwrap();
+    let _ends = Background(pid);
+    let mut qmp = Qmp::connect(&site.path().join("qmp"));
+    let mut filter = agent.accept();
+    let tap = filter.attach("disk0");
+    qmp.io("/machine/peripheral/disk0", "write -P 5 1M 64k");
+    tap.wait_synced();
+    let image = tap.image();
+    filter.detach("disk0");
+    assert!(image == site.contents("raw", "disk"), "the captured image differs");
+}
+
+/// A storage daemon under load, switched on and off, keeps neither threads nor descriptors nor memory.
+#[test]
+fn switching_on_and_off_leaves_nothing_behind() {
+    let site = Site::new();
+    site.create("raw", "disk", "8M");
+    let agent = Agent::listen(site.path());
+    let child = site
+        .filtered("qemu-storage-daemon", &agent)
+        .args(["--object", "iothread,id=io0"])
+        .args(["--blockdev", &format!("driver=file,node-name=disk,filename={}", site.inside("disk"))])
+        .args(["--nbd-server", &format!("addr.type=unix,addr.path={}", site.inside("nbd"))])
+        .args(["--export", "type=nbd,id=e,name=disk,node-name=disk,writable=on,iothread=io0"])
+        .spawn()
+        .unwrap();
+    let daemon = Foreground(child);
+    let mut filter = agent.accept();
+    let url = format!("nbd+unix:///disk?socket={}", site.inside("nbd"));
+    wait_for("the export", || site.path().join("nbd").exists().then_some(()));
+    let mut load = site.command("qemu-img");
+    load.args(["bench", "-w", "-c", "10000000", "-d", "8", "-s", "8k", "-f", "raw", &url])
+        .stdout(Stdio::null());
+    let mut load = Foreground(load.spawn().unwrap());
+    let mut toggle = |rounds: usize| {
+        for _ in 0..rounds {
+            drop(filter.attach("disk"));
+            filter.detach("disk");
+        }
+    };
+    toggle(10);
+    let before = Belongings::of(daemon.0.id());
+    toggle(100);
+    let after = Belongings::of(daemon.0.id());
+    assert!(load.0.try_wait().unwrap().is_none(), "a request has failed");
+    assert_eq!(after.descriptors, before.descriptors);
+    assert_eq!(after.mappings, before.mappings);
+    assert!(after.memory_kib < before.memory_kib + 4096, "{before:?} {after:?}");
+}
+
+#[derive(Debug)]
+struct Belongings {
+    descriptors: usize,
+    /// Mappings of rings: memfds.
+    mappings: usize,
+    memory_kib: u64,
+}
+
+impl Belongings {
+    fn of(pid: u32) -> Self {
+        let file = |name: &str| std::fs::read_to_string(format!("/proc/{pid}/{name}")).unwrap();
+        let status = file("status");
+        let memory = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).unwrap();
+        Self {
+            descriptors: std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count(),
+            mappings: file("maps").lines().filter(|line| line.contains("memfd:cdp")).count(),
+            memory_kib: memory.trim().trim_end_matches("kB").trim().parse().unwrap(),
+        }
+    }
+}
