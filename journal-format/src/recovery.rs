@@ -13,7 +13,7 @@
 use crate::error::FormatError;
 use crate::layout::is_zero;
 use crate::segment::{
-    DATA_ENTRY_BYTES, DataEntry, META_ENTRY_BYTES, META_ENTRY_MAGIC, MetaEntry, MetaEntryHeader, PAGE_BYTES,
+    DATA_ENTRY_BYTES, DataEntry, ENTRY_ALIGN_BYTES, META_ENTRY_MAGIC, MetaEntry, MetaEntryHeader, PAGE_BYTES,
     Place, next_commit, next_entry,
 };
 use crate::units::Lsn;
@@ -202,11 +202,12 @@ impl MetaSeen<'_> {
 /// Looks at the metadata entry at the start of `bytes` (the rest of the file from `place` on; may be empty), where the
 /// record `expected` should be.
 ///
-/// Only the first [`META_ENTRY_BYTES`] decide whether an entry is absent: if a power cut lost just the page with the
-/// entry's header, the log ends there, and the writer's truncation removes what follows.
+/// Only the first [`ENTRY_ALIGN_BYTES`] decide whether an entry is absent: if a power cut lost just the page with the
+/// entry's header, the log ends there, and the writer's truncation removes what follows. More must not be looked at: 64
+/// bytes before a page, the rest of an entry's header would be the first entry of the next commit.
 #[must_use]
 pub fn see_meta<'a>(bytes: &'a [u8], place: &Place, expected: Lsn) -> MetaSeen<'a> {
-    if is_zero(bytes.get(..META_ENTRY_BYTES).unwrap_or(bytes)) {
+    if is_zero(bytes.get(..ENTRY_ALIGN_BYTES as usize).unwrap_or(bytes)) {
         return MetaSeen::Absent;
     }
     match MetaEntry::parse(bytes, place) {
@@ -281,6 +282,7 @@ pub fn durable_floor(bytes: &[u8], place: &Place) -> Lsn {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::units::{DiskId, SegmentNumber};
 
     #[test]
     fn exactly_one_row_matches_every_combination() {
@@ -292,6 +294,16 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn an_entry_on_the_next_page_is_seen_when_the_last_one_ended_64_bytes_before_it() {
+        // 96 zeroes were asked for where only 64 are free; an uncommitted tail was then dropped by every reopening.
+        let mut bytes = vec![0; PAGE_BYTES as usize];
+        bytes[64..72].copy_from_slice(&META_ENTRY_MAGIC);
+        let position = 2 * PAGE_BYTES - 64;
+        let after = Place { disk: DiskId([1; 16]), segment: SegmentNumber(1), position };
+        assert_eq!(see_next(&bytes, &after, Lsn(1)).0.position, 2 * PAGE_BYTES);
     }
 
     #[test]

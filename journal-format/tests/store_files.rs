@@ -232,6 +232,23 @@ fn the_next_entry_is_found_behind_the_last_or_on_the_next_page() {
     assert!(matches!(see_next(&[], &place(4096), Lsn(11)).1, MetaSeen::Absent));
 }
 
+/// An entry with 119 records ends 64 bytes before a page: less than an entry's header, so only what fits may be looked at.
+#[test]
+fn the_next_commit_is_found_wherever_the_last_entry_ended() {
+    for count in 1..260 {
+        let first = frame::encode(&meta(1, 0), &records(1, &vec![Op::Flush; count]), &[]).unwrap();
+        let second =
+            frame::encode(&meta(1 + count as u64, 0), &records(1 + count as u64, &[Op::Flush]), &[]).unwrap();
+        let mut file = meta_entry(&Frame::parse(&first).unwrap(), &place(4096), 0, 0);
+        let end = 4096 + file.len() as u64;
+        let at = place(next_commit(end));
+        file.resize((at.position - 4096) as usize, 0);
+        file.extend(meta_entry(&Frame::parse(&second).unwrap(), &at, count as u64, 0));
+        let (found, seen) = see_next(&file[(end - 4096) as usize..], &place(end), Lsn(1 + count as u64));
+        assert!(found == at && matches!(seen, MetaSeen::Valid(_)), "after {count} records");
+    }
+}
+
 #[test]
 fn an_empty_range_overlaps_nothing() {
     assert!(!range(5, 0).overlaps(range(0, 10)) && !range(0, 10).overlaps(range(5, 0)));
