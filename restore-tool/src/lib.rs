@@ -1,7 +1,7 @@
 //! `cdp-restore`: brings a disk back as it was at any point of its journal.
 //!
 //! *Owns* the way from a point in time to a verified image: finding and resolving ([`source`]), checking what may be
-//! overwritten ([`target`]), copying and reading back ([`restore`]).
+//! overwritten ([`target`]), copying and reading back ([`mod@restore`]).
 //!
 //! *Must not know* the server's insides, the network protocol of the agents, or how a store lays out its files: it sees
 //! a store through `journal_store` and a server through `cdp_api`.
