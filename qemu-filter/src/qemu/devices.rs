@@ -143,7 +143,8 @@ fn describe(glue: &Glue, blk: *mut BlockBackend, maps: Option<&Maps>) -> Option<
     if info.device.is_empty() {
         info.device.clone_from(&info.node);
     }
-    info.refused = refusal(glue, &info, node, maps).unwrap_or_default();
+    let fragile = (!has_devices && breaks_when_drained(glue, blk)).then(|| BREAKS_WHEN_DRAINED.to_owned());
+    info.refused = fragile.or_else(|| refusal(glue, &info, node, maps)).unwrap_or_default();
     Some(info)
 }
 
@@ -154,6 +155,17 @@ fn may_write(glue: &Glue, blk: *mut BlockBackend) -> bool {
     // SAFETY: live; the two numbers outlive the call.
     unsafe { (glue.symbols.blk_get_perm)(blk, &raw mut granted, &raw mut shared) };
     granted & PERMISSION_WRITE != 0
+}
+
+const BREAKS_WHEN_DRAINED: &str = "an export on an iothread can end QEMU 7.2 when it is drained, as switching on does: use no iothread, or QEMU 10.0";
+
+/// Whether this is an export on an iothread in 7.2. Its NBD server does not survive being drained under load there,
+/// with or without us: `blockdev-reopen` in a loop ends it as well.
+fn breaks_when_drained(glue: &Glue, blk: *mut BlockBackend) -> bool {
+    // SAFETY: live, in the main thread.
+    let context = unsafe { (glue.symbols.blk_get_aio_context)(blk) };
+    // SAFETY: takes nothing.
+    glue.symbols.aio_context_acquire.is_some() && context != unsafe { (glue.symbols.qemu_get_aio_context)() }
 }
 
 /// Why a disk cannot be protected.
