@@ -232,7 +232,8 @@ fn the_next_entry_is_found_behind_the_last_or_on_the_next_page() {
     assert!(matches!(see_next(&[], &place(4096), Lsn(11)).1, MetaSeen::Absent));
 }
 
-/// An entry with 119 records ends 64 bytes before a page: less than an entry's header, so only what fits may be looked at.
+/// After 118 or 119 records 64 bytes are left before the next page: fewer than an entry has for a header, and no more than
+/// those may be looked at. (A whole later commit was once taken for a torn tail.)
 #[test]
 fn the_next_commit_is_found_wherever_the_last_entry_ended() {
     for count in 1..260 {
