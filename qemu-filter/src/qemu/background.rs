@@ -141,7 +141,8 @@ impl Background {
         // ORDERING: Release pairs with `stop` and `wake`.
         self.context.store(context, Ordering::Release);
         // ORDERING: SeqCst: after the store of `context`: who stops us now either is seen here or sees it.
-        let nanoseconds = if self.blk.load(Ordering::SeqCst).is_null() { SHORT_SLEEP_NS } else { nanoseconds };
+        let nanoseconds =
+            if self.blk.load(Ordering::SeqCst).is_null() { SHORT_SLEEP_NS } else { nanoseconds };
         // SAFETY: in a coroutine; the place stays as long as this, and only this thread touches it.
         unsafe { (glue.symbols.qemu_co_sleep_ns_wakeable)(self.sleep.get(), CLOCK_REALTIME, nanoseconds) };
     }

@@ -192,7 +192,7 @@ fn attached_device(glue: &Glue, blk: *mut BlockBackend) -> String {
 }
 
 /// The name that an operator knows a device by: "virtio-disk0" for
-/// "/machine/peripheral/virtio-disk0/virtio-backend", "unattached/device[10]" for "/machine/unattached/device[10]".
+/// "/machine/peripheral/virtio-disk0/virtio-backend", `unattached/device[10]` for `/machine/unattached/device[10]`.
 fn device_name(path: &str) -> String {
     if let Some(named) = path.strip_prefix(NAMED_DEVICES) {
         return named.split('/').next().unwrap_or(named).to_owned();
