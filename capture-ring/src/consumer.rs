@@ -147,8 +147,12 @@ impl Consumer {
     fn nothing_published(&mut self) -> Result<Next, RingError> {
         self.return_credits();
         match self.closed_at {
-            // A slot whose writer died with it.
-            Some(end) if self.head < end => Ok(Next::Record(self.step(0, Op::Void))),
+            // A slot whose writer died with it. Only the very first record, where the filter died while it attached,
+            // has none before it to take the stamp from.
+            Some(end) if self.head < end => {
+                let stamp = if self.last_stamp == Stamp::ZERO { self.clock.now() } else { self.last_stamp };
+                Ok(Next::Record(self.step(stamp.0, Op::Void)))
+            }
             _ => Ok(Next::Empty),
         }
     }
@@ -195,8 +199,8 @@ impl Consumer {
         if Stamp(stamp) > self.clock_seen {
             self.clock_seen = self.clock.last();
         }
-        if Stamp(stamp) > self.clock_seen || stamp >= MAX_STAMP {
-            return Err(RingError::corrupt("a record's stamp is later than the host's clock"));
+        if stamp == 0 || Stamp(stamp) > self.clock_seen || stamp >= MAX_STAMP {
+            return Err(RingError::corrupt("a record's stamp is 0 or later than the host's clock"));
         }
         Ok(())
     }

@@ -24,6 +24,14 @@ use random::Random;
 /// How long each kind of scribbling goes on.
 const TIME: Duration = Duration::from_secs(2);
 
+struct Stop<'a>(&'a AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 struct Victim {
     ring: Arc<Ring>,
     clock: HostClock,
@@ -122,11 +130,12 @@ impl Victim {
                     scribble(&mut random);
                 }
             });
+            // Also when `act` panics, or the test would hang instead of failing.
+            let _stop = Stop(&done);
             let start = Instant::now();
             while start.elapsed() < TIME {
                 act();
             }
-            done.store(true, Ordering::Relaxed);
         });
     }
 
@@ -234,13 +243,22 @@ fn a_description_with_any_byte_changed_is_refused() {
     assert!(Ring::open(victim.file.as_fd()).is_ok());
 }
 
+/// A record of the first or the last of all stamps would be refused by whoever reads the frame, for ever.
 #[test]
-fn a_record_stamped_in_the_future_is_refused() {
+fn a_record_stamped_in_the_future_or_never_is_refused() {
     let victim = Victim::new();
     let at = victim.ring.geometry().slots_at;
-    let future = victim.clock.now().0 + 3_600_000_000_000;
-    for (field, value) in [(8, future), (32, 4), (0, 1)] {
-        victim.put(at + field, value);
+    let now = victim.clock.now().0;
+    for (stamp, outcome) in [
+        (now + 3_600_000_000_000, Some(RingErrorKind::Corrupt)),
+        (u64::MAX, Some(RingErrorKind::Corrupt)),
+        (0, Some(RingErrorKind::Corrupt)),
+        (now, None),
+    ] {
+        // A flush.
+        for (field, value) in [(8, stamp), (32, 4), (0, 1)] {
+            victim.put(at + field, value);
+        }
+        assert_eq!(victim.consume(), outcome, "stamp {stamp}");
     }
-    assert_eq!(victim.consume(), Some(RingErrorKind::Corrupt));
 }

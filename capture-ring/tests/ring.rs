@@ -224,8 +224,10 @@ fn what_a_dead_producer_left_is_void_and_dirty() {
     write(&producer, 0, &[9; 10]);
     drop((open, fill, producer));
     consumer.close_dead().expect("a sane tail");
-    let ops: Vec<Op> = drain(&mut consumer).iter().map(|record| record.op).collect();
+    let records = drain(&mut consumer);
+    let ops: Vec<Op> = records.iter().map(|record| record.op).collect();
     assert!(matches!(ops[..], [Op::Void, Op::Write { .. }]), "{ops:?}");
+    assert_ne!(records[0].stamp, Stamp::ZERO, "no record may have it");
     assert_eq!(consumer.issued_ranges().expect("sane headers"), [range(5 * MIB, 600_000)]);
 }
 
