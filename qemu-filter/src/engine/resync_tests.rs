@@ -230,6 +230,8 @@ fn nothing_is_read_before_what_ran_beside_a_tracked_request_has_ended() {
     let mut tracked = begin(&capture, &sector, token());
     assert!(tracked.pieces().is_empty());
     assert!(capture.resume());
+    // The first grace period begins before the captured request does: it takes the second one to wait for that.
+    assert!(matches!(resync.step(Answer::None, Duration::ZERO), Step::Pause(_)));
     let mut captured = begin(&capture, &sector, token());
     fill(captured.pieces(), &[1; SECTOR]);
     disk.write(0, &[1; SECTOR], 1).expect("inside");
