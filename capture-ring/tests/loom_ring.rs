@@ -136,6 +136,35 @@ fn a_slab_is_used_again_only_after_everybody_has_freed_it() {
     });
 }
 
+/// The ABA story: one thread is about to take slab 0 and has read that slab 1 lies below it; meanwhile another takes
+/// both and gives slab 0 back. Without the tag the first would make slab 1, which is in use, the new top.
+#[test]
+fn a_slab_in_use_is_never_handed_out_again() {
+    model(2, || {
+        let Ends { producer, mut consumer, bell: _ } = ends(32, 4);
+        let other = Arc::clone(&producer);
+        let first = thread::spawn(move || {
+            for value in 1..=3 {
+                write(&other, u64::from(value), value);
+            }
+        });
+        let begin = |offset| {
+            let range = ByteRange::new(offset, 1).expect("a valid range");
+            let ticket = producer.begin_write(range, false).expect("room");
+            assert!(producer.copy_in(&ticket, &[offset as u8]));
+            ticket
+        };
+        let given_back = [begin(4), begin(5)];
+        let kept = [begin(6), begin(7)];
+        given_back.into_iter().for_each(|ticket| producer.cancel(ticket));
+        first.join().expect("the first");
+        for ticket in kept {
+            producer.complete(ticket);
+        }
+        take_all(&mut consumer, 5);
+    });
+}
+
 #[test]
 fn cancelling_and_completing_at_once_lose_no_room() {
     model(2, || {
