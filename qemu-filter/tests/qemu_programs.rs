@@ -174,6 +174,7 @@ fn switching_on_and_off_leaves_nothing_behind() {
     let mut filter = agent.accept();
     let url = format!("nbd+unix:///disk?socket={}", site.inside("nbd"));
     wait_for("the export", || site.path().join("nbd").exists().then_some(()));
+    let unloaded = Belongings::of(daemon.0.id()).descriptors;
     let mut load = site.command("qemu-img");
     load.args(["bench", "-w", "-c", "10000000", "-d", "8", "-s", "8k", "-f", "raw", &url])
         .stdout(Stdio::null());
@@ -184,6 +185,7 @@ fn switching_on_and_off_leaves_nothing_behind() {
             filter.detach("disk");
         }
     };
+    wait_for("the load", || (Belongings::of(daemon.0.id()).descriptors > unloaded).then_some(()));
     toggle(10);
     let before = Belongings::of(daemon.0.id());
     toggle(100);

@@ -226,6 +226,8 @@ pub(crate) fn detach(glue: &Glue, device: &str) -> Result<Arc<Background>, Strin
         list.remove(position.ok_or_else(|| format!("'{device}' is not protected"))?)
     };
     if !entry.gone {
+        // It must not read on while the device is being drained.
+        entry.background.stop(glue);
         let is_last = attached().iter().all(|attached| attached.gone);
         if is_last {
             let _drained = AllDrained::begin(glue);
@@ -247,7 +249,6 @@ fn switch_off(glue: &Glue, entry: &Attached) {
         unwatch(glue, entry.blk, entry.slot);
         end_capture(entry.slot);
     }
-    entry.background.stop(glue);
 }
 
 /// Lets the capture of a slot go; no request of its device is in flight.

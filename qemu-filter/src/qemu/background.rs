@@ -3,6 +3,11 @@
 //! It runs in the device's AioContext, where the guest's own requests run, and reads through the device's own
 //! BlockBackend: so it follows the disk through every change of its graph, waits while the device is drained, and
 //! asks for nothing that management could stumble over. What to read, and when to pause, the engine says.
+//!
+//! An export's BlockBackend lets requests through while it is drained; there the coroutine itself has to hold still,
+//! or draining never ends. Only the main thread may ask whether a BlockBackend is drained. So in programs that serve
+//! exports the coroutine runs in the main thread, as any node of 9.0 and later can be read from any thread. (7.2 has
+//! neither, and there exports are captured only in the main thread, whose drains are short enough to come through.)
 
 use std::cell::UnsafeCell;
 use std::ffi::{c_int, c_uint, c_void};
@@ -22,6 +27,8 @@ const CLOCK_REALTIME: c_uint = 0;
 const BLOCK_ZERO: c_int = 0x02;
 /// Longest sleep in one piece: what a stop would wait for if its wake-up were lost.
 const MAX_SLEEP: Duration = Duration::from_millis(500);
+/// How often a coroutine that holds still looks whether it may go on.
+const HOLD_STILL: Duration = Duration::from_millis(1);
 /// Sleep of a coroutine that is to leave, until the engine says so too, in nanoseconds.
 const SHORT_SLEEP_NS: i64 = 1_000_000;
 /// How often a stop looks whether a read that is just being issued has been issued.
@@ -61,9 +68,7 @@ impl Background {
             sleep: UnsafeCell::new(CoSleep::new()),
             resync: UnsafeCell::new(Some(Resync::new(capture))),
         });
-        // SAFETY: live, in the main thread.
-        let context = unsafe { (glue.symbols.blk_get_aio_context)(blk) };
-        background.schedule_in(glue, context, begin);
+        background.schedule_in(glue, home(glue, blk), begin);
         background
     }
 
@@ -117,21 +122,27 @@ impl Background {
         self.finished.load(Ordering::Acquire)
     }
 
-    /// Runs `io` with the BlockBackend, in its AioContext; `Failed` when it has gone.
-    fn with_device(&self, glue: &Glue, io: impl FnOnce(*mut BlockBackend) -> Answer) -> Answer {
-        // ORDERING: SeqCst: before the load of `blk`; see `stop`.
-        self.busy.store(true, Ordering::SeqCst);
-        // ORDERING: SeqCst: as above.
-        let blk = self.blk.load(Ordering::SeqCst);
-        let answer = if blk.is_null() {
-            Answer::Failed
-        } else {
-            follow(glue, blk);
-            io(blk)
-        };
-        // ORDERING: SeqCst: all use of the BlockBackend comes before.
-        self.busy.store(false, Ordering::SeqCst);
-        answer
+    /// Runs `io` with the BlockBackend, in its [`home`]; `Failed` when it has gone.
+    fn with_device(&self, glue: &Glue, io: impl Fn(*mut BlockBackend) -> Answer) -> Answer {
+        loop {
+            // ORDERING: SeqCst: before the load of `blk`; see `stop`.
+            self.busy.store(true, Ordering::SeqCst);
+            // ORDERING: SeqCst: as above.
+            let blk = self.blk.load(Ordering::SeqCst);
+            let answer = if blk.is_null() {
+                Some(Answer::Failed)
+            } else {
+                // SAFETY: in a coroutine, outside any request; does nothing when we are there.
+                unsafe { (glue.symbols.aio_co_reschedule_self)(home(glue, blk)) };
+                if must_hold_still(glue, blk) { None } else { Some(io(blk)) }
+            };
+            // ORDERING: SeqCst: all use of the BlockBackend comes before.
+            self.busy.store(false, Ordering::SeqCst);
+            match answer {
+                Some(answer) => return answer,
+                None => self.sleep(glue, HOLD_STILL),
+            }
+        }
     }
 
     fn sleep(&self, glue: &Glue, duration: Duration) {
@@ -171,12 +182,29 @@ impl Background {
     }
 }
 
-/// Goes on in the device's AioContext, if that is another by now.
-fn follow(glue: &Glue, blk: *mut BlockBackend) {
-    // SAFETY: live while we are `busy`.
-    let context = unsafe { (glue.symbols.blk_get_aio_context)(blk) };
-    // SAFETY: in a coroutine, outside any request; does nothing when we are there.
-    unsafe { (glue.symbols.aio_co_reschedule_self)(context) };
+/// Whether this program serves exports, and the coroutine runs in its main thread.
+fn serves_exports(glue: &Glue) -> bool {
+    glue.symbols.qemu_add_machine_init_done_notifier.is_none() && glue.symbols.blk_in_drain.is_some()
+}
+
+/// Where a device's coroutine runs now.
+fn home(glue: &Glue, blk: *mut BlockBackend) -> *mut AioContext {
+    if serves_exports(glue) {
+        // SAFETY: takes nothing.
+        unsafe { (glue.symbols.qemu_get_aio_context)() }
+    } else {
+        // SAFETY: live: the caller is `busy`, or the main thread.
+        unsafe { (glue.symbols.blk_get_aio_context)(blk) }
+    }
+}
+
+/// Whether an export is drained. Called at home, so in the main thread.
+fn must_hold_still(glue: &Glue, blk: *mut BlockBackend) -> bool {
+    match glue.symbols.blk_in_drain {
+        // SAFETY: live while we are `busy`, in the main thread.
+        Some(in_drain) if serves_exports(glue) => unsafe { in_drain(blk) },
+        _ => false,
+    }
 }
 
 fn status(glue: &Glue, blk: *mut BlockBackend, offset: u64, length: u64) -> Answer {

@@ -165,6 +165,8 @@ symbols! {
             *mut i64,
             *mut *mut BlockDriverState,
         ) -> c_int,
+        /// Only in 8.0 and later. Asserts that it is called in the main thread.
+        blk_in_drain: unsafe extern "C" fn(*mut BlockBackend) -> bool,
         /// Only in programs with a monitor.
         qapi_free_VersionInfo: unsafe extern "C" fn(*mut VersionInfo),
         /// Only in system emulators.
