@@ -134,7 +134,7 @@ fn a_flipped_byte_anywhere_is_noticed_or_harmless() {
             damaged.get_mut(path).expect("file")[offset as usize] ^= 1 << random.below(8);
             let told =
                 [true, false].map(|writable| see_damage(&damaged, writable, whole, &lsns, &images, &what));
-            assert_eq!(told[0] || !told[1], true, "{what}: only the reader noticed");
+            assert!(told[0] || !told[1], "{what}: only the reader noticed");
             *(if told[0] { &mut noticed } else { &mut harmless }) += 1;
         }
     }

@@ -134,6 +134,9 @@ pub(crate) fn open(env: &Arc<Env>, disk: DiskId, writable: bool) -> Result<Arc<D
     opener.finish(manifest, tails)
 }
 
+/// The active segment: its index, and the ends of its data and metadata files if it may be written.
+type Active = (SegmentIndex, Option<(Tail, Tail)>);
+
 struct Opener<'a> {
     env: &'a Arc<Env>,
     disk: DiskId,
@@ -331,10 +334,7 @@ impl Opener<'_> {
     }
 
     /// Recovers the active segment. `None` if nothing of it can be used.
-    fn open_active(
-        &mut self,
-        live: &LiveSegment,
-    ) -> Result<Option<(SegmentIndex, Option<(Tail, Tail)>)>, StoreError> {
+    fn open_active(&mut self, live: &LiveSegment) -> Result<Option<Active>, StoreError> {
         let access = if self.writable { Access::ReadWrite } else { Access::Read };
         let open = |kind| {
             let path = segment_path(&self.dir, kind, live.segment);

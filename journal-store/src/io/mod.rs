@@ -22,6 +22,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 /// An open file. All positions and lengths in bytes.
+#[expect(clippy::len_without_is_empty, reason = "nobody asks; and `len` may fail")]
 pub trait File: Send + Sync + Debug {
     /// Fills `buf` from `position` on; `UnexpectedEof` when the file ends before.
     ///
