@@ -50,12 +50,14 @@ pub fn disk_id(host: &HostId, vm_uuid: &[u8; 16], vm_name: &str, device: &str) -
 /// # Errors
 /// [`AgentError::Config`] when the file holds something else.
 pub fn host_id(machine_id: &Path, host_name: &str) -> Result<HostId, AgentError> {
-    let Ok(text) = std::fs::read_to_string(machine_id) else {
+    let text = std::fs::read_to_string(machine_id).unwrap_or_default();
+    let text = text.trim();
+    // Images that have never booted have an empty file, or this word in it (machine-id(5)).
+    if text.is_empty() || text == "uninitialized" {
         let mut hasher = blake3::Hasher::new_derive_key("qemu-cdp host id v1");
         hash_field(&mut hasher, host_name.as_bytes());
         return Ok(uuid_v8(&hasher.finalize()));
-    };
-    let text = text.trim();
+    }
     let number = u128::from_str_radix(text, 16).ok().filter(|_| text.len() == 32);
     number.map(u128::to_be_bytes).ok_or_else(|| AgentError::Config {
         setting: "machine_id",
@@ -96,7 +98,11 @@ mod tests {
         assert_ne!(from_name, host_id(&path, "beta").unwrap());
         std::fs::write(&path, "000102030405060708090a0b0c0d0e0f\n").unwrap();
         assert_eq!(host_id(&path, "alpha").unwrap(), [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15]);
-        std::fs::write(&path, "uninitialized\n").unwrap();
+        for unset in ["", "uninitialized\n"] {
+            std::fs::write(&path, unset).unwrap();
+            assert_eq!(host_id(&path, "alpha").unwrap(), from_name);
+        }
+        std::fs::write(&path, "0001\n").unwrap();
         assert!(host_id(&path, "alpha").is_err());
     }
 }
