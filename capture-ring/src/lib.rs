@@ -50,6 +50,7 @@ mod raw;
 mod ring;
 mod slots;
 mod sync;
+mod ticket;
 
 pub use bell::Bell;
 pub use clock::HostClock;
@@ -57,5 +58,6 @@ pub use consumer::{Consumer, Next};
 pub use dirty::Dirty;
 pub use error::{Full, RingError, RingErrorKind};
 pub use mode::{Mode, ModeWord, Resync, Tracked};
-pub use producer::{FillTicket, OpKind, Piece, Pieces, Producer, Ticket};
+pub use producer::Producer;
 pub use ring::{Ring, RingConfig};
+pub use ticket::{FillTicket, OpKind, Piece, Pieces, Ticket};

@@ -96,6 +96,7 @@ impl Ring {
     #[cfg(loom)]
     #[must_use]
     #[expect(clippy::expect_used, reason = "tests only")]
+    #[expect(clippy::arc_with_non_send_sync, reason = "loom runs its threads one at a time")]
     pub fn for_loom(config: &RingConfig) -> std::sync::Arc<Self> {
         let geometry = Geometry::new(config).expect("a valid configuration");
         let ring = Self { memory: Memory::new(geometry, 1), config: *config };
