@@ -30,8 +30,11 @@ pub enum OpKind {
 }
 
 /// A request that has room in the ring: plain data, to be kept until the disk has answered, then given to exactly
-/// one of [`Producer::complete`](crate::Producer::complete), [`Producer::fail`](crate::Producer::fail) and [`Producer::cancel`](crate::Producer::cancel). One that is lost keeps its room and
-/// its range counts as issued.
+/// one of [`complete`], [`fail`] and [`cancel`]. One that is lost keeps its room and its range counts as issued.
+///
+/// [`complete`]: crate::Producer::complete
+/// [`fail`]: crate::Producer::fail
+/// [`cancel`]: crate::Producer::cancel
 #[derive(Debug)]
 #[must_use = "its slot and its part of the arena come back only through complete, fail or cancel"]
 pub struct Ticket {
@@ -59,9 +62,12 @@ impl Ticket {
     }
 }
 
-/// A background read that has its LSN and room for its data; to be given to exactly one of
-/// [`Producer::complete_fill_write`](crate::Producer::complete_fill_write), [`Producer::complete_fill_zero`](crate::Producer::complete_fill_zero) and [`Producer::cancel_fill`](crate::Producer::cancel_fill). While it is
-/// not, the consumer cannot pass its slot.
+/// A background read that has its LSN and room for its data; to be given to exactly one of [`complete_fill_write`],
+/// [`complete_fill_zero`] and [`cancel_fill`]. While it is not, the consumer cannot pass its slot.
+///
+/// [`complete_fill_write`]: crate::Producer::complete_fill_write
+/// [`complete_fill_zero`]: crate::Producer::complete_fill_zero
+/// [`cancel_fill`]: crate::Producer::cancel_fill
 #[derive(Debug)]
 #[must_use = "the consumer waits at its slot until the fill is completed or cancelled"]
 pub struct FillTicket {

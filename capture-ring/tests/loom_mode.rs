@@ -2,6 +2,7 @@
 //! who replays the log by the reader's rule. Whatever the interleaving, every point outside a gap holds everything
 //! that the guest had been told before it.
 #![cfg(loom)]
+#![allow(clippy::arc_with_non_send_sync, reason = "loom runs its threads one at a time")]
 
 use std::sync::Arc;
 

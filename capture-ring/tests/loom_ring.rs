@@ -3,6 +3,7 @@
 //!
 //! Run by `RUSTFLAGS="--cfg loom" cargo test -p capture-ring --release --test 'loom_*'`.
 #![cfg(loom)]
+#![allow(clippy::arc_with_non_send_sync, reason = "loom runs its threads one at a time")]
 
 use std::sync::Arc;
 
