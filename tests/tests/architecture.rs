@@ -76,3 +76,47 @@ fn the_filter_brings_no_runtime_into_qemu() {
         assert!(!names.contains(name), "{name} must not be loaded into QEMU");
     }
 }
+
+/// Where `unsafe` is allowed: files or folders under the root, as `ARCHITECTURE.md` lists them.
+const UNSAFE_IS_IN: &[&str] = &[
+    "capture-ring/src/raw/",
+    "host-agent/src/seam/",
+    "journal-store/src/io/map.rs",
+    "qemu-filter/examples/",
+    "qemu-filter/src/ffi/",
+    "qemu-filter/src/qemu/",
+];
+
+fn sources(folder: &std::path::Path, found: &mut Vec<std::path::PathBuf>) {
+    for entry in std::fs::read_dir(folder).expect("a folder") {
+        let path = entry.expect("an entry").path();
+        if path.is_dir() && path.file_name().is_some_and(|name| name != "target") {
+            sources(&path, found);
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            found.push(path);
+        }
+    }
+}
+
+#[test]
+fn unsafe_is_switched_on_only_where_the_architecture_says() {
+    let root = std::path::Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/.."));
+    let mut switched_on = 0;
+    for (member, _) in ALLOWED.iter().filter(|(member, _)| *member != "cdp-tests") {
+        let mut files = Vec::new();
+        sources(&root.join(member), &mut files);
+        for path in files {
+            let text = std::fs::read_to_string(&path).expect("a source file");
+            if !text.lines().any(|line| line.contains("allow(") && line.contains("unsafe_code")) {
+                continue;
+            }
+            let name = path.strip_prefix(root).expect("under the root").to_string_lossy().into_owned();
+            assert!(UNSAFE_IS_IN.iter().any(|place| name.starts_with(place)), "{name} allows unsafe code");
+            switched_on += 1;
+        }
+    }
+    assert!(
+        switched_on >= UNSAFE_IS_IN.len() - 1,
+        "the lint's name has changed, or this test looks in the wrong place"
+    );
+}
