@@ -211,14 +211,12 @@ impl FakeDisk {
         }
     }
 
+    /// Takes the dirty bits, then the LSN, then reads: the order that `docs/formats/ring.md` asks for.
     fn copy_one(&self, producer: &Producer) {
+        let Some(range) = producer.ring().dirty().take_run(0, 64 << 10) else { return };
         let Ok(ticket) = producer.reserve_fill(64 << 10) else {
+            producer.mark_dirty(range);
             std::thread::sleep(Duration::from_millis(1));
-            return;
-        };
-        let nothing = ByteRange::new(0, 0).unwrap();
-        let Some(range) = producer.ring().dirty().take_run(0, 64 << 10) else {
-            producer.cancel_fill(ticket, nothing);
             return;
         };
         let (from, to) = (usize::try_from(range.offset()).unwrap(), usize::try_from(range.end()).unwrap());
