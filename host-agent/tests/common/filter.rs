@@ -19,6 +19,8 @@ pub struct FakeDisk {
     pub image: Mutex<Vec<u8>>,
     producer: Mutex<Option<Arc<Producer>>>,
     ring_file: Mutex<Option<File>>,
+    /// A ring has one resync at a time.
+    resyncing: Mutex<()>,
 }
 
 pub struct FakeFilter {
@@ -118,7 +120,7 @@ impl FakeFilter {
 impl FakeDisk {
     fn new() -> Self {
         let image = Mutex::new(vec![0; usize::try_from(DISK_BYTES).unwrap()]);
-        Self { image, producer: Mutex::new(None), ring_file: Mutex::new(None) }
+        Self { image, producer: Mutex::new(None), ring_file: Mutex::new(None), resyncing: Mutex::new(()) }
     }
 
     fn attach(&self, fds: &capture_ring::control::AttachFds) -> Result<(), String> {
@@ -198,6 +200,7 @@ impl FakeDisk {
 
     /// Copies what is dirty until the gap ends; gives up when there is no room (the agent asks again).
     pub fn resync(&self) {
+        let _alone = self.resyncing.lock().unwrap();
         let producer = self.producer();
         if !producer.try_resume() {
             return;
