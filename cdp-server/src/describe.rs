@@ -3,8 +3,8 @@
 use std::time::Instant;
 
 use cdp_api::{Disk, DiskSummary, Journal, time};
-use journal_format::{DiskId, Lsn, Stamp};
-use journal_store::DiskStore;
+use journal_format::{DiskId, Epoch, Lsn, Stamp};
+use journal_store::{DiskStore, History};
 
 use crate::catalog::DiskRow;
 use crate::core::Core;
@@ -20,9 +20,10 @@ pub(crate) fn disk(core: &Core, row: &DiskRow) -> Result<Disk, ServerError> {
     let history = store.as_ref().map(|disk| disk.history());
     let newest =
         store.as_ref().zip(history.as_ref()).and_then(|(disk, history)| resolve::newest(disk, history));
-    // Before the first record arrives the whole disk is as unknown as in a gap.
-    let gap_open =
-        history.is_none_or(|h| h.last.is_none() || h.gaps.last().is_some_and(|gap| gap.end.is_none()));
+    let gap_open = store
+        .as_ref()
+        .zip(history.as_ref())
+        .is_none_or(|(disk, history)| gap_is_open(row, disk.last_epoch(), history));
     let summary = DiskSummary {
         id: row.id.to_string(),
         vm: row.vm.clone(),
@@ -45,6 +46,12 @@ pub(crate) fn disk(core: &Core, row: &DiskRow) -> Result<Disk, ServerError> {
         last_seen: (row.seen_ns > 0).then(|| time::rfc3339(row.seen_ns)),
         journal: store.map(|disk| journal(core, row.id, &disk, live.as_ref(), now)),
     })
+}
+
+/// Whether the present lies in a gap. Before the first record arrives the whole disk is as unknown as in a gap; so is
+/// a capture session that was handed out and whose gap-begin has not arrived yet.
+pub(crate) fn gap_is_open(row: &DiskRow, stored: Epoch, history: &History) -> bool {
+    history.last.is_none() || stored < row.epoch || history.gaps.last().is_some_and(|gap| gap.end.is_none())
 }
 
 fn journal(core: &Core, id: DiskId, disk: &DiskStore, live: Option<&LiveDisk>, now: Instant) -> Journal {

@@ -12,6 +12,7 @@ use journal_format::{DiskId, Lsn, Stamp};
 
 use crate::catalog::DiskRow;
 use crate::core::Core;
+use crate::describe;
 use crate::fleet::{Command, Mode};
 use crate::limits::{BOOKMARK_TIMEOUT, COMMAND_TIMEOUT};
 use crate::resolve;
@@ -42,8 +43,8 @@ pub(crate) async fn create(
 ) -> Result<(StatusCode, Json<Bookmark>), ApiError> {
     check_name(&wanted.name)?;
     let row = reading(&core, move |core| disk.find(core)).await?;
-    let (id, name) = (row.id, wanted.name.clone());
-    let gap_open = reading(&core, move |core| free_name(core, id, &name)).await?;
+    let (read, name) = (row.clone(), wanted.name.clone());
+    let gap_open = reading(&core, move |core| free_name(core, &read, &name)).await?;
     let bookmark = match wanted.at {
         Some(at) => {
             let spec = resolve::parse(&at, core.now_ns())?;
@@ -69,14 +70,14 @@ fn check_name(name: &str) -> Result<(), ApiError> {
 }
 
 /// Refuses a name that is taken. Says whether the disk's newest gap is open.
-fn free_name(core: &Core, id: DiskId, name: &str) -> Result<bool, ApiError> {
-    let disk = core.store.disk(id).ok_or_else(|| no_journal(id))?;
+fn free_name(core: &Core, row: &DiskRow, name: &str) -> Result<bool, ApiError> {
+    let disk = core.store.disk(row.id).ok_or_else(|| no_journal(row.id))?;
     let history = disk.history();
     if let Some(old) = history.bookmarks.iter().find(|bookmark| bookmark.name == name) {
         let detail = format!("bookmark '{name}' exists, at lsn {}", old.lsn);
         return Err(Problem::new(Kind::BookmarkExists, detail, "choose another name").into());
     }
-    Ok(history.gaps.last().is_some_and(|gap| gap.end.is_none()))
+    Ok(describe::gap_is_open(row, disk.last_epoch(), &history))
 }
 
 async fn at_point(
