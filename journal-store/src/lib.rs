@@ -37,6 +37,7 @@
 
 mod cache;
 pub mod config;
+mod damage;
 mod disk;
 pub mod error;
 mod files;
@@ -50,7 +51,8 @@ mod timeline;
 mod view;
 
 pub use config::StoreConfig;
-pub use disk::{Damage, DiskStore, Stats};
+pub use damage::{Damage, DamageKind};
+pub use disk::{DiskStore, Stats, Verified, VerifyProgress};
 pub use error::{StoreError, StoreErrorKind};
 pub use history::{Bookmark, EpochStart, Gap, History, RecoverableRange};
 pub use point::{Point, PointError, PointKind, PointSpec};

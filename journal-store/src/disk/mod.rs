@@ -20,10 +20,12 @@ use journal_format::{DiskId, Epoch, Lsn, SegmentNumber, Stamp};
 
 pub(crate) use data::FrameCache;
 pub(crate) use open::{create, exists, open};
+pub use verify::{Verified, VerifyProgress};
 pub(crate) use writer::Commit;
 
 use crate::cache::Cache;
 use crate::config::StoreConfig;
+use crate::damage::Damage;
 use crate::error::StoreError;
 use crate::files;
 use crate::history::{Bookmark, History, RecoverableRange};
@@ -58,27 +60,6 @@ pub struct Stats {
     pub segments: u64,
     /// Number of durable records.
     pub records: u64,
-}
-
-/// A part of a disk's journal that is not what was written.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Damage {
-    /// Whose journal.
-    pub disk: DiskId,
-    /// Which file.
-    pub path: PathBuf,
-    /// First LSN that is affected.
-    pub first_lsn: Lsn,
-    /// Last LSN that is affected; [`Lsn::MAX`] when everything from the first on is.
-    pub last_lsn: Lsn,
-    /// What is wrong.
-    pub detail: String,
-}
-
-impl Damage {
-    fn error(&self) -> StoreError {
-        StoreError::damaged(self.disk, &self.path, (self.first_lsn, self.last_lsn), &self.detail)
-    }
 }
 
 /// The journal of one disk.

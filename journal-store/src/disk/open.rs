@@ -15,7 +15,8 @@ use journal_format::{DiskId, Epoch, Lsn, Op, SegmentNumber, Stamp};
 use super::scan::{Scanned, Source};
 use super::seal::{load_index, make_segment, write_manifest};
 use super::writer::{Event, Last, Pending, Tail, Writer, bookmarks_of};
-use super::{Damage, DiskStore, Env, State, Stats, data, segment_path};
+use super::{DiskStore, Env, State, Stats, data, segment_path};
+use crate::damage::{Damage, DamageKind};
 use crate::error::StoreError;
 use crate::files::{self, OwnFile};
 use crate::history::Bookmark;
@@ -164,9 +165,8 @@ impl State {
 }
 
 impl Opener<'_> {
-    fn damage(&self, path: &Path, first_lsn: Lsn, detail: impl ToString) -> Damage {
-        let (disk, last_lsn) = (self.disk, Lsn::MAX);
-        Damage { disk, path: path.to_owned(), first_lsn, last_lsn, detail: detail.to_string() }
+    fn damage(&self, place: (&Path, u64), first_lsn: Lsn, kind: DamageKind, detail: impl ToString) -> Damage {
+        Damage::new(self.disk, place, (first_lsn, Lsn::MAX), kind, detail)
     }
 
     fn read_file(&self, path: &Path, access: Access) -> Result<(Arc<dyn File>, Vec<u8>), StoreError> {
@@ -258,7 +258,12 @@ impl Opener<'_> {
                         events.push(Event::Epoch { epoch, lsn, stamp, disk_bytes });
                     }
                     Err(StoreError::Damaged { path, detail, .. }) => {
-                        self.state.damage = Some(self.damage(&path, frame.first_lsn, detail));
+                        self.state.damage = Some(self.damage(
+                            (&path, frame.meta_position),
+                            frame.first_lsn,
+                            DamageKind::Records,
+                            detail,
+                        ));
                         break;
                     }
                     Err(error) => return Err(error),
@@ -323,7 +328,8 @@ impl Opener<'_> {
     ) -> Option<journal_format::index::IndexBuilder> {
         let next = found.last.map_or(live.first_lsn, |last| last.lsn.next());
         if let Some(detail) = &found.damage {
-            self.state.damage = Some(self.damage(path, next, detail));
+            let place = (path, next_entry(found.meta_end));
+            self.state.damage = Some(self.damage(place, next, DamageKind::Records, detail));
         }
         self.state.apply(found.events);
         // Marks of bookmarks are taken from the index when the names are read.
@@ -347,7 +353,7 @@ impl Opener<'_> {
         for (path, header) in [(&data_path, data_header), (&meta_path, meta_header)] {
             // Headers were durable before the manifest named the files.
             if let Err(error) = header {
-                self.state.damage = Some(self.damage(path, live.first_lsn, error));
+                self.state.damage = Some(self.damage((path, 0), live.first_lsn, DamageKind::Header, error));
                 return Ok(None);
             }
         }
@@ -440,7 +446,8 @@ fn read_bookmarks(env: &Env, disk: DiskId, dir: &Path, state: &mut State) -> Res
         Ok(_) => "it holds another disk's bookmarks".to_owned(),
         Err(error) => error.to_string(),
     };
-    state.bookmarks_damage = Some(Damage { disk, path, first_lsn: Lsn::FIRST, last_lsn: Lsn::MAX, detail });
+    let lsns = (Lsn::FIRST, Lsn::MAX);
+    state.bookmarks_damage = Some(Damage::new(disk, (&path, 0), lsns, DamageKind::Bookmarks, detail));
     Ok(())
 }
 

@@ -1,125 +1,385 @@
-//! Reading everything of a disk and checking every checksum.
+//! Reading everything of a disk and checking everything that a restore would: every frame's data (checksum,
+//! decompression), every record against the index and against its data, every index against the records that it was made
+//! from, headers, unused bytes, bookmarks, the manifest, and that no LSN is missing.
+//!
+//! Memory: one frame, and of one segment the metadata file and the index that is made from it for comparison. It does not
+//! grow with the history, and nothing passes the frame cache, so a check does not push out what readers use.
 
+use std::collections::BTreeMap;
+use std::ops::{ControlFlow, RangeInclusive};
+use std::path::Path;
 use std::sync::Arc;
 
-use journal_format::index::{IndexFrame, IndexShape};
-use journal_format::manifest::Manifest;
-use journal_format::recovery::DataState;
-use journal_format::segment::SegmentKind;
-use journal_format::{Epoch, Lsn};
+use journal_format::index::{IndexBuilder, IndexFrame, IndexShape};
+use journal_format::manifest::{Manifest, Sealed};
+use journal_format::segment::{DATA_ENTRY_BYTES, MetaEntry, Place, SEGMENT_HEADER_PAGE_BYTES, SegmentKind};
+use journal_format::{Lsn, SegmentNumber, Stamp};
 
-use super::scan::Source;
-use super::{Damage, DiskStore, State};
+use super::{DiskStore, State};
+use crate::damage::{Damage, DamageKind};
 use crate::error::StoreError;
 use crate::files;
 use crate::io::Access;
-use crate::segment::{Segment, SegmentIndex};
+use crate::segment::Segment;
+
+/// How far a check is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct VerifyProgress {
+    /// Everything before this LSN (of the range that was asked for) is checked.
+    pub next_lsn: Lsn,
+    /// Bytes of frames' data that are checked.
+    pub done_bytes: u64,
+    /// Bytes of frames' data in the range.
+    pub total_bytes: u64,
+}
+
+/// What a check found.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Verified {
+    /// Damage, by LSN. An empty list says that every point of the range can be read.
+    pub damage: Vec<Damage>,
+    /// First and last LSN that were checked; `None` if there was none to check.
+    pub checked: Option<(Lsn, Lsn)>,
+    /// Where to go on, when the check was told to stop before it was done.
+    pub resume_at: Option<Lsn>,
+    /// Bytes of frames' data that were checked.
+    pub data_bytes: u64,
+}
 
 impl DiskStore {
-    /// Reads all durable frames, records, indexes and small files of the disk and checks every checksum; indexes are
-    /// also compared with the records that they were made from. `progress` is told the bytes of frame data that are done
-    /// and that there are. Returns what is damaged, in LSN order; an empty list says that every point can be read.
+    /// Checks all that is durable and has an LSN in `lsns` (`Lsn::FIRST..=Lsn::MAX` is everything), against checksums and
+    /// against each other. Frames are checked whole, also those that begin before the range or end behind it.
     ///
-    /// # Errors
-    /// `Io` when a file cannot be read at all.
-    pub fn verify(&self, progress: &mut dyn FnMut(u64, u64)) -> Result<Vec<Damage>, StoreError> {
+    /// `watch` is called before each frame and at the end; when it breaks, the check ends and says where to go on. A disk
+    /// may be written and read meanwhile. What cannot be read is damage too ([`DamageKind::Unreadable`]), not an error: a
+    /// check ends for no other reason than `watch`.
+    pub fn verify(
+        &self,
+        lsns: RangeInclusive<Lsn>,
+        watch: &mut dyn FnMut(&VerifyProgress) -> ControlFlow<()>,
+    ) -> Verified {
         let state = self.state().clone();
-        let mut damages: Vec<Damage> = state.damage.iter().chain(&state.bookmarks_damage).cloned().collect();
-        self.verify_small_files(&state, &mut damages)?;
-        let frames = |segment: &Segment| segment.index().tables().frames().collect::<Vec<IndexFrame>>();
-        let durable = |frame: &IndexFrame| frame.first_lsn <= state.durable_lsn;
-        let stored = |segment: &Arc<Segment>| {
-            frames(segment).iter().filter(|f| durable(f)).map(|f| u64::from(f.data_bytes)).sum::<u64>()
-        };
-        let (mut done, total) = (0, state.segments.iter().map(stored).sum());
-        progress(done, total);
-        for segment in state.segments.iter() {
-            self.verify_index(segment, &mut damages)?;
-            for frame in frames(segment).into_iter().filter(durable) {
-                collect(&mut damages, self.read_frame_data(&frame))?;
-                collect(&mut damages, self.frame_records(segment, &frame))?;
-                done += u64::from(frame.data_bytes);
-                progress(done, total);
-            }
+        let first =
+            *lsns.start().max(&state.segments.first().map_or(Lsn::FIRST, |segment| segment.first_lsn));
+        let last = *lsns.end().min(&state.durable_lsn);
+        let mut check = Check::new(self, &state, (first, last));
+        check.small_files();
+        let end = state.segments.iter().try_for_each(|segment| check.segment(segment, watch));
+        let resume_at = end.is_break().then_some(check.progress.next_lsn);
+        let mut damage = check.damage;
+        damage.sort_by(|a, b| (a.first_lsn, &a.path, a.offset).cmp(&(b.first_lsn, &b.path, b.offset)));
+        if resume_at.is_none() {
+            check.progress.next_lsn = last.next();
+            // Nothing is left to stop.
+            let _ = watch(&check.progress);
         }
-        damages.sort_by_key(|damage| damage.first_lsn);
-        Ok(damages)
-    }
-
-    fn verify_small_files(&self, state: &State, damages: &mut Vec<Damage>) -> Result<(), StoreError> {
-        let path = self.dir.join(files::MANIFEST);
-        let bytes = self.read_whole(&path)?;
-        if let Err(error) = Manifest::parse(&bytes) {
-            damages.push(self.damage_of(&path, (Lsn::FIRST, Lsn::MAX), error));
-        }
-        let path = self.dir.join(files::BOOKMARKS);
-        if state.bookmarks.is_empty() || state.bookmarks_damage.is_some() {
-            return Ok(());
-        }
-        if let Err(error) = journal_format::bookmarks::parse(&self.read_whole(&path)?) {
-            damages.push(self.damage_of(&path, (Lsn::FIRST, Lsn::MAX), error));
-        }
-        Ok(())
-    }
-
-    /// Checks the header of the metadata file, and a sealed segment's index against the records.
-    fn verify_index(&self, segment: &Segment, damages: &mut Vec<Damage>) -> Result<(), StoreError> {
-        let meta_path = self.path(SegmentKind::Meta, segment.number);
-        let meta = self.read_whole(&meta_path)?;
-        let last =
-            segment.index().tables().frames().next_back().map_or(segment.first_lsn, |frame| frame.last_lsn());
-        let header = journal_format::segment::SegmentMeta::parse(&meta)
-            .and_then(|header| header.expect(SegmentKind::Meta, self.id, segment.number));
-        if let Err(error) = header {
-            damages.push(self.damage_of(&meta_path, (segment.first_lsn, last), error));
-        }
-        if matches!(&*segment.index(), SegmentIndex::Live(_)) {
-            return Ok(());
-        }
-        let path = self.path(SegmentKind::Index, segment.number);
-        let bytes = self.read_whole(&path)?;
-        let (disk, number, first_lsn) = (self.id, segment.number, segment.first_lsn);
-        let source = Source {
-            disk,
-            segment: number,
-            first_lsn,
-            sealed: Some(last),
-            last_epoch: Epoch(0),
-            meta: &meta,
-        };
-        let found = source.scan(&mut |_, _| Ok(DataState::Valid))?;
-        let verdict = match (IndexShape::check(&bytes), found.damage) {
-            (Err(error), _) => Err(error.to_string()),
-            // What is wrong with the records is reported frame by frame.
-            (Ok(_), Some(_)) => Ok(()),
-            (Ok(_), None) if found.index.finish().is_ok_and(|made| made == bytes) => Ok(()),
-            (Ok(_), None) => Err("the index does not fit the records".to_owned()),
-        };
-        if let Err(detail) = verdict {
-            damages.push(self.damage_of(&path, (segment.first_lsn, last), detail));
-        }
-        Ok(())
-    }
-
-    fn read_whole(&self, path: &std::path::Path) -> Result<Vec<u8>, StoreError> {
-        let file = self.storage().open(path, Access::Read).map_err(StoreError::io("open", path))?;
-        files::read_all(&*file, path)
-    }
-
-    fn damage_of(&self, path: &std::path::Path, lsns: (Lsn, Lsn), detail: impl ToString) -> Damage {
-        let (first_lsn, last_lsn) = lsns;
-        Damage { disk: self.id, path: path.to_owned(), first_lsn, last_lsn, detail: detail.to_string() }
+        let next = resume_at.unwrap_or(last.next());
+        let checked = (first < next && first <= last).then(|| (first, next.prev()));
+        Verified { damage, checked, resume_at, data_bytes: check.progress.done_bytes }
     }
 }
 
-/// Notes damage, passes other errors on.
-fn collect<T>(damages: &mut Vec<Damage>, result: Result<T, StoreError>) -> Result<(), StoreError> {
-    match result {
-        Ok(_) => Ok(()),
-        Err(StoreError::Damaged { disk, path, first_lsn, last_lsn, detail }) => {
-            damages.push(Damage { disk, path, first_lsn, last_lsn, detail });
-            Ok(())
+/// A check that is under way.
+struct Check<'a> {
+    store: &'a DiskStore,
+    state: &'a State,
+    first: Lsn,
+    last: Lsn,
+    progress: VerifyProgress,
+    damage: Vec<Damage>,
+    /// Stamps of bookmarks, to be compared with those of their records.
+    bookmarks: BTreeMap<Lsn, Stamp>,
+    /// What the manifest says of sealed segments.
+    sealed: BTreeMap<SegmentNumber, Sealed>,
+    /// The LSN behind the segment that was checked last.
+    expected: Option<Lsn>,
+}
+
+fn durable_frames(segment: &Segment, state: &State) -> Vec<IndexFrame> {
+    let index = segment.index();
+    index.tables().frames().take_while(|frame| frame.first_lsn <= state.durable_lsn).collect()
+}
+
+/// Where the bytes from `from` to `to` stop being zeroes, if they do. `bytes` holds the file from its start.
+fn not_zero(bytes: &[u8], from: u64, to: u64) -> Option<u64> {
+    let (from_at, to_at) = (usize::try_from(from).ok()?, usize::try_from(to).ok()?);
+    let part = bytes.get(from_at..to_at.min(bytes.len()))?;
+    Some(from.saturating_add(part.iter().position(|byte| *byte != 0)? as u64))
+}
+
+impl<'a> Check<'a> {
+    fn new(store: &'a DiskStore, state: &'a State, (first, last): (Lsn, Lsn)) -> Self {
+        let in_range = |frame: &&IndexFrame| frame.first_lsn <= last && frame.last_lsn() >= first;
+        let stored = |segment: &Arc<Segment>| {
+            let frames = durable_frames(segment, state);
+            frames.iter().filter(in_range).map(|frame| u64::from(frame.data_bytes)).sum::<u64>()
+        };
+        let total_bytes = state.segments.iter().map(stored).sum();
+        Self {
+            store,
+            state,
+            first,
+            last,
+            progress: VerifyProgress { next_lsn: first, done_bytes: 0, total_bytes },
+            damage: state.damage.iter().chain(&state.bookmarks_damage).cloned().collect(),
+            bookmarks: BTreeMap::new(),
+            sealed: BTreeMap::new(),
+            expected: None,
         }
-        Err(error) => Err(error),
+    }
+
+    fn found(&mut self, path: &Path, offset: u64, lsns: (Lsn, Lsn), kind: DamageKind, detail: impl ToString) {
+        self.damage.push(Damage::new(self.store.id, (path, offset), lsns, kind, detail));
+    }
+
+    /// The contents of a file; what cannot be read is noted.
+    fn load(&mut self, path: &Path, lsns: (Lsn, Lsn)) -> Option<Vec<u8>> {
+        let open = self.store.storage().open(path, Access::Read).map_err(StoreError::io("open", path));
+        match open.and_then(|file| files::read_all(&*file, path)) {
+            Ok(bytes) => Some(bytes),
+            Err(error) => {
+                self.found(path, 0, lsns, DamageKind::Unreadable, error);
+                None
+            }
+        }
+    }
+
+    fn small_files(&mut self) {
+        let (everything, disk) = ((Lsn::FIRST, Lsn::MAX), self.store.id);
+        let path = self.store.dir.join(files::MANIFEST);
+        if let Some(bytes) = self.load(&path, everything) {
+            match Manifest::parse(&bytes) {
+                Ok(manifest) if manifest.disk == disk => {
+                    let sealed =
+                        manifest.segments.iter().filter_map(|live| Some((live.segment, live.sealed?)));
+                    self.sealed = sealed.collect();
+                }
+                Ok(_) => self.found(
+                    &path,
+                    0,
+                    everything,
+                    DamageKind::Manifest,
+                    "it is the manifest of another disk",
+                ),
+                Err(error) => self.found(&path, 0, everything, DamageKind::Manifest, error),
+            }
+        }
+        let path = self.store.dir.join(files::BOOKMARKS);
+        if self.state.bookmarks.is_empty() || self.state.bookmarks_damage.is_some() {
+            return;
+        }
+        if let Some(bytes) = self.load(&path, everything) {
+            match journal_format::bookmarks::parse(&bytes) {
+                Ok((owner, bookmarks)) if owner == disk => {
+                    self.bookmarks =
+                        bookmarks.iter().map(|bookmark| (bookmark.lsn, bookmark.stamp)).collect();
+                }
+                Ok(_) => {
+                    let detail = "it holds another disk's bookmarks";
+                    self.found(&path, 0, everything, DamageKind::Bookmarks, detail);
+                }
+                Err(error) => self.found(&path, 0, everything, DamageKind::Bookmarks, error),
+            }
+        }
+    }
+
+    fn segment(
+        &mut self,
+        segment: &Segment,
+        watch: &mut dyn FnMut(&VerifyProgress) -> ControlFlow<()>,
+    ) -> ControlFlow<()> {
+        let frames = durable_frames(segment, self.state);
+        let end = frames.last().map_or(segment.first_lsn, |frame| frame.last_lsn().next());
+        if let Some(expected) = self.expected.replace(end)
+            && expected != segment.first_lsn
+        {
+            let path = self.store.path(SegmentKind::Meta, segment.number);
+            let lsns = (expected, segment.first_lsn.prev());
+            self.found(&path, 0, lsns, DamageKind::Missing, "no segment holds these LSNs");
+        }
+        if end <= self.first || segment.first_lsn > self.last {
+            return ControlFlow::Continue(());
+        }
+        self.headers_and_lengths(segment, end.prev());
+        self.records(segment, &frames);
+        self.data(&frames, watch)
+    }
+
+    /// The header pages of both files, and of a sealed segment their lengths.
+    fn headers_and_lengths(&mut self, segment: &Segment, last: Lsn) {
+        let (disk, number, lsns) = (self.store.id, segment.number, (segment.first_lsn, last));
+        let sealed = self.sealed.get(&number).copied();
+        for kind in [SegmentKind::Data, SegmentKind::Meta] {
+            let path = self.store.path(kind, number);
+            let open = self.store.storage().open(&path, Access::Read).map_err(StoreError::io("open", &path));
+            let seen = open.and_then(|file| {
+                let length = file.len().map_err(StoreError::io("read the length of", &path))?;
+                Ok((files::check_header(&*file, &path, kind, disk, number)?, length))
+            });
+            let (header, length) = match seen {
+                Ok(seen) => seen,
+                Err(error) => {
+                    self.found(&path, 0, lsns, DamageKind::Unreadable, error);
+                    continue;
+                }
+            };
+            if let Err(error) = header {
+                self.found(&path, 0, lsns, DamageKind::Header, error);
+            }
+            let said = sealed.map(|sealed| match kind {
+                SegmentKind::Data => sealed.data_bytes,
+                _ => sealed.meta_bytes,
+            });
+            if let Some(said) = said.filter(|said| *said < length) {
+                let detail = format!("the file has {length} bytes, the manifest says {said}");
+                self.found(&path, said, lsns, DamageKind::Unused, detail);
+            }
+        }
+    }
+
+    /// The records of all frames of a segment, its index, and the bytes between entries of the metadata file.
+    fn records(&mut self, segment: &Segment, frames: &[IndexFrame]) {
+        let (disk, number) = (self.store.id, segment.number);
+        let lsns = (segment.first_lsn, frames.last().map_or(segment.first_lsn, IndexFrame::last_lsn));
+        let path = self.store.path(SegmentKind::Meta, number);
+        let Some(meta) = self.load(&path, lsns) else { return };
+        let mut rebuilt = Some(IndexBuilder::new(disk, number));
+        let mut end = SEGMENT_HEADER_PAGE_BYTES as u64;
+        for frame in frames {
+            let lsns = (frame.first_lsn, frame.last_lsn());
+            if let Some(offset) = not_zero(&meta, end, frame.meta_position) {
+                let detail = "bytes between two entries are not zero";
+                self.found(&path, offset, lsns, DamageKind::Unused, detail);
+            }
+            let place = Place { disk, segment: number, position: frame.meta_position };
+            let rest = usize::try_from(place.position).ok().and_then(|at| meta.get(at..)).unwrap_or(&[]);
+            match MetaEntry::parse(rest, &place) {
+                Ok(entry) => {
+                    end = place.position.saturating_add(entry.header.entry_bytes());
+                    self.bookmark_stamps(&entry);
+                    let pushed = rebuilt
+                        .as_mut()
+                        .map(|index| index.push(&entry.frame, place.position, entry.header.data));
+                    if let Some(Err(error)) = pushed {
+                        self.found(&path, place.position, lsns, DamageKind::Records, error);
+                        rebuilt = None;
+                    }
+                }
+                Err(error) => {
+                    self.found(&path, place.position, lsns, DamageKind::Records, error);
+                    // Where it ended is unknown, so the bytes behind it are not judged.
+                    end = u64::MAX;
+                    rebuilt = None;
+                }
+            }
+        }
+        if let Some(sealed) = self.sealed.get(&number).copied() {
+            if let Some(offset) = not_zero(&meta, end, sealed.meta_bytes) {
+                self.found(
+                    &path,
+                    offset,
+                    lsns,
+                    DamageKind::Unused,
+                    "bytes behind the last entry are not zero",
+                );
+            }
+            self.index(number, lsns, &sealed, rebuilt);
+        }
+    }
+
+    fn bookmark_stamps(&mut self, entry: &MetaEntry<'_>) {
+        let header = entry.frame.header();
+        let inside = self.bookmarks.range(header.first_lsn()..=header.last_lsn());
+        let wrong = |(lsn, stamp): (&Lsn, &Stamp)| {
+            let record = entry.frame.records().find(|record| record.lsn == *lsn)?;
+            (record.stamp != *stamp).then_some(*lsn)
+        };
+        let wrong: Vec<Lsn> = inside.filter_map(wrong).collect();
+        for lsn in wrong {
+            let path = self.store.dir.join(files::BOOKMARKS);
+            let detail = "a bookmark has another time than its record";
+            self.found(&path, 0, (lsn, lsn), DamageKind::Bookmarks, detail);
+        }
+    }
+
+    /// The index file of a sealed segment, against itself, the manifest and the records. `rebuilt` is `None` when the
+    /// records are damaged, which is reported elsewhere.
+    fn index(
+        &mut self,
+        number: SegmentNumber,
+        lsns: (Lsn, Lsn),
+        sealed: &Sealed,
+        rebuilt: Option<IndexBuilder>,
+    ) {
+        let path = self.store.path(SegmentKind::Index, number);
+        let loaded = self.store.storage().load(&path).map_err(StoreError::io("read", &path));
+        let detail = match &loaded {
+            // It can be made again: not being able to read it is damage of the index, not of what it is made from.
+            Err(error) => error.to_string(),
+            Ok(bytes) => match IndexShape::check(bytes) {
+                Err(error) => error.to_string(),
+                Ok(shape)
+                    if shape.last_lsn() != sealed.last_lsn || bytes.len() as u64 != sealed.index_bytes =>
+                {
+                    "it does not fit the manifest".to_owned()
+                }
+                Ok(_) => match rebuilt.map(|index| index.finish()) {
+                    Some(made) if made.as_ref().ok().map(Vec::as_slice) != Some(&bytes[..]) => {
+                        "it does not fit the records".to_owned()
+                    }
+                    _ => return,
+                },
+            },
+        };
+        self.found(&path, 0, lsns, DamageKind::Index, detail);
+    }
+
+    /// The data of the segment's frames that are in the range, and the bytes between its entries.
+    fn data(
+        &mut self,
+        frames: &[IndexFrame],
+        watch: &mut dyn FnMut(&VerifyProgress) -> ControlFlow<()>,
+    ) -> ControlFlow<()> {
+        let mut end = SEGMENT_HEADER_PAGE_BYTES as u64;
+        for frame in frames {
+            let data_end = frame.data.map_or(end, |at| {
+                at.position
+                    .saturating_add(DATA_ENTRY_BYTES as u64)
+                    .saturating_add(u64::from(frame.data_bytes))
+            });
+            if frame.first_lsn > self.last || frame.last_lsn() < self.first {
+                end = data_end;
+                continue;
+            }
+            self.progress.next_lsn = frame.first_lsn.max(self.first);
+            watch(&self.progress)?;
+            self.frame(frame, end);
+            self.progress.done_bytes = self.progress.done_bytes.saturating_add(u64::from(frame.data_bytes));
+            end = data_end;
+        }
+        ControlFlow::Continue(())
+    }
+
+    fn frame(&mut self, frame: &IndexFrame, unused_from: u64) {
+        let Some(at) = frame.data else { return };
+        let path = self.store.path(SegmentKind::Data, at.segment);
+        let lsns = (frame.first_lsn, frame.last_lsn());
+        match self.store.read_frame_data(frame) {
+            Ok(_) => {}
+            Err(StoreError::Damaged { detail, .. }) => {
+                self.found(&path, at.position, lsns, DamageKind::Data, detail);
+            }
+            Err(error) => self.found(&path, at.position, lsns, DamageKind::Unreadable, error),
+        }
+        // Between two entries of one segment there is less than a page; merged segments take data from elsewhere.
+        let unused = at.position.saturating_sub(unused_from);
+        if (1..journal_format::segment::PAGE_BYTES).contains(&unused)
+            && let Ok(file) = self.store.storage().open(&path, Access::Read)
+            && let Ok(bytes) = files::read_some(&*file, &path, unused_from, unused as usize)
+            && let Some(offset) = not_zero(&bytes, 0, unused)
+        {
+            let offset = unused_from.saturating_add(offset);
+            self.found(&path, offset, lsns, DamageKind::Unused, "bytes between two entries are not zero");
+        }
     }
 }

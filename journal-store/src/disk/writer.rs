@@ -9,7 +9,8 @@ use journal_format::segment::{
 };
 use journal_format::{DiskId, Epoch, Frame, Lsn, Op, Record, Stamp, codec};
 
-use super::{Damage, DiskStore};
+use super::DiskStore;
+use crate::damage::Damage;
 use crate::error::StoreError;
 use crate::files;
 use crate::history::Bookmark;

@@ -3,13 +3,14 @@
 #![allow(missing_docs, unreachable_pub, reason = "test code")]
 
 use std::collections::BTreeMap;
+use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use journal_format::{
     ByteRange, DataSpan, DiskId, Epoch, Frame, FrameMeta, GapReason, Lsn, Op, Record, Stamp, codec, frame,
 };
 use journal_store::io::{MemStorage, Storage};
-use journal_store::{DiskStore, Store, StoreConfig, StoreError, View};
+use journal_store::{Damage, DiskStore, Store, StoreConfig, StoreError, View};
 
 /// Chunks are 256 KiB and wide extents are over 1 MiB: the disk has room for both.
 pub const DISK_BYTES: u64 = 3 << 20;
@@ -288,6 +289,18 @@ pub fn read_all(view: &View) -> Result<Vec<u8>, StoreError> {
     let mut bytes = vec![0xaa; view.disk_bytes() as usize];
     view.read(0, &mut bytes)?;
     Ok(bytes)
+}
+
+/// Checks everything and returns what is damaged.
+pub fn verify(disk: &DiskStore) -> Vec<Damage> {
+    let mut last = 0;
+    let verified = disk.verify(Lsn::FIRST..=Lsn::MAX, &mut |progress| {
+        assert!(last <= progress.done_bytes && progress.done_bytes <= progress.total_bytes);
+        last = progress.done_bytes;
+        ControlFlow::Continue(())
+    });
+    assert_eq!((verified.resume_at, verified.data_bytes), (None, last));
+    verified.damage
 }
 
 /// Says where two images differ, instead of printing megabytes.

@@ -1,0 +1,124 @@
+//! What is found damaged: where, which LSNs, what it means, what to do.
+
+use std::path::{Path, PathBuf};
+
+use journal_format::{DiskId, Lsn};
+
+use crate::error::StoreError;
+
+/// What kind of bytes are damaged, and so what depends on them.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum DamageKind {
+    /// The data of a frame.
+    Data,
+    /// The records of a frame.
+    Records,
+    /// The index of a sealed segment.
+    Index,
+    /// The manifest.
+    Manifest,
+    /// The bookmarks.
+    Bookmarks,
+    /// The header page of a segment's file.
+    Header,
+    /// Bytes that nothing uses and that should be zero.
+    Unused,
+    /// A file or a part of it that the system cannot read.
+    Unreadable,
+    /// LSNs that no segment holds, though those before and behind them are there.
+    Missing,
+}
+
+impl DamageKind {
+    /// The name in JSON and on the command line.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Data => "data",
+            Self::Records => "records",
+            Self::Index => "index",
+            Self::Manifest => "manifest",
+            Self::Bookmarks => "bookmarks",
+            Self::Header => "header",
+            Self::Unused => "unused",
+            Self::Unreadable => "unreadable",
+            Self::Missing => "missing",
+        }
+    }
+
+    /// Whether points cannot be restored because of it. `false` means that what is damaged can be made again, or that
+    /// nothing depends on it; it is still a sign that the volume forgets.
+    #[must_use]
+    pub const fn loses_points(self) -> bool {
+        matches!(self, Self::Data | Self::Records | Self::Unreadable | Self::Missing)
+    }
+
+    /// What to do about it.
+    #[must_use]
+    pub const fn advice(self) -> &'static str {
+        match self {
+            Self::Data => {
+                "points whose image needs these writes are refused; choose another point, or put back a copy of the file"
+            }
+            Self::Records => {
+                "what these records said is unknown; choose a point before them, or put back a copy of the file"
+            }
+            Self::Index => {
+                "nothing is lost; restart the server, which makes the index again from the records"
+            }
+            Self::Manifest => {
+                "restart the server, which writes it again if it can; or put back a copy of the file"
+            }
+            Self::Bookmarks => {
+                "restart the server, which names again what came as records; others must be set again, or put back a copy of \
+                 the file"
+            }
+            Self::Header | Self::Unused => {
+                "nothing is lost; check the volume's medium, and move the store if it goes on"
+            }
+            Self::Unreadable => "check the volume's medium; put back a copy of the file",
+            Self::Missing => "points from here on are refused; put back a copy of the missing segment",
+        }
+    }
+}
+
+/// A part of a disk's journal that is not what was written.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Damage {
+    /// Whose journal.
+    pub disk: DiskId,
+    /// Which file.
+    pub path: PathBuf,
+    /// Where in the file the damaged part begins, in bytes; 0 when it is the whole file.
+    pub offset: u64,
+    /// First LSN that the part speaks of.
+    pub first_lsn: Lsn,
+    /// Last LSN that the part speaks of; [`Lsn::MAX`] when everything from the first on is.
+    pub last_lsn: Lsn,
+    /// What kind of bytes they are.
+    pub kind: DamageKind,
+    /// What is wrong.
+    pub detail: String,
+}
+
+impl Damage {
+    pub(crate) fn new(
+        disk: DiskId,
+        (path, offset): (&Path, u64),
+        (first_lsn, last_lsn): (Lsn, Lsn),
+        kind: DamageKind,
+        detail: impl ToString,
+    ) -> Self {
+        Self { disk, path: path.to_owned(), offset, first_lsn, last_lsn, kind, detail: detail.to_string() }
+    }
+
+    /// Whether it speaks of an LSN in `first..=last`.
+    #[must_use]
+    pub fn touches(&self, first: Lsn, last: Lsn) -> bool {
+        self.first_lsn <= last && first <= self.last_lsn
+    }
+
+    pub(crate) fn error(&self) -> StoreError {
+        StoreError::damaged(self.disk, &self.path, (self.first_lsn, self.last_lsn), &self.detail)
+    }
+}
