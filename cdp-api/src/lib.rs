@@ -1,9 +1,10 @@
 //! What the REST API under `/v1` says: its types, points in time as text, and a blocking client.
 //!
-//! *Owns* the JSON shapes (with their OpenAPI schemas), the one parser of points in time, and the client that
-//! `cdpctl` and `cdp-restore` share.
+//! *Owns* the JSON shapes (with their OpenAPI schemas), how a history becomes them, the one parser of points in time, and
+//! the client that `cdpctl` and `cdp-restore` share.
 //!
-//! *Must not know* the server's insides, the store, or the wire between agent and server.
+//! *Must not know* the server's insides, the store, or the wire between agent and server: of `journal-format` it uses only
+//! the words in which a history is told (points, gaps, ranges).
 //!
 //! *Threads*: types and parser are pure. [`client`] (feature `client`) blocks the calling thread; do not call it from
 //! an async task.
@@ -17,6 +18,7 @@
 #[cfg(feature = "client")]
 pub mod client;
 pub mod error;
+pub mod history;
 pub mod limits;
 pub mod point_spec;
 pub mod problem;

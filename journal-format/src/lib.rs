@@ -1,8 +1,8 @@
 //! The bytes of qemu-cdp: units, records, frames, segments, index entries and wire messages.
 //!
 //! *Owns* every layout that is written to a disk, sent over a socket or compared across processes, the
-//! checks a reader makes on them, and the limits they obey. The authority for each layout is
-//! `docs/formats/`; a test compares it with the code.
+//! checks a reader makes on them, and the limits they obey; and the words in which a history is told:
+//! points, gaps, ranges. The authority for each layout is `docs/formats/`; a test compares it with the code.
 //!
 //! *Must not know* files, sockets, clocks or threads: every function here takes bytes and values and
 //! returns bytes and values.
@@ -27,10 +27,12 @@ pub mod bookmarks;
 pub mod codec;
 pub mod error;
 pub mod frame;
+pub mod history;
 pub mod index;
 pub mod layout;
 pub mod limits;
 pub mod manifest;
+pub mod point;
 pub mod record;
 pub mod recovery;
 pub mod segment;
@@ -40,5 +42,7 @@ pub mod wire;
 
 pub use error::{FormatError, FormatErrorKind};
 pub use frame::{Codec, Frame, FrameHeader, FrameMeta};
+pub use history::{EpochStart, Gap, History, RecoverableRange};
+pub use point::{Point, PointError, PointKind, PointSpec};
 pub use record::{DataSpan, GapReason, Op, Record};
 pub use units::{ByteOffset, ByteRange, DiskId, Epoch, Lsn, SegmentNumber, Stamp};

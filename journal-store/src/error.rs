@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use journal_format::{DiskId, FormatError, Lsn};
 
-use crate::point::PointError;
+use journal_format::PointError;
 
 /// What kind of failure it was, to act on.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]

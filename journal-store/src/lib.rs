@@ -41,10 +41,8 @@ mod damage;
 mod disk;
 pub mod error;
 mod files;
-mod history;
 pub mod io;
 pub mod limits;
-mod point;
 mod segment;
 mod store;
 mod timeline;
@@ -54,7 +52,10 @@ pub use config::StoreConfig;
 pub use damage::{Damage, DamageKind};
 pub use disk::{DiskStore, Stats, Verified, VerifyProgress};
 pub use error::{StoreError, StoreErrorKind};
-pub use history::{Bookmark, EpochStart, Gap, History, RecoverableRange};
-pub use point::{Point, PointError, PointKind, PointSpec};
+/// The words in which this store tells a history.
+pub use journal_format::bookmarks::Bookmark;
+pub use journal_format::{
+    EpochStart, Gap, History, Point, PointError, PointKind, PointSpec, RecoverableRange,
+};
 pub use store::Store;
 pub use view::{Extent, ExtentKind, View};

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use journal_format::{Epoch, Lsn, Op, Record, Stamp};
 
-use crate::history::{EpochStart, Gap};
+use journal_format::{EpochStart, Gap};
 
 /// A size that a disk got.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

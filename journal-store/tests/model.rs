@@ -207,12 +207,8 @@ impl Run {
                 let nearest = (lsn.0..=self.committed.0).map(Lsn).find(|lsn| is_good(*lsn));
                 assert_eq!(after.map(|point| point.lsn), nearest);
             }
-            (Err(StoreError::Point(PointError::OutOfRange { after, .. })), newest) => {
-                let from = newest.map_or(1, |lsn| lsn.0);
-                assert!(
-                    (1..=from.min(self.committed.0)).map(Lsn).all(|lsn| newest.is_none() || !is_good(lsn))
-                );
-                let nearest = (from..=self.committed.0).map(Lsn).find(|lsn| is_good(*lsn));
+            (Err(StoreError::Point(PointError::OutOfRange { before: None, after })), None) => {
+                let nearest = (1..=self.committed.0).map(Lsn).find(|lsn| is_good(*lsn));
                 assert_eq!(after.map(|point| point.lsn), nearest);
             }
             (other, newest) => panic!("{stamp:?}: {other:?}, the newest is {newest:?}"),

@@ -12,7 +12,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("journal-store", &["journal-format"]),
     ("qemu-filter", &["capture-ring", "journal-format"]),
     ("host-agent", &["capture-ring", "journal-format"]),
-    ("cdp-api", &[]),
+    ("cdp-api", &["journal-format"]),
     ("cdp-server", &["cdp-api", "journal-format", "journal-store"]),
     ("restore-tool", &["cdp-api", "journal-format", "journal-store"]),
     ("cdpctl", &["cdp-api"]),

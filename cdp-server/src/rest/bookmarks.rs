@@ -8,7 +8,7 @@ use axum::extract::State;
 use axum::http::StatusCode;
 use cdp_api::limits::MAX_BOOKMARK_BYTES;
 use cdp_api::{Bookmark, CreateBookmark, Kind, PointSpec, Problem};
-use journal_format::{DiskId, Lsn, Stamp};
+use journal_format::{DiskId, Lsn};
 
 use crate::catalog::DiskRow;
 use crate::core::Core;
@@ -91,7 +91,7 @@ async fn at_point(
     reading(core, move |core| {
         let disk = core.store.disk(id).ok_or_else(|| no_journal(id))?;
         disk.add_bookmark(&name, Lsn(point.lsn)).map_err(|e| store_failed(&e))?;
-        Ok(resolve::bookmark(&name, Lsn(point.lsn), Stamp(point.stamp_ns)))
+        Ok(Bookmark { name, lsn: point.lsn, time: point.time, stamp_ns: point.stamp_ns })
     })
     .await
 }
@@ -140,7 +140,7 @@ async fn durable(core: &Arc<Core>, id: DiskId, name: String, lsn: Lsn) -> Result
             }
             let history = disk.history();
             let found = history.bookmarks.iter().find(|b| b.name == wanted && b.lsn == lsn);
-            Ok(found.map(|b| resolve::bookmark(&b.name, b.lsn, b.stamp)))
+            Ok(found.map(Bookmark::from))
         })
         .await?;
         match found {

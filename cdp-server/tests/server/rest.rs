@@ -48,7 +48,7 @@ fn every_error_is_a_problem_with_a_hint() {
         ("/v1/disks/vm/disk0/points?at=yesterday", Kind::BadPoint),
         ("/v1/disks/vm/disk0/points?when=latest", Kind::BadRequest),
         ("/v1/disks/vm/disk0/points?at=lsn:99", Kind::PointOutOfRange),
-        ("/v1/disks/vm/disk0/points?at=lsn:1", Kind::PointOutOfRange),
+        ("/v1/disks/vm/disk0/points?at=lsn:1", Kind::PointInGap),
         ("/v1/disks/vm/disk0/data", Kind::BadRequest),
         ("/v1/disks/vm/disk0/data?lsn=3&offset=0&length=1048577", Kind::BadRequest),
         ("/v1/disks/vm/disk0/data?lsn=3&offset=18446744073709551615&length=1", Kind::BadRequest),

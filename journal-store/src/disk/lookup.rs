@@ -6,8 +6,8 @@ use journal_format::{Lsn, Record, Stamp};
 
 use super::{DiskStore, State};
 use crate::error::StoreError;
-use crate::point::{Point, PointError, PointKind, PointSpec};
 use crate::segment::Segment;
+use journal_format::{Point, PointError, PointKind, PointSpec};
 
 impl DiskStore {
     /// What a point asked for is, as a record: echoed back before anything is restored.
@@ -76,12 +76,7 @@ impl DiskStore {
         let Some(gap) = state.timeline.gap_at(lsn) else { return Ok(()) };
         let before = self.restorable_before(state, gap.begin_lsn);
         let after = gap.end.and_then(|(end, _)| self.restorable_after(state, end));
-        Err(match before {
-            // Before the first good point there is nothing that a gap could have interrupted.
-            None if after.is_some() => PointError::OutOfRange { before, after },
-            _ => PointError::InGap { reason: gap.reason, before, after },
-        }
-        .into())
+        Err(PointError::InGap { reason: gap.reason, before, after }.into())
     }
 
     /// Refuses an LSN that is not durable, not recorded or unknown because of damage.

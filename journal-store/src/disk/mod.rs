@@ -28,12 +28,13 @@ use crate::config::StoreConfig;
 use crate::damage::Damage;
 use crate::error::StoreError;
 use crate::files;
-use crate::history::{Bookmark, History, RecoverableRange};
 use crate::io::{File, Storage};
 use crate::limits::OPEN_DATA_FILES;
 use crate::segment::Segment;
 use crate::timeline::Timeline;
 use crate::view::View;
+use journal_format::bookmarks::Bookmark;
+use journal_format::{History, RecoverableRange};
 use writer::Writer;
 
 /// What all disks of a store share.

@@ -19,10 +19,10 @@ use super::{DiskStore, Env, State, Stats, data, segment_path};
 use crate::damage::{Damage, DamageKind};
 use crate::error::StoreError;
 use crate::files::{self, OwnFile};
-use crate::history::Bookmark;
 use crate::io::{Access, Bytes, File};
 use crate::segment::{Segment, SegmentIndex};
 use crate::timeline::Timeline;
+use journal_format::bookmarks::Bookmark;
 
 impl State {
     /// Takes in events, in LSN order.

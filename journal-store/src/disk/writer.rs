@@ -13,9 +13,9 @@ use super::DiskStore;
 use crate::damage::Damage;
 use crate::error::StoreError;
 use crate::files;
-use crate::history::Bookmark;
 use crate::io::File;
 use crate::segment::{Segment, SegmentIndex};
+use journal_format::bookmarks::Bookmark;
 
 /// The end of one of the active segment's files.
 #[derive(Debug)]

@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use cdp_api::{Bookmark, Gap, Kind, PointKind, PointSpec, Points, RecoverableRange, ResolvedPoint, time};
-use journal_format::{ByteRange, DiskId, Lsn, Stamp};
-use journal_store::{DiskStore, ExtentKind, Point, PointError, Store, StoreError, View};
+use cdp_api::{Kind, PointSpec, Points, ResolvedPoint};
+use journal_format::{ByteRange, DiskId, Stamp};
+use journal_store::{DiskStore, ExtentKind, Store, StoreError, View};
 use serde::Deserialize;
 
 use super::{DiskName, Image, Listing, Source, first_from};
@@ -82,9 +82,15 @@ impl Source for StoreSource {
 
     fn open(&self, disk: &str, at: &PointSpec) -> Result<Box<dyn Image>, RestoreError> {
         let (disk, name) = self.find(disk)?;
-        let point = disk.resolve(&store_spec(at), now(), None).map_err(|error| refused(at, error))?;
+        let point = disk.resolve(&at.into(), now(), None).map_err(|error| refused(at, error))?;
         let view = disk.view(point.lsn).map_err(failed)?;
-        Ok(Box::new(StoreImage { view, name, point: to_api(&point), window: 0..0, data: Vec::new() }))
+        Ok(Box::new(StoreImage {
+            view,
+            name,
+            point: ResolvedPoint::from(point),
+            window: 0..0,
+            data: Vec::new(),
+        }))
     }
 }
 
@@ -120,62 +126,12 @@ fn failed(error: StoreError) -> RestoreError {
 
 fn listing(disk: &DiskStore, name: DiskName) -> Listing {
     let history = disk.history();
-    let range = |range: &journal_store::RecoverableRange| RecoverableRange {
-        from_lsn: range.first.0.0,
-        from_time: time::rfc3339(range.first.1.0),
-        from_stamp_ns: range.first.1.0,
-        to_lsn: range.last.0.0,
-        to_time: time::rfc3339(range.last.1.0),
-        to_stamp_ns: range.last.1.0,
-    };
-    let gap = |gap: &journal_store::Gap| Gap {
-        from_lsn: gap.begin_lsn.0,
-        from_time: time::rfc3339(gap.begin_stamp.0),
-        from_stamp_ns: gap.begin_stamp.0,
-        to_lsn: gap.end.map(|(lsn, _)| lsn.0),
-        to_time: gap.end.map(|(_, stamp)| time::rfc3339(stamp.0)),
-        to_stamp_ns: gap.end.map(|(_, stamp)| stamp.0),
-        reason: gap.reason.as_str().to_owned(),
-    };
-    let bookmark = |mark: &journal_store::Bookmark| Bookmark {
-        name: mark.name.clone(),
-        lsn: mark.lsn.0,
-        time: time::rfc3339(mark.stamp.0),
-        stamp_ns: mark.stamp.0,
-    };
-    let points = Points {
-        disk: name.id.clone(),
-        recoverable: history.recoverable.iter().map(range).collect(),
-        gaps: history.gaps.iter().map(gap).collect(),
-        bookmarks: history.bookmarks.iter().map(bookmark).collect(),
-        newest: disk.resolve(&journal_store::PointSpec::Latest, now(), None).ok().map(|point| to_api(&point)),
-        resolved: None,
-    };
+    let newest = history.recoverable.last().and_then(|range| {
+        let newest = journal_store::PointSpec::Lsn(range.last.0);
+        disk.resolve(&newest, now(), None).ok().map(ResolvedPoint::from)
+    });
+    let points = Points::of(name.id.clone(), &history, newest);
     Listing { name, disk_bytes: disk.disk_bytes(), points }
-}
-
-fn store_spec(at: &PointSpec) -> journal_store::PointSpec {
-    match at {
-        PointSpec::Lsn(lsn) => journal_store::PointSpec::Lsn(Lsn(*lsn)),
-        PointSpec::Time { stamp_ns } => journal_store::PointSpec::Stamp(Stamp(*stamp_ns)),
-        PointSpec::Bookmark(name) => journal_store::PointSpec::Bookmark(name.clone()),
-        PointSpec::Latest => journal_store::PointSpec::Latest,
-    }
-}
-
-fn to_api(point: &Point) -> ResolvedPoint {
-    use journal_store::PointKind as Stored;
-    let kind = match point.kind {
-        Stored::Write => PointKind::Write,
-        Stored::Zero => PointKind::Zero,
-        Stored::Discard => PointKind::Discard,
-        Stored::Flush => PointKind::Flush,
-        Stored::Resize => PointKind::Resize,
-        Stored::Bookmark => PointKind::Bookmark,
-        Stored::GapEnd => PointKind::GapEnd,
-        Stored::GapBegin | Stored::Void => PointKind::Other,
-    };
-    ResolvedPoint::new(point.lsn.0, point.stamp.0, kind, point.exact)
 }
 
 fn now() -> Stamp {
@@ -184,27 +140,10 @@ fn now() -> Stamp {
 }
 
 fn refused(at: &PointSpec, error: StoreError) -> RestoreError {
-    let StoreError::Point(error) = error else {
-        return failed(error);
-    };
-    let near = |point: Option<Point>| point.map(|point| to_api(&point));
-    let (kind, detail, before, after) = match error {
-        PointError::InGap { reason, before, after } => {
-            let detail =
-                format!("{at} lies in a gap ({}): writes of that time may be missing", reason.as_str());
-            (Kind::PointInGap, detail, near(before), near(after))
-        }
-        PointError::OutOfRange { before, after } => {
-            (Kind::PointOutOfRange, format!("{at} is out of range"), near(before), near(after))
-        }
-        PointError::NoSuchBookmark { .. } => (Kind::NoSuchBookmark, format!("there is no {at}"), None, None),
-    };
-    let hint = match kind {
-        Kind::NoSuchBookmark => "'cdp-restore list' shows the bookmarks",
-        _ => "restore one of the nearest points, or see 'cdp-restore list' for what can be restored",
-    };
-    let problem = cdp_api::Problem::new(kind, detail, hint).with_points(before, after);
-    RestoreError::Problem(Box::new(problem))
+    match error {
+        StoreError::Point(reason) => RestoreError::Problem(Box::new(at.refused(reason))),
+        other => failed(other),
+    }
 }
 
 struct StoreImage {

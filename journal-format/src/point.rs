@@ -1,8 +1,9 @@
-//! Points in time: how they are asked for, what they resolve to, and why one is refused.
+//! Points in time: how they are asked for, what they resolve to, and why one is refused. Values without bytes, which the
+//! store computes and the API shows.
 
 use std::fmt;
 
-use journal_format::{GapReason, Lsn, Op, Stamp};
+use crate::{GapReason, Lsn, Op, Stamp};
 
 /// A point as it is asked for.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -97,7 +98,7 @@ impl fmt::Display for Point {
 /// Why a point cannot be restored, with the nearest ones that can.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum PointError {
-    /// Before the first good point, after the newest record, or in the future.
+    /// Before the first record, after the newest one, or in the future.
     OutOfRange {
         /// The nearest good point before.
         before: Option<Point>,

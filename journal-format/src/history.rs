@@ -1,9 +1,9 @@
-//! What can be restored of a disk.
+//! What can be restored of a disk: values without bytes, which the store computes and the API shows.
 
-use journal_format::{Epoch, GapReason, Lsn, Stamp};
+use crate::{Epoch, GapReason, Lsn, Stamp};
 
 /// A named point.
-pub use journal_format::bookmarks::Bookmark;
+pub use crate::bookmarks::Bookmark;
 
 /// Writes may be missing from `begin_lsn` on, until `end`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
