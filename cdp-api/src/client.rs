@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use jiff::Zoned;
+use reqwest::Url;
 use reqwest::blocking::{Client as Http, RequestBuilder, Response};
 use serde::de::DeserializeOwned;
 
@@ -22,6 +23,9 @@ pub enum ClientError {
     /// The server answered with an error.
     #[error("{0}")]
     Problem(Box<Problem>),
+    /// What was given is no address of a server.
+    #[error("{0}")]
+    Address(String),
     /// The server could not be reached, or the connection broke.
     #[error("cannot reach the server at {url}: {source}")]
     Transport {
@@ -55,6 +59,7 @@ impl ClientError {
     pub fn hint(&self) -> &str {
         match self {
             Self::Problem(problem) => &problem.hint,
+            Self::Address(_) => "see --server, and CDP_SERVER in the environment",
             Self::Transport { .. } => "check that cdp-server runs, and --server (or CDP_SERVER)",
             Self::Answer { .. } => "check --server (or CDP_SERVER)",
         }
@@ -72,9 +77,9 @@ impl Client {
     /// A client of the server at `base`, such as `http://127.0.0.1:7410`. Nothing is sent yet.
     ///
     /// # Errors
-    /// `Transport` when the HTTP client cannot be set up.
+    /// `Address` when `base` is none; `Transport` when the HTTP client cannot be set up.
     pub fn new(base: &str) -> Result<Self, ClientError> {
-        let base = base.trim_end_matches('/').to_owned();
+        let base = parse_server(base).map_err(ClientError::Address)?;
         let http =
             Http::builder().timeout(REQUEST_TIMEOUT).connect_timeout(CONNECT_TIMEOUT).no_proxy().build();
         let http = http.map_err(|source| ClientError::Transport { url: base.clone(), source })?;
@@ -199,6 +204,47 @@ impl Client {
     }
 }
 
+/// Reads the address of a server as a user gives it, for use as a parser of arguments.
+///
+/// # Errors
+/// A sentence that says what to write instead.
+pub fn parse_server(text: &str) -> Result<String, String> {
+    let base = text.trim_end_matches('/');
+    let bad = |what: &str| Err(format!("{what}; give http://HOST:PORT, such as http://127.0.0.1:7410"));
+    let Some((scheme, rest)) = text.split_once("://") else {
+        return match base.is_empty() || base.contains(['/', ' ']) {
+            true => bad(&format!("'{text}' is no address of a server")),
+            false => Err(format!("'{text}' lacks its scheme; give http://{base}")),
+        };
+    };
+    if scheme != "http" {
+        return bad(&format!("a server speaks http, not '{scheme}'"));
+    }
+    let url = Url::parse(base).ok().filter(|url| url.has_host() && !rest.starts_with('/'));
+    match url {
+        None => bad(&format!("'{text}' names no host, or its port is none")),
+        Some(url) if url.query().is_some() || url.fragment().is_some() => {
+            bad(&format!("'{text}' has more than an address"))
+        }
+        Some(_) => Ok(base.to_owned()),
+    }
+}
+
+/// Reads the name of a disk as a user gives it, for use as a parser of arguments.
+///
+/// # Errors
+/// A sentence that says what would be a name.
+pub fn parse_disk(text: &str) -> Result<String, String> {
+    let is_uuid = text.parse::<journal_format::DiskId>().is_ok();
+    let is_pair = text.rsplit_once('/').is_some_and(|(vm, device)| !vm.is_empty() && !device.is_empty());
+    match is_uuid || is_pair {
+        true => Ok(text.to_owned()),
+        false => Err(format!(
+            "'{text}' names no disk; give its UUID, or its VM and device such as web1/virtio-disk0"
+        )),
+    }
+}
+
 /// Reads a point where the user sits: local times are in this machine's time zone, and "ago" counts from its clock.
 ///
 /// # Errors
@@ -226,6 +272,31 @@ fn encode_segment(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_no_address_says_what_to_write() {
+        let instead = |text: &str| parse_server(text).expect_err(text);
+        assert!(instead("127.0.0.1:7410").ends_with("give http://127.0.0.1:7410"));
+        assert!(instead("localhost:7410").ends_with("give http://localhost:7410"));
+        for text in
+            ["ftp://x", "https://x", "http://", "http:///x", "", "/", "http://h:99999", "http://h/?a=b"]
+        {
+            assert!(instead(text).contains("give http://HOST:PORT"), "{text}: {}", instead(text));
+        }
+        for text in ["http://127.0.0.1:7410", "http://[::1]:7410/", "http://cdp.example.org/behind/a/proxy"] {
+            assert_eq!(parse_server(text).as_deref(), Ok(text.trim_end_matches('/')));
+        }
+    }
+
+    #[test]
+    fn what_is_no_name_of_a_disk_is_refused() {
+        for text in ["", "/", "web1", "web1/", "/disk0", "6a7d0a54-8a2c-4c0e-9d0b"] {
+            assert!(parse_disk(text).expect_err(text).contains("UUID"), "{text}");
+        }
+        for text in ["web1/disk0", "a/b/c", "6a7d0a54-8a2c-4c0e-9d0b-1f2e3d4c5b6a"] {
+            assert_eq!(parse_disk(text).as_deref(), Ok(text));
+        }
+    }
 
     #[test]
     fn a_disk_name_stays_one_segment() {

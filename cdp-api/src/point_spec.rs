@@ -53,8 +53,9 @@ impl PointSpec {
             return Err(PointSpecError::Length);
         }
         if let Some(number) = text.strip_prefix("lsn:") {
-            let lsn = number.parse().map_err(|_| PointSpecError::Lsn(text.to_owned()))?;
-            return Ok(Self::Lsn(lsn));
+            // Digits only: the parser would also take a sign.
+            let lsn = number.parse().ok().filter(|_| number.bytes().all(|b| b.is_ascii_digit()));
+            return lsn.map(Self::Lsn).ok_or_else(|| PointSpecError::Lsn(text.to_owned()));
         }
         if let Some(name) = text.strip_prefix("bookmark:") {
             let fits = (1..=MAX_BOOKMARK_BYTES).contains(&name.len());
@@ -114,7 +115,21 @@ fn parse_local(text: &str, now: &Zoned) -> Option<DateTime> {
     text.parse::<Time>().ok().filter(|_| time_only).map(|time| now.date().to_datetime(time))
 }
 
+/// A text of which the first field is a number and a date's or a clock's separator follows: not meant as a duration,
+/// though the parser of those would read `25:99:99` as one.
+fn begins_like_a_time(text: &str) -> bool {
+    let rest = text.trim_start_matches(|c: char| c.is_ascii_digit());
+    rest.len() < text.len() && rest.starts_with([':', '-', '/'])
+}
+
 fn parse_ago(text: &str, now: &Zoned) -> Result<Timestamp, PointSpecError> {
+    if begins_like_a_time(text) {
+        return Err(PointSpecError::Malformed(text.to_owned()));
+    }
+    // "-1:30" could be minutes or hours.
+    if text.contains(':') {
+        return Err(PointSpecError::Unknown(text.to_owned()));
+    }
     let span: Span = text.parse().map_err(|_| PointSpecError::Unknown(text.to_owned()))?;
     if span.is_positive() {
         return Err(PointSpecError::Future(text.to_owned()));
@@ -179,7 +194,41 @@ mod tests {
         for text in
             ["2026-11-20T10:00:03 02:00", "2026-11-20T10:00:03+99:00", "10:00:03+02:00", "10:00:03-02:00"]
         {
-            assert!(matches!(parse(text), Err(PointSpecError::Unknown(_))), "{text}: {:?}", parse(text));
+            assert!(matches!(parse(text), Err(PointSpecError::Malformed(_))), "{text}: {:?}", parse(text));
+        }
+    }
+
+    #[test]
+    fn what_begins_like_a_time_and_is_none_is_said_so() {
+        let texts = [
+            "25:99:99",
+            "24:00:01",
+            "10:60",
+            "10:00:61",
+            "1:2:3:4",
+            "2026-13-01",
+            "2026-02-30",
+            "2026-11",
+            "20/11/2026",
+            "2026-11-20T25:00:00Z",
+            "2026-11-20 10:00:03 PM",
+            "10000-01-01",
+            "2026-11-20T",
+            "10:",
+        ];
+        for text in texts {
+            let error = parse(text).expect_err(text);
+            assert_eq!(error, PointSpecError::Malformed(text.to_owned()));
+            assert!(error.to_string().contains("10:00:03"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_year_that_no_journal_can_hold_is_said_so() {
+        for text in ["0000-01-01T00:00:00Z", "0000-01-01", "9999-01-01", "-100y", "-600000000s"] {
+            let error = parse(text);
+            let far = matches!(error, Err(PointSpecError::Range(_)));
+            assert_eq!(far, text != "-600000000s", "{text}: {error:?}");
         }
     }
 
@@ -194,11 +243,16 @@ mod tests {
     fn what_is_no_point_says_what_would_be_one() {
         assert_eq!(parse(""), Err(PointSpecError::Length));
         assert_eq!(parse(&"x".repeat(MAX_POINT_BYTES + 1)), Err(PointSpecError::Length));
-        assert!(matches!(parse("lsn:-1"), Err(PointSpecError::Lsn(_))));
+        for text in ["lsn:", "lsn:-1", "lsn:+1", "lsn: 1", "lsn:1.5", "lsn:x", "lsn:18446744073709551616"] {
+            assert!(matches!(parse(text), Err(PointSpecError::Lsn(_))), "{text}");
+        }
+        assert_eq!(parse("   "), Err(PointSpecError::Length));
         assert!(matches!(parse("bookmark:"), Err(PointSpecError::Bookmark(_))));
-        assert!(matches!(parse("5m"), Err(PointSpecError::Future(_))));
+        for text in ["5m", "1h30m", "+5m", "5 minutes"] {
+            assert!(matches!(parse(text), Err(PointSpecError::Future(_))), "{text}: {:?}", parse(text));
+        }
         assert!(matches!(parse("1969-12-31T23:00:00Z"), Err(PointSpecError::Range(_))));
-        for text in ["yesterday", "10", "2026-13-01", "1042"] {
+        for text in ["yesterday", "10", "1042", "-", "-5", "-1:30", "--5m", "-5x", "ago", "now", "LATEST"] {
             assert!(matches!(parse(text), Err(PointSpecError::Unknown(_))), "{text}: {:?}", parse(text));
         }
     }

@@ -1,5 +1,6 @@
 //! The command line.
 
+use cdp_api::client::{parse_disk, parse_server};
 use clap::{Parser, Subcommand, ValueEnum};
 
 /// Looks after the disks that a qemu-cdp server protects.
@@ -20,6 +21,7 @@ pub(crate) struct Args {
         global = true,
         env = "CDP_SERVER",
         value_name = "URL",
+        value_parser = parse_server,
         default_value = "http://127.0.0.1:7410"
     )]
     pub(crate) server: String,
@@ -47,16 +49,19 @@ pub(crate) enum Command {
     /// Switch protection of a disk on; works while its VM runs
     Protect {
         /// UUID or vm/device
+        #[arg(value_parser = parse_disk)]
         disk: String,
     },
     /// Switch protection of a disk off; its history stays
     Unprotect {
         /// UUID or vm/device
+        #[arg(value_parser = parse_disk)]
         disk: String,
     },
     /// Show what of a disk can be restored
     Points {
         /// UUID or vm/device
+        #[arg(value_parser = parse_disk)]
         disk: String,
         /// Also show what this point resolves to
         #[arg(long, value_name = "POINT", allow_hyphen_values = true)]
@@ -65,6 +70,7 @@ pub(crate) enum Command {
     /// Name a point of a disk: now, or one that exists
     Bookmark {
         /// UUID or vm/device
+        #[arg(value_parser = parse_disk)]
         disk: String,
         /// 1 to 255 bytes, unique for the disk
         name: String,
@@ -81,6 +87,7 @@ pub(crate) enum DiskCommand {
     /// One disk with all that is known of it
     Show {
         /// UUID or vm/device
+        #[arg(value_parser = parse_disk)]
         disk: String,
     },
 }

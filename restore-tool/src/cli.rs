@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use cdp_api::client::{parse_disk, parse_server};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use restore_tool::Format;
 
@@ -52,7 +53,7 @@ pub(crate) struct RestoreArgs {
     #[arg(long, value_name = "POINT", allow_hyphen_values = true)]
     pub(crate) at: String,
     /// The disk, by UUID or by VM and device.
-    #[arg(long, value_name = "UUID|VM/DEVICE")]
+    #[arg(long, value_name = "UUID|VM/DEVICE", value_parser = parse_disk)]
     pub(crate) disk: String,
     /// The file or block device to write.
     #[arg(long, short, value_name = "FILE|DEVICE")]
@@ -68,14 +69,14 @@ pub(crate) struct RestoreArgs {
 #[derive(Debug, Args)]
 pub(crate) struct ListArgs {
     /// Only this disk, by UUID or by VM and device.
-    #[arg(long, value_name = "UUID|VM/DEVICE")]
+    #[arg(long, value_name = "UUID|VM/DEVICE", value_parser = parse_disk)]
     pub(crate) disk: Option<String>,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct Common {
     /// Read through this server (without --store, the environment's CDP_SERVER is taken).
-    #[arg(long, global = true, value_name = "URL", conflicts_with = "store")]
+    #[arg(long, global = true, value_name = "URL", value_parser = parse_server, conflicts_with = "store")]
     pub(crate) server: Option<String>,
     /// Read this store's files; no server needs to run.
     #[arg(long, global = true, value_name = "DIR")]

@@ -10,7 +10,9 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use cdp_api::client::parse_server;
 use clap::Parser;
+use clap::error::ErrorKind;
 use restore_tool::restore::Failure;
 use restore_tool::{Order, RestoreError, ServerSource, Source, StoreSource, restore};
 use serde_json::json;
@@ -71,14 +73,20 @@ fn source(common: &Common) -> Result<Box<dyn Source>, RestoreError> {
     if let Some(store) = &common.store {
         return Ok(Box::new(StoreSource::open(store)?));
     }
-    match common.server.clone().or_else(|| std::env::var("CDP_SERVER").ok()) {
-        Some(url) => Ok(Box::new(ServerSource::new(&url)?)),
-        None => {
-            use clap::CommandFactory;
-            let missing = "where is the journal? give --server URL (or set CDP_SERVER) or --store DIR";
-            Cli::command().error(clap::error::ErrorKind::MissingRequiredArgument, missing).exit()
-        }
+    let environment = || std::env::var("CDP_SERVER").ok().filter(|url| !url.is_empty());
+    let wrong = |kind, what: &str| -> ! {
+        use clap::CommandFactory;
+        Cli::command().error(kind, what).exit()
+    };
+    let Some(url) = common.server.clone().or_else(environment) else {
+        let missing = "where is the journal? give --server URL (or set CDP_SERVER) or --store DIR";
+        wrong(ErrorKind::MissingRequiredArgument, missing)
+    };
+    // --server was looked at with the command line, CDP_SERVER was not.
+    if let Err(what) = parse_server(&url) {
+        wrong(ErrorKind::InvalidValue, &format!("CDP_SERVER: {what}"))
     }
+    Ok(Box::new(ServerSource::new(&url)?))
 }
 
 /// A flag that the first SIGINT, SIGTERM or SIGHUP sets: the restore then stops at the next block and cleans up.
