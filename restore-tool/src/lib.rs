@@ -12,6 +12,7 @@
 
 mod copy;
 pub mod error;
+mod in_use;
 pub mod limits;
 mod output;
 pub mod restore;

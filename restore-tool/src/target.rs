@@ -6,7 +6,8 @@
 //! | block device | overwritten in place | the disk's bytes; what lies behind them is as before | partly overwritten: restore again before using it |
 //!
 //! A file of 0 bytes counts as empty, and a device of which every byte is zero. Anything else is overwritten only with
-//! `--force`.
+//! `--force`. What somebody else uses (`in_use`) is refused with `--force` as well, and nobody can begin to use it while
+//! it is written: a VM would go on writing to the replaced, nameless file, or see its disk change under it.
 
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{self, Read, Seek, SeekFrom};
@@ -17,6 +18,7 @@ use nix::fcntl::OFlag;
 use tempfile::NamedTempFile;
 
 use crate::error::RestoreError;
+use crate::in_use;
 use crate::limits::BLOCK_BYTES;
 use crate::output::{Device, Output, Qcow2File, RawFile};
 
@@ -42,8 +44,15 @@ pub struct Target {
 
 #[derive(Debug)]
 enum TargetKind {
-    File { temporary: NamedTempFile, replaces: bool },
-    Device { file: File, device_bytes: u64 },
+    /// `replaces` is the file that has the name now, claimed.
+    File {
+        temporary: NamedTempFile,
+        replaces: Option<File>,
+    },
+    Device {
+        file: File,
+        device_bytes: u64,
+    },
 }
 
 impl Target {
@@ -51,7 +60,7 @@ impl Target {
     /// target changes yet.
     ///
     /// # Errors
-    /// `Refused` for something that is neither file nor block device, is not empty (without `force`), is mounted, or
+    /// `Refused` for something that is neither file nor block device, is not empty (without `force`), is in use, or
     /// is too small for `disk_bytes`; `Output` when it cannot be opened.
     pub fn prepare(path: &Path, format: Format, disk_bytes: u64, force: bool) -> Result<Self, RestoreError> {
         match fs::metadata(path) {
@@ -74,6 +83,7 @@ impl Target {
             Some(_) => fs::canonicalize(path).map_err(failed(path, "resolving"))?,
             None => path.to_owned(),
         };
+        let replaces = old.map(|_| claimed(&path)).transpose()?;
         let name = path
             .file_name()
             .ok_or_else(|| refused(&path, "it has no file name", "choose another --output"))?;
@@ -93,7 +103,7 @@ impl Target {
             };
             keep(temporary.as_file()).map_err(failed(&path, "taking over owner and mode of"))?;
         }
-        Ok(Self { path, kind: TargetKind::File { temporary, replaces: old.is_some() } })
+        Ok(Self { path, kind: TargetKind::File { temporary, replaces } })
     }
 
     fn device(path: &Path, format: Format, disk_bytes: u64, force: bool) -> Result<Self, RestoreError> {
@@ -112,6 +122,7 @@ impl Target {
             }
             _ => failed(path, "opening")(error),
         })?;
+        claim(path, &file)?;
         let device_bytes = file.seek(SeekFrom::End(0)).map_err(failed(path, "measuring"))?;
         if device_bytes < disk_bytes {
             let detail = format!("the device has {device_bytes} bytes, the disk {disk_bytes}");
@@ -152,7 +163,10 @@ impl Target {
             return Ok(());
         };
         let path = &self.path;
-        let named = if replaces { temporary.persist(path) } else { temporary.persist_noclobber(path) };
+        let named = match &replaces {
+            Some(_) => temporary.persist(path),
+            None => temporary.persist_noclobber(path),
+        };
         named.map_err(|e| match e.error.kind() {
             io::ErrorKind::AlreadyExists => not_empty(path, "something has appeared there meanwhile"),
             _ => failed(path, "renaming the finished image to")(e.error),
@@ -175,8 +189,8 @@ impl Target {
             TargetKind::Device { .. } => {
                 format!("{path} may be partly overwritten: restore again before using it")
             }
-            TargetKind::File { replaces: true, .. } => format!("{path} is as it was before"),
-            TargetKind::File { replaces: false, .. } => format!("nothing was left at {path}"),
+            TargetKind::File { replaces: Some(_), .. } => format!("{path} is as it was before"),
+            TargetKind::File { replaces: None, .. } => format!("nothing was left at {path}"),
         }
     }
 
@@ -191,6 +205,23 @@ impl Target {
             _ => None,
         }
     }
+}
+
+/// Opens the file that is to be replaced, and takes it for this process alone.
+fn claimed(path: &Path) -> Result<File, RestoreError> {
+    let file = OpenOptions::new().read(true).write(true).open(path).map_err(failed(path, "opening"))?;
+    claim(path, &file)?;
+    Ok(file)
+}
+
+fn claim(path: &Path, file: &File) -> Result<(), RestoreError> {
+    in_use::claim(file).map_err(failed(path, "locking"))?.map_err(|by| {
+        refused(
+            path,
+            &by,
+            "stop it first (shut the VM down), or choose another --output; --force does not help here",
+        )
+    })
 }
 
 fn directory_of(path: &Path) -> &Path {

@@ -1,146 +1,15 @@
 //! `cdp-restore` as its users see it, on stores that these tests write.
 
+mod common;
+
 use std::fs::{self, File};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
-use std::path::{Path, PathBuf};
-use std::process::Output;
 
 use assert_cmd::Command;
-use journal_format::{
-    ByteRange, Codec, DataSpan, DiskId, Epoch, Frame, FrameMeta, GapReason, Lsn, Op, Record, Stamp, frame,
-};
-use journal_store::Store;
+use journal_format::{GapReason, Op};
 use proptest::prelude::*;
-use serde_json::Value;
-use tempfile::TempDir;
 
-const DISK: DiskId = DiskId([7; 16]);
-const DISK_BYTES: u64 = 6 << 20;
-/// 2026-11-20T10:00:00Z; record n is n seconds later.
-const EPOCH_NS: u64 = 1_795_168_800_000_000_000;
-
-fn stamp(lsn: u64) -> u64 {
-    EPOCH_NS + lsn * 1_000_000_000
-}
-
-/// A store with one disk, and what the disk held after each record.
-struct Journal {
-    directory: TempDir,
-    store: Store,
-    versions: Vec<Vec<u8>>,
-}
-
-impl Journal {
-    /// The first two records are the beginning and the end of the first gap, so that LSN 2 is the first good point.
-    fn new() -> Self {
-        let directory = tempfile::tempdir().expect("directory");
-        let store = Store::open(directory.path().join("store")).expect("store");
-        store.open_or_create(DISK, DISK_BYTES).expect("disk");
-        let mut journal = Self { directory, store, versions: vec![vec![0; DISK_BYTES as usize]] };
-        journal.push(Op::GapBegin { reason: GapReason::Attach, generation: 1 }, &[]);
-        journal.push(Op::GapEnd { generation: 1 }, &[]);
-        journal
-    }
-
-    /// Appends one record in a frame of its own, durably; returns its LSN.
-    fn push(&mut self, op: Op, data: &[u8]) -> u64 {
-        let lsn = self.versions.len() as u64;
-        let mut image = self.versions.last().expect("a version").clone();
-        let range = |range: ByteRange| range.offset() as usize..range.end() as usize;
-        match op {
-            Op::Write { range: r, .. } => image[range(r)].copy_from_slice(data),
-            Op::Zero { range: r, .. } | Op::Discard { range: r } => image[range(r)].fill(0),
-            Op::Resize { disk_bytes } => image.resize(disk_bytes as usize, 0),
-            _ => {}
-        }
-        let meta = FrameMeta {
-            disk: DISK,
-            epoch: Epoch(1),
-            first_lsn: Lsn(lsn),
-            disk_bytes: image.len() as u64,
-            codec: Codec::Raw,
-            raw_bytes: data.len() as u32,
-        };
-        let record = Record { lsn: Lsn(lsn), stamp: Stamp(stamp(lsn)), op };
-        let bytes = frame::encode(&meta, &[record], data).expect("frame");
-        self.store.append(&Frame::parse(&bytes).expect("frame")).expect("append");
-        self.versions.push(image);
-        lsn
-    }
-
-    fn write(&mut self, offset: u64, data: &[u8]) -> u64 {
-        let span = DataSpan { pos: 0, len: data.len() as u32 };
-        self.push(
-            Op::Write { range: range(offset, data.len() as u64), data: span, fill: false, fua: false },
-            data,
-        )
-    }
-
-    fn bookmark(&mut self, name: &str) -> u64 {
-        self.push(Op::Bookmark { name: DataSpan { pos: 0, len: name.len() as u32 } }, name.as_bytes())
-    }
-
-    fn commit(&self) {
-        let failed = self.store.commit();
-        assert!(failed.is_empty(), "{failed:?}");
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.directory.path().join(name)
-    }
-
-    fn command(&self, arguments: &[&str]) -> Command {
-        self.commit();
-        let mut command = Command::cargo_bin("cdp-restore").expect("built");
-        command.args(arguments).arg("--store").arg(self.path("store")).env("TZ", "Europe/Berlin");
-        command.env_remove("CDP_SERVER");
-        command
-    }
-
-    /// Restores `at` to `target`, with more arguments.
-    fn restore(&self, at: &str, target: &Path, more: &[&str]) -> Output {
-        let target = target.to_str().expect("UTF-8");
-        let disk = DISK.to_string();
-        let arguments = [&["--at", at, "--disk", &disk, "--output", target], more].concat();
-        self.command(&arguments).output().expect("runs")
-    }
-
-    /// Restores `at` to a new raw file and compares it with the disk as it was at `lsn`.
-    fn assert_restores(&self, at: &str, lsn: u64) {
-        let target = self.path("restored");
-        let output = self.restore(at, &target, &[]);
-        assert!(output.status.success(), "{at}: {}", stderr(&output));
-        assert!(stdout(&output).contains(&format!("lsn {lsn}, ")), "{at}: {}", stdout(&output));
-        assert!(fs::read(&target).expect("image") == self.versions[lsn as usize], "{at} differs");
-        fs::remove_file(&target).expect("remove");
-    }
-}
-
-fn range(offset: u64, length: u64) -> ByteRange {
-    ByteRange::new(offset, length).expect("a range")
-}
-
-fn stdout(output: &Output) -> String {
-    String::from_utf8_lossy(&output.stdout).into_owned()
-}
-
-fn stderr(output: &Output) -> String {
-    String::from_utf8_lossy(&output.stderr).into_owned()
-}
-
-fn json(output: &Output) -> Value {
-    serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("{e}: {}", stdout(output)))
-}
-
-/// LSN 3 to 6: a write, a bookmark, another write over it, a flush.
-fn example() -> Journal {
-    let mut journal = Journal::new();
-    journal.write(4096, &[1; 100_000]);
-    journal.bookmark("before upgrade");
-    journal.write(50_000, &[2; 100_000]);
-    journal.push(Op::Flush, &[]);
-    journal
-}
+use common::{DISK, DISK_BYTES, Journal, example, json, range, stderr, stdout};
 
 #[test]
 fn every_form_of_a_point_is_restored() {
@@ -237,10 +106,57 @@ fn a_point_in_a_gap_is_refused_with_its_neighbours() {
 }
 
 #[test]
+fn a_point_in_the_very_first_gap_is_refused_as_one() {
+    let journal = example();
+    let target = journal.path("restored");
+    for at in ["lsn:1", "2026-11-20T10:00:01.5Z"] {
+        let output = journal.restore(at, &target, &["--output-format", "json"]);
+        assert_eq!(output.status.code(), Some(3), "{at}: {}", stderr(&output));
+        let error = &json(&output)["error"];
+        assert_eq!((&error["kind"], &error["after"]["lsn"]), (&"point-in-gap".into(), &2.into()), "{at}");
+        assert!(error["before"].is_null(), "{at}: {error}");
+    }
+}
+
+#[test]
+fn arguments_that_mean_nothing_are_refused_with_what_to_write_instead() {
+    let journal = example();
+    let target = journal.path("restored");
+    let target = target.to_str().expect("UTF-8");
+    let disk = DISK.to_string();
+    let with_store = |at: &str, disk: &str| {
+        journal.command(&["--at", at, "--disk", disk, "--output", target]).output().expect("runs")
+    };
+    let with_server = |url: &str| {
+        let mut command = Command::cargo_bin("cdp-restore").expect("built");
+        command.args(["--at", "latest", "--disk", &disk, "--output", target, "--server", url]);
+        command.output().expect("runs")
+    };
+    let cases = [
+        (with_store("25:99:99", &disk), "such as"),
+        (with_store("", &disk), "1 to"),
+        (with_store("lsn:-1", &disk), "lsn:1042"),
+        (with_store("0000-01-01", &disk), "1970 to 2554"),
+        (with_store("2026-10-25 02:30:00", &disk), "2026-10-25 02:30:00+01:00"),
+        (with_store("latest", ""), "UUID"),
+        (with_store("latest", "web1"), "web1/virtio-disk0"),
+        (with_server("ftp://x"), "http://127.0.0.1:7410"),
+        (with_server("10.0.0.1:7410"), "give http://10.0.0.1:7410"),
+    ];
+    for (output, instead) in cases {
+        let said = stderr(&output);
+        assert_eq!(output.status.code(), Some(2), "{said}");
+        assert!(said.contains(instead), "{instead} is missing in: {said}");
+    }
+}
+
+#[test]
 fn a_point_out_of_range_is_refused_with_the_nearest() {
     let journal = example();
     let target = journal.path("restored");
-    for (at, near, lsn) in [("lsn:99", "before", 6), ("2020-01-01T00:00:00Z", "after", 2)] {
+    for (at, near, lsn) in
+        [("lsn:99", "before", 6), ("2020-01-01T00:00:00Z", "after", 2), ("lsn:0", "after", 2)]
+    {
         let output = journal.restore(at, &target, &["--output-format", "json"]);
         assert_eq!(output.status.code(), Some(3), "{at}: {}", stderr(&output));
         assert_eq!(json(&output)["error"][near]["lsn"], lsn, "{at}");
