@@ -2,12 +2,12 @@
 
 mod support;
 
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 
 use journal_format::Op;
 
 use support::agent::{Agent, Filter, Taken, wait_for};
-use support::programs::Site;
+use support::programs::{Ends, Site};
 use support::qmp::Qmp;
 
 /// Ends a process that is not our child any more.
@@ -20,21 +20,10 @@ impl Drop for Background {
     }
 }
 
-/// Ends a child.
-struct Foreground(Child);
-
-impl Drop for Foreground {
-    fn drop(&mut self) {
-        // It may have ended already.
-        let _ended = self.0.kill();
-        let _reaped = self.0.wait();
-    }
-}
-
 /// Writes through an NBD export, and compares what was captured with the image.
 fn captured_through_export(site: &Site, filter: &mut Filter<'_>, device: &str) {
     let tap = filter.attach(device);
-    let url = format!("nbd+unix:///disk?socket={}", site.inside("nbd"));
+    let url = site.nbd_url();
     site.run(
         "qemu-io",
         &["-f", "raw", "-c", "write -P 7 64k 96k", "-c", "write -z 96k 4k", "-c", "flush", &url],
@@ -148,7 +137,7 @@ fn an_export_on_an_iothread_is_protected_where_qemu_survives_draining_it() {
         .args(["--export", "type=nbd,id=e,name=disk,node-name=disk,writable=on,iothread=io0"])
         .spawn()
         .unwrap();
-    let _daemon = Foreground(child);
+    let _daemon = Ends(child);
     let mut filter = agent.accept();
     let is_old = filter.hello.qemu_version.starts_with("7.2");
     wait_for("the export", || filter.list().iter().any(|disk| disk.device == "disk").then_some(()));
@@ -163,22 +152,14 @@ fn an_export_on_an_iothread_is_protected_where_qemu_survives_draining_it() {
 #[test]
 fn switching_on_and_off_leaves_nothing_behind() {
     let site = Site::new();
-    site.create("raw", "disk", "8M");
     let agent = Agent::listen(site.path());
-    let child = site
-        .filtered("qemu-storage-daemon", &agent)
-        .args(["--blockdev", &format!("driver=file,node-name=disk,filename={}", site.inside("disk"))])
-        .args(["--nbd-server", &format!("addr.type=unix,addr.path={}", site.inside("nbd"))])
-        .args(["--export", "type=nbd,id=e,name=disk,node-name=disk,writable=on"])
-        .spawn()
-        .unwrap();
-    let daemon = Foreground(child);
+    let daemon = site.storage_daemon(&agent);
     let mut filter = agent.accept();
-    let url = format!("nbd+unix:///disk?socket={}", site.inside("nbd"));
+    let url = site.nbd_url();
     let load = || {
         let mut load = site.command("qemu-img");
         load.args(["bench", "-w", "-c", "10000000", "-d", "8", "-s", "8k", "-f", "raw", &url]);
-        Foreground(load.stdout(Stdio::null()).spawn().unwrap())
+        Ends(load.stdout(Stdio::null()).spawn().unwrap())
     };
     filter.disk("disk");
     let tap = filter.attach("disk");

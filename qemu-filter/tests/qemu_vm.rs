@@ -2,91 +2,13 @@
 
 mod support;
 
-use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 
-use journal_format::Op;
-
-use support::agent::{Agent, Filter, wait_for};
+use support::agent::{Agent, guest_writes, wait_for};
 use support::memory::{differing, driver_tables};
 use support::programs::Site;
 use support::qmp::Qmp;
-
-const VIRTIO: &str = "/machine/peripheral/disk0/virtio-backend";
-const SCSI: &str = "/machine/peripheral/disk1";
-const UUID: &str = "12345678-9abc-def0-1234-56789abcdef0";
-
-/// A virtual machine whose processor is stopped, with a virtio disk and a SCSI disk on iothreads.
-struct Vm {
-    child: Child,
-    qmp: Qmp,
-}
-
-impl Vm {
-    fn start(site: &Site, mut command: Command) -> Self {
-        for disk in ["disk0", "disk1"] {
-            site.create("qcow2", disk, "8M");
-        }
-        command.args([
-            "-accel",
-            "tcg",
-            "-machine",
-            "q35",
-            "-m",
-            "64",
-            "-nodefaults",
-            "-display",
-            "none",
-            "-S",
-        ]);
-        command.args(["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]);
-        command.args([
-            "-name",
-            "guest",
-            "-uuid",
-            UUID,
-            "-object",
-            "iothread,id=io0",
-            "-object",
-            "iothread,id=io1",
-        ]);
-        for disk in ["disk0", "disk1"] {
-            let file = site.inside(disk);
-            let node = format!(
-                "driver=qcow2,node-name=node-{disk},file.driver=file,file.node-name=file-{disk},file.filename={file}"
-            );
-            command.args(["-blockdev", &node]);
-        }
-        command.args(["-device", "virtio-blk-pci,id=disk0,drive=node-disk0,iothread=io0,share-rw=on"]);
-        command.args(["-device", "virtio-scsi-pci,id=scsi0,iothread=io1"]);
-        command.args(["-device", "scsi-hd,id=disk1,drive=node-disk1,bus=scsi0.0"]);
-        command.args(["-qmp", &format!("unix:{},server=on,wait=off", site.inside("qmp"))]);
-        let child = command.stdout(Stdio::null()).spawn().unwrap();
-        Self { child, qmp: Qmp::connect(&site.path().join("qmp")) }
-    }
-
-    fn quit(mut self) {
-        self.qmp.must("{'execute': 'quit'}");
-        assert!(self.child.wait().unwrap().success());
-    }
-}
-
-impl Drop for Vm {
-    fn drop(&mut self) {
-        // It may have ended already.
-        let _ended = self.child.kill();
-        let _reaped = self.child.wait();
-    }
-}
-
-fn start<'a>(site: &Site, agent: &'a Agent) -> (Vm, Filter<'a>) {
-    let mut command = site.command("env");
-    let socket = agent.socket().file_name().unwrap().to_str().unwrap();
-    command.arg(format!("LD_PRELOAD={}", site.inside("libcdp_filter.so")));
-    command.arg(format!("CDP_AGENT_SOCKET={}", site.inside(socket))).arg("qemu-system-x86_64");
-    let vm = Vm::start(site, command);
-    (vm, agent.accept())
-}
+use support::vm::{SCSI, UUID, VIRTIO, start};
 
 /// Many writes through an NBD export of the same node on an iothread, as a guest would make them: two programs whose
 /// writes overlap, each with a pattern of its own.
@@ -119,10 +41,6 @@ impl Load {
             child.wait().unwrap();
         }
     }
-}
-
-fn guest_writes(records: &[support::agent::Taken]) -> usize {
-    records.iter().filter(|taken| matches!(taken.record.op, Op::Write { fill: false, .. })).count()
 }
 
 #[test]
@@ -255,51 +173,4 @@ fn quitting_under_capture_ends_well() {
     vm.qmp.io(VIRTIO, "write -P 3 0 64k");
     vm.quit();
     drop(tap);
-}
-
-/// The folder that a running QEMU looks for its modules in.
-fn module_folder(site: &Site) -> std::path::PathBuf {
-    let version = site.run("qemu-system-x86_64", &["--version"]);
-    let package = version.split(['(', ')']).nth(1).expect("a package version in brackets");
-    let allowed = |letter: char| letter.is_ascii_alphanumeric() || "+.~-".contains(letter);
-    let name: String = package.chars().map(|letter| if allowed(letter) { letter } else { '_' }).collect();
-    site.root().join("run/qemu").join(name)
-}
-
-/// Removes what was put into the folder, whatever happens.
-struct Module<'a>(&'a Path);
-
-impl Drop for Module<'_> {
-    fn drop(&mut self) {
-        std::fs::remove_file(self.0).unwrap();
-    }
-}
-
-#[test]
-fn a_qemu_that_runs_already_is_entered_as_a_module() {
-    let site = Site::new();
-    let agent = Agent::listen(site.path());
-    let mut command = site.command("env");
-    let socket = agent.socket().file_name().unwrap().to_str().unwrap();
-    command.arg(format!("CDP_AGENT_SOCKET={}", site.inside(socket))).arg("qemu-system-x86_64");
-    let mut vm = Vm::start(&site, command);
-    vm.qmp.io(VIRTIO, "write -P 1 0 1M");
-    let folder = module_folder(&site);
-    std::fs::create_dir_all(&folder).unwrap();
-    let path = folder.join("block-ssh.so");
-    std::fs::copy(site.path().join("libcdp_filter.so"), &path).unwrap();
-    let module = Module(&path);
-    let answer = vm.qmp.run(
-        r#"{"execute": "blockdev-add", "arguments": {"driver": "ssh", "node-name": "none", "path": "/", "server": {"host": "h", "port": "1"}}}"#,
-    );
-    assert!(answer.contains("\"error\""), "{answer}");
-    drop(module);
-    let mut filter = agent.accept();
-    let tap = filter.attach("disk0");
-    vm.qmp.io(VIRTIO, "write -P 2 512k 64k");
-    tap.wait_synced();
-    let image = tap.image();
-    filter.detach("disk0");
-    vm.quit();
-    assert!(image == site.contents("qcow2", "disk0"), "the captured image differs");
 }

@@ -157,6 +157,18 @@ impl Capture {
         });
     }
 
+    /// The disk has another size now without a request for it, because another node took its place. Call it while no
+    /// request is in flight. What the new node holds behind the old end is read.
+    pub fn size_changed(&self, disk_bytes: u64) {
+        self.protect(|| {
+            if self.mode() != Mode::Off {
+                let phase = self.count.enter();
+                self.finish_resize(disk_bytes, || self.publish_resized(disk_bytes));
+                self.count.leave(phase);
+            }
+        });
+    }
+
     /// The agent says that there is room again. Returns whether requests are captured now.
     pub fn resume(&self) -> bool {
         guard(|| self.producer.try_resume()).unwrap_or_else(|message| {
@@ -342,7 +354,8 @@ impl Capture {
             }
             State::Tracked(tracked) => {
                 if in_flight.request.kind == Kind::Resize && outcome == Outcome::Succeeded {
-                    self.finish_resize(in_flight.request.length, || self.publish_resized(&in_flight.request));
+                    let disk_bytes = in_flight.request.length;
+                    self.finish_resize(disk_bytes, || self.publish_resized(disk_bytes));
                 }
                 self.producer.end_tracked(tracked);
             }
@@ -368,9 +381,9 @@ impl Capture {
         }
     }
 
-    /// A resize that happened while only tracking.
-    fn publish_resized(&self, request: &Request) {
-        if self.producer.resized(request.length).is_err() {
+    /// A resize that has no ticket: it happened while only tracking, or without a request.
+    fn publish_resized(&self, disk_bytes: u64) {
+        if self.producer.resized(disk_bytes).is_err() {
             self.fault("no room in the ring for the record of a resize; attach again");
         }
     }

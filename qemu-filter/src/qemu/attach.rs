@@ -95,7 +95,7 @@ impl Drop for AllDrained<'_> {
     }
 }
 
-/// All disks. Also hooks drivers that a module has brought since the last time.
+/// All disks. Also hooks drivers that a module has brought since the last time, and notes sizes that have changed.
 pub(crate) fn disks(glue: &Glue) -> Vec<DiskInfo> {
     if attached().iter().any(|attached| !attached.gone) {
         watch_drivers(glue);
@@ -112,6 +112,7 @@ fn watch_drivers(glue: &Glue) {
         .map(|attached| (attached.index, attached.blk))
         .filter(|(_, blk)| !is_hooked(glue, *blk))
         .collect();
+    watch_sizes(glue);
     // Without the list of mappings nothing is hooked now; the next look tries again.
     let _unreadable = hook::hook_all(glue);
     for (index, blk) in unseen {
@@ -124,6 +125,37 @@ fn watch_drivers(glue: &Glue) {
             });
         }
     }
+}
+
+/// A node of another size in a disk's place (a snapshot's overlay, say) changes the disk's size without a request.
+fn watch_sizes(glue: &Glue) {
+    let protected: Vec<(usize, *mut BlockBackend)> = attached()
+        .iter()
+        .filter(|attached| !attached.gone)
+        .map(|attached| (attached.index, attached.blk))
+        .collect();
+    for (index, blk) in protected {
+        let Some(slot) = slots::slot(index) else { continue };
+        if size_differs(glue, slot, blk).is_some() {
+            // A change of size that is a request, and is under way, ends here.
+            let _drained = Drained::device(glue, blk);
+            if let Some(disk_bytes) = size_differs(glue, slot, blk) {
+                slot.with_capture(|capture| capture.size_changed(disk_bytes));
+            }
+        }
+    }
+}
+
+/// The size of a slot's disk, if it is not what its capture knows.
+fn size_differs(glue: &Glue, slot: &Slot, blk: *mut BlockBackend) -> Option<u64> {
+    // Asking or draining may have run the main loop, in which the device went.
+    if slot.blk() != blk || devices::top_node(glue, blk).is_null() {
+        return None;
+    }
+    let disk_bytes = devices::size(glue, blk)?;
+    let mut known = None;
+    slot.with_capture(|capture| known = Some(capture.disk_bytes()));
+    known.filter(|known| slot.blk() == blk && *known != disk_bytes).map(|_| disk_bytes)
 }
 
 fn is_hooked(glue: &Glue, blk: *mut BlockBackend) -> bool {

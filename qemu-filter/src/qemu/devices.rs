@@ -7,6 +7,7 @@ use super::driver::Driver;
 use super::hook;
 use super::layout::STATE_DRV;
 use super::maps::Maps;
+use super::names;
 use super::types::{AioContext, BlockBackend, BlockDriver, BlockDriverState};
 use super::version::c_text;
 use crate::control::DiskInfo;
@@ -137,15 +138,20 @@ fn describe(glue: &Glue, blk: *mut BlockBackend, maps: Option<&Maps>) -> Option<
     if !has_devices && !may_write(glue, blk) && (!info.read_only || info.node.starts_with('#')) {
         return None;
     }
-    // SAFETY: live, in the main thread.
-    let length = unsafe { (glue.symbols.blk_getlength)(blk) };
-    info.disk_bytes = u64::try_from(length).unwrap_or(0);
+    info.disk_bytes = size(glue, blk).unwrap_or(0);
     if info.device.is_empty() {
-        info.device.clone_from(&info.node);
+        info.device = names::of(glue, blk, &info.node);
     }
     let fragile = (!has_devices && breaks_when_drained(glue, blk)).then(|| BREAKS_WHEN_DRAINED.to_owned());
     info.refused = fragile.or_else(|| refusal(glue, &info, node, maps)).unwrap_or_default();
     Some(info)
+}
+
+/// Size in bytes of a live BlockBackend that has a node. May run the main loop.
+pub(crate) fn size(glue: &Glue, blk: *mut BlockBackend) -> Option<u64> {
+    let _lock = ContextLock::of_device(glue, blk);
+    // SAFETY: live by the caller's promise, in the main thread.
+    u64::try_from(unsafe { (glue.symbols.blk_getlength)(blk) }).ok()
 }
 
 /// Whether a BlockBackend was opened for writing. (Only without devices: a device's permission follows the guest's state

@@ -22,7 +22,7 @@
 //! | part | thread |
 //! | --- | --- |
 //! | `callbacks`, `write`, `slots::find` | any of QEMU's, inside a coroutine; never block, lock, allocate |
-//! | `attach`, `devices`, `hook`, `proof` | QEMU's main thread, entered through [`mainloop`] |
+//! | `attach`, `devices`, `names`, `hook`, `proof` | QEMU's main thread, entered through [`mainloop`] |
 //! | `background` | the device's AioContext, in a coroutine of ours |
 //! | `host` | the control thread |
 
@@ -38,6 +38,8 @@ mod host;
 mod layout;
 mod mainloop;
 mod maps;
+mod names;
+mod once;
 mod proof;
 mod slots;
 mod start;

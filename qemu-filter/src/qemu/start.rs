@@ -5,6 +5,7 @@
 //! block layer, both after it. A QEMU that runs already has its main loop, and is started at once.
 
 use std::ffi::{c_uint, c_void};
+use std::io::Write as _;
 use std::mem::MaybeUninit;
 use std::panic::catch_unwind;
 use std::sync::Arc;
@@ -13,6 +14,7 @@ use std::thread;
 use std::time::Duration;
 
 use super::host::{self, QemuHost};
+use super::once;
 use super::symbols::{self, Symbols};
 use super::types::Notifier;
 use crate::control;
@@ -22,6 +24,9 @@ const MODULE_INIT_BLOCK: c_uint = 1;
 
 /// Programs that come and go with every snapshot and never serve a guest: nothing happens in them.
 const LEFT_ALONE: [&str; 1] = ["qemu-img"];
+
+const LOADED_TWICE: &str = "the filter works in this process already; this second copy stays idle. \
+                            To change to another release, restart the VM or migrate it";
 
 /// How often the starting thread looks for the main loop, and how often in all (a minute).
 const MAIN_LOOP_POLL: Duration = Duration::from_millis(1);
@@ -42,6 +47,13 @@ fn when_loaded() {
     if !symbols::is_qemu() || LEFT_ALONE.contains(&host::program_name().as_str()) {
         return;
     }
+    match once::claim() {
+        Ok(true) => {}
+        Ok(false) => return complain(LOADED_TWICE),
+        Err(error) => {
+            return complain(&format!("cannot tell whether it is loaded twice, so it stays idle: {error}"));
+        }
+    }
     let symbols = match Symbols::load() {
         Ok(symbols) => symbols,
         Err(_) => return start_when_ready(),
@@ -56,6 +68,12 @@ fn when_loaded() {
         // SAFETY: QEMU's own constructors do the same, before `main`.
         None => unsafe { (symbols.register_module_init)(on_block_init, MODULE_INIT_BLOCK) },
     }
+}
+
+/// Says something where QEMU's own messages go.
+fn complain(what: &str) {
+    // Whoever closed it does not want to know.
+    let _unheard = writeln!(std::io::stderr(), "qemu-cdp: {what}");
 }
 
 /// The notifier's place: QEMU writes its links.

@@ -65,6 +65,11 @@ impl Agent {
     }
 }
 
+/// How many writes of the guest there are among records.
+pub fn guest_writes(records: &[Taken]) -> usize {
+    records.iter().filter(|taken| matches!(taken.record.op, Op::Write { fill: false, .. })).count()
+}
+
 /// A connected filter.
 pub struct Filter<'a> {
     agent: &'a Agent,

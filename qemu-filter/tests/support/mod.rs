@@ -6,3 +6,4 @@ pub mod agent;
 pub mod memory;
 pub mod programs;
 pub mod qmp;
+pub mod vm;

@@ -72,13 +72,49 @@ impl Site {
     }
 
     /// A program with the library loaded that talks to the agent. `env` loads it, so that chroot does not.
+    /// Its VM is called "test".
     pub fn filtered(&self, program: &str, agent: &Agent) -> Command {
-        let mut command = self.command("env");
-        let socket = agent.socket().file_name().unwrap().to_str().unwrap();
-        command.arg(format!("LD_PRELOAD={}", self.inside("libcdp_filter.so")));
-        command.arg(format!("CDP_AGENT_SOCKET={}", self.inside(socket)));
+        let mut command = self.preloaded("env", agent);
         command.arg("CDP_VM_NAME=test").arg(program);
         command
+    }
+
+    /// As `filtered`, with the name that the program gives its VM.
+    pub fn preloaded(&self, program: &str, agent: &Agent) -> Command {
+        let mut command = self.pointed_at("env", agent);
+        command.arg(format!("LD_PRELOAD={}", self.inside("libcdp_filter.so"))).arg(program);
+        command
+    }
+
+    /// A program without the library; should it come later, it talks to the agent.
+    pub fn pointed_at(&self, program: &str, agent: &Agent) -> Command {
+        let mut command = self.command("env");
+        let socket = agent.socket().file_name().unwrap().to_str().unwrap();
+        command.arg(format!("CDP_AGENT_SOCKET={}", self.inside(socket))).arg(program);
+        command
+    }
+
+    /// A storage daemon's arguments for a file as node `disk`, with an export of `node` under the name `disk`.
+    pub fn exporting<'a>(&self, command: &'a mut Command, node: &str) -> &'a mut Command {
+        command
+            .args(["--blockdev", &format!("driver=file,node-name=disk,filename={}", self.inside("disk"))])
+            .args(["--nbd-server", &format!("addr.type=unix,addr.path={}", self.inside("nbd"))])
+            .args(["--export", &format!("type=nbd,id=e,name=disk,node-name={node},writable=on")])
+    }
+
+    /// Starts a storage daemon with the library that exports an 8 MiB file, node `disk`, and has a monitor.
+    pub fn storage_daemon(&self, agent: &Agent) -> Ends {
+        self.create("raw", "disk", "8M");
+        let mut command = self.filtered("qemu-storage-daemon", agent);
+        self.exporting(&mut command, "disk")
+            .args(["--chardev", &format!("socket,id=q,path={},server=on,wait=off", self.inside("qmp"))])
+            .args(["--monitor", "chardev=q"]);
+        Ends(command.spawn().unwrap())
+    }
+
+    /// The export's address.
+    pub fn nbd_url(&self) -> String {
+        format!("nbd+unix:///disk?socket={}", self.inside("nbd"))
     }
 
     /// Runs a program to its end.
@@ -111,6 +147,17 @@ pub fn library() -> PathBuf {
     let library = if library.exists() { library } else { folder.parent().unwrap().join("libcdp_filter.so") };
     assert!(library.exists(), "{} is not built", library.display());
     library
+}
+
+/// A child that is ended with its test.
+pub struct Ends(pub Child);
+
+impl Drop for Ends {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _ended = self.0.kill();
+        let _reaped = self.0.wait();
+    }
 }
 
 /// `qemu-io` with one disk open, waiting for commands.

@@ -56,6 +56,15 @@ impl Qmp {
         assert!(!answer.contains("fail") && !answer.contains("rror"), "{command}: {answer}");
     }
 
+    /// Runs a command of the human monitor and gives what it printed.
+    pub fn human(&mut self, command: &str) -> String {
+        let answer = self.run(&format!(
+            "{{\"execute\": \"human-monitor-command\", \"arguments\": {{\"command-line\": \"{command}\"}}}}"
+        ));
+        let said = answer.split_once("\"return\": \"").and_then(|(_, rest)| rest.rsplit_once('"'));
+        said.unwrap_or_else(|| panic!("{command}: {answer}")).0.to_owned()
+    }
+
     /// Waits until no job is left.
     pub fn wait_jobs(&mut self) {
         wait_for("the end of all jobs", || {
