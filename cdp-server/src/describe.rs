@@ -30,7 +30,7 @@ pub(crate) fn disk(core: &Core, row: &DiskRow) -> Result<Disk, ServerError> {
         device: row.device.clone(),
         host: row.host_name.clone(),
         disk_bytes: row.disk_bytes,
-        protection: protection::state(row, live.as_ref(), gap_open),
+        protection: protection::state(core, row, live.as_ref(), gap_open),
         newest,
     };
     Ok(Disk {

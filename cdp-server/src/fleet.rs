@@ -13,7 +13,7 @@ use tokio::sync::oneshot;
 
 use crate::data::peer::{Peer, SessionId};
 use crate::limits::{MAX_REASON_BYTES, RECONCILE_RETRY, STATUS_FRESH};
-use crate::model::{DiskReport, HostReport, VmReport, cut};
+use crate::model::{DiskReport, HostId, HostReport, VmReport, cut};
 
 /// Statuses kept per disk to know up to which instant everything is durable; at one a second this covers a minute of
 /// lag, and the oldest are the ones that matter first.
@@ -45,6 +45,8 @@ impl Mode {
 #[derive(Debug)]
 struct Live {
     session: SessionId,
+    host: HostId,
+    vm: String,
     report: DiskReport,
     vm_pid: u32,
     vm_refused: String,
@@ -152,7 +154,7 @@ impl Fleet {
                 let live = match old.remove(&disk.id) {
                     Some(live) if live.vm_pid == vm.pid => live.with_report(vm, disk),
                     // A new process of the VM: what was known of the old one's capture says nothing.
-                    _ => Live::new(session, vm, disk),
+                    _ => Live::new(session, host.id, vm, disk),
                 };
                 inner.disks.insert(disk.id, live);
             }
@@ -186,6 +188,11 @@ impl Fleet {
     /// The state of a disk that an agent reports now.
     pub(crate) fn live(&self, disk: DiskId, now: Instant) -> Option<LiveDisk> {
         self.lock().disks.get(&disk).map(|live| live.snapshot(now))
+    }
+
+    /// Whether that VM runs: an agent reports a disk of it.
+    pub(crate) fn vm_runs(&self, host: HostId, vm: &str) -> bool {
+        self.lock().disks.values().any(|live| live.host == host && live.vm == vm)
     }
 
     /// Sends a command to the agent that reports the disk. The answer comes through the receiver, which fails when
@@ -268,9 +275,11 @@ impl Mode {
 }
 
 impl Live {
-    fn new(session: SessionId, vm: &VmReport, disk: &DiskReport) -> Self {
+    fn new(session: SessionId, host: HostId, vm: &VmReport, disk: &DiskReport) -> Self {
         Self {
             session,
+            host,
+            vm: vm.name.clone(),
             report: disk.clone(),
             vm_pid: vm.pid,
             vm_refused: vm.refused.clone(),

@@ -47,10 +47,10 @@ pub(crate) fn reconcile(core: &Core, now: Instant) -> Result<(), ServerError> {
 }
 
 /// What the API says of a disk's protection.
-pub(crate) fn state(disk: &DiskRow, live: Option<&LiveDisk>, gap_open: bool) -> ProtectionState {
+pub(crate) fn state(core: &Core, disk: &DiskRow, live: Option<&LiveDisk>, gap_open: bool) -> ProtectionState {
     let enabled = disk.protect.unwrap_or(false);
     let (phase, reason) = match (enabled, live) {
-        (true, None) => (ProtectionPhase::Offline, OFFLINE.to_owned()),
+        (true, None) => (ProtectionPhase::Offline, offline(core, disk)),
         (true, Some(live)) if !live.fresh || live.mode == Mode::Off => {
             let reason = if live.refused.is_empty() { &live.last_error } else { &live.refused };
             (ProtectionPhase::Starting, reason.clone())
@@ -69,8 +69,16 @@ pub(crate) fn state(disk: &DiskRow, live: Option<&LiveDisk>, gap_open: bool) -> 
     ProtectionState { enabled, phase, reason }
 }
 
-const OFFLINE: &str =
-    "the host's agent is not connected or the VM does not run; protection starts when both are back";
+/// Why no agent reports a disk.
+fn offline(core: &Core, disk: &DiskRow) -> String {
+    if disk.host.is_some_and(|host| core.fleet.vm_runs(host, &disk.vm)) {
+        return "the VM runs but has no such disk now: unplugged, or known under another name since QEMU was started \
+                anew; protection starts when it is back, or unprotect it and protect the one it has become"
+            .to_owned();
+    }
+    "the host's agent is not connected or the VM does not run; protection starts when both are back"
+        .to_owned()
+}
 
 /// Whether the wish is already a fact, or has still to become one.
 pub(crate) enum Outcome {
@@ -87,7 +95,7 @@ pub(crate) async fn set(core: &Arc<Core>, disk: &DiskRow, enabled: bool) -> Resu
     }
     persist(core, disk.id, Some(enabled)).await?;
     let Some(result) = core.fleet.command(disk.id, Command::SetProtection(enabled), Instant::now()) else {
-        return Ok(if enabled { Outcome::Pending(OFFLINE.to_owned()) } else { Outcome::Done });
+        return Ok(if enabled { Outcome::Pending(offline(core, disk)) } else { Outcome::Done });
     };
     match tokio::time::timeout(COMMAND_TIMEOUT, result).await {
         Ok(Ok(result)) if result.error.is_empty() => Ok(Outcome::Done),

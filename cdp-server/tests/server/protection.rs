@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use cdp_api::{Kind, ProtectionPhase};
-use journal_format::{Lsn, wire};
+use journal_format::{DiskId, Lsn, wire};
 
 use crate::agent::{Agent, Capture, DISK, inventory};
 use crate::{Fixture, eventually, now_ns, problem};
@@ -84,6 +84,17 @@ fn what_is_wanted_while_the_agent_is_away_happens_when_it_is_back() {
     let mut agent = Agent::with_disk(fixture.data());
     let command: wire::SetProtection = agent.expect();
     assert!(command.enabled);
+}
+
+#[test]
+fn a_disk_that_its_running_vm_no_longer_has_is_not_said_to_be_without_agent() {
+    let fixture = Fixture::start();
+    let mut agent = reported(&fixture);
+    agent.send(&inventory(DiskId([0xd2; 16]), "vm", "disk1"));
+    eventually(|| (!fixture.client.disk(NAME).ok()?.online).then_some(()));
+    let state = fixture.client.set_protection(NAME, true).expect("kept");
+    assert_eq!((state.enabled, state.phase), (true, ProtectionPhase::Offline));
+    assert!(state.reason.contains("the VM runs but has no such disk"), "{}", state.reason);
 }
 
 #[test]
