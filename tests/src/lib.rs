@@ -2,7 +2,7 @@
 //! temporary directory, on free ports and private sockets, and looks at them only from outside.
 //!
 //! *Owns* starting and stopping programs ([`process`], [`site`], [`qemu`]), the independent witness ([`witness`]), loads
-//! ([`load`]), and what `/proc` says of a process ([`procfs`]).
+//! ([`load`], [`nbd`]), and what `/proc` says of a process ([`procfs`]).
 //!
 //! *Must not know* the insides of server, agent, filter or store: it uses the REST API, the command lines, and the
 //! documented formats.
@@ -14,6 +14,7 @@
 
 pub mod journal;
 pub mod load;
+pub mod nbd;
 pub mod process;
 pub mod procfs;
 pub mod programs;

@@ -32,19 +32,41 @@ enum Entry {
 }
 
 impl Qemu {
-    /// Starts a storage daemon with these block nodes that exports `node`.
+    /// Starts a storage daemon with these block nodes that exports `node` as `disk`.
     ///
     /// # Panics
     /// When it does not come up.
     #[must_use]
     pub fn storage_daemon(site: &Site, name: &str, nodes: &[Value], node: &str) -> Self {
+        let exports =
+            [json!({"type": "nbd", "id": "export0", "name": "disk", "node-name": node, "writable": true})];
+        Self::storage_daemon_with(site, name, nodes, &[], &exports)
+    }
+
+    /// Starts a storage daemon with these block nodes, iothreads and exports.
+    ///
+    /// # Panics
+    /// When it does not come up.
+    #[must_use]
+    pub fn storage_daemon_with(
+        site: &Site,
+        name: &str,
+        nodes: &[Value],
+        iothreads: &[&str],
+        exports: &[Value],
+    ) -> Self {
         let (qmp, nbd) = sockets(site, name);
         let mut command = Command::new("qemu-storage-daemon");
         for blockdev in nodes {
             command.args(["--blockdev", &blockdev.to_string()]);
         }
         command.args(["--nbd-server", &format!("addr.type=unix,addr.path={}", nbd.display())]);
-        command.args(["--export", &format!("type=nbd,id=export0,name=disk,node-name={node},writable=on")]);
+        for iothread in iothreads {
+            command.args(["--object", &format!("iothread,id={iothread}")]);
+        }
+        for export in exports {
+            command.args(["--export", &export.to_string()]);
+        }
         command.args(["--chardev", &format!("socket,id=qmp,path={},server=on,wait=off", qmp.display())]);
         command.args(["--monitor", "chardev=qmp"]);
         Self::start(site, name, &mut command, &qmp, Entry::Nbd(nbd))
@@ -101,16 +123,25 @@ impl Qemu {
         &self.name
     }
 
+    /// The socket of the storage daemon's NBD server.
+    ///
+    /// # Panics
+    /// When there is none.
+    #[must_use]
+    pub fn nbd_socket(&self) -> &Path {
+        match &self.entry {
+            Entry::Nbd(socket) => socket,
+            Entry::Device(_) => panic!("a system emulator exports nothing"),
+        }
+    }
+
     /// What `qemu-io` needs in order to reach the exported disk.
     ///
     /// # Panics
     /// When there is no export.
     #[must_use]
     pub fn nbd_url(&self) -> String {
-        match &self.entry {
-            Entry::Nbd(socket) => format!("nbd+unix:///disk?socket={}", socket.display()),
-            Entry::Device(_) => panic!("a system emulator exports nothing"),
-        }
+        format!("nbd+unix:///disk?socket={}", self.nbd_socket().display())
     }
 
     /// Runs `qemu-io` commands one after another, each complete before the next begins.
@@ -153,6 +184,19 @@ impl Qemu {
         };
         json!({ "nodes": nodes, "devices": devices })
     }
+}
+
+/// The main version of the installed QEMU.
+///
+/// # Panics
+/// When there is none.
+#[must_use]
+pub fn main_version() -> u32 {
+    let output =
+        Command::new("qemu-storage-daemon").arg("--version").output().expect("qemu-storage-daemon runs");
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let number = text.split("version ").nth(1).and_then(|rest| rest.split('.').next()?.parse().ok());
+    number.unwrap_or_else(|| panic!("no version in {text:?}"))
 }
 
 /// Whether `qemu-io` said that a request failed.

@@ -2,6 +2,7 @@
 //!
 //! Each test has its own directory, ports and sockets, so that all can run at the same time.
 
+mod consistency;
 mod drivers;
 mod interruptions;
 mod toggle;

@@ -1,0 +1,130 @@
+//! Crash consistency of every point: programs whose writes have an order are captured, and at thousands of points of the
+//! history the disks are looked at as after a power cut.
+//!
+//! | test | what is written | what must hold at every point outside a gap |
+//! | --- | --- | --- |
+//! | [`linked`] | records that point to their predecessors, then a header that points to the newest, by several writers at once | the chain is whole; what was synced before the point is there, nothing begun after it is |
+//! | [`transfers`] | money moved between two disks of one process, on several iothreads | at one instant of both disks no money is lost or made beyond what is under way |
+//!
+//! Each test prints its seed and how many points it checked. `CDP_TEST_SEED` repeats a run's random choices;
+//! `CDP_TEST_SCALE=N` writes and checks N times as much: `CDP_TEST_SCALE=20 cargo test -p cdp-tests --test e2e
+//! consistency -- --nocapture`.
+
+mod linked;
+mod transfers;
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use cdp_tests::journal;
+use cdp_tests::random::Random;
+use journal_format::{Lsn, Point, PointSpec, Record, RecoverableRange, Stamp};
+use journal_store::{DiskStore, Store, StoreError, View};
+
+/// `count`, or the multiple that `CDP_TEST_SCALE` asks for.
+fn scaled(count: usize) -> usize {
+    let factor = std::env::var("CDP_TEST_SCALE").ok();
+    let factor = factor.map_or(1, |text| text.parse::<usize>().expect("CDP_TEST_SCALE is a whole number"));
+    assert!(factor > 0, "CDP_TEST_SCALE is at least 1");
+    count * factor
+}
+
+/// The clock that stamps come from: the host's, in nanoseconds since 1970.
+fn now_ns() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).expect("a clock after 1970");
+    u64::try_from(since.as_nanos()).expect("a clock before 2554")
+}
+
+/// A disk's history, read straight from the store's files while the server runs.
+struct History {
+    /// Keeps the files open.
+    _store: Store,
+    disk: Arc<DiskStore>,
+    records: Vec<Record>,
+    ranges: Vec<RecoverableRange>,
+}
+
+impl History {
+    /// What is durable of the disk now.
+    fn open(store: &Path, disk: &str) -> Self {
+        let records = journal::records(store, disk);
+        let opened = Store::open_read_only(store).expect("the store");
+        let disk = opened.disk(disk.parse().expect("a disk id")).expect("the disk");
+        let ranges = disk.history().recoverable;
+        assert!(!ranges.is_empty(), "nothing of the disk can be restored");
+        Self { _store: opened, disk, records, ranges }
+    }
+
+    /// Any point outside a gap, asked for in any way: by LSN, by an instant, by the very instant of a record, and by the
+    /// nanosecond before it.
+    fn any_point(&self, random: &mut Random) -> Point {
+        let (first, last) = (self.ranges[0].first, self.ranges[self.ranges.len() - 1].last);
+        loop {
+            let spec = match random.within(0..4) {
+                0 | 1 => PointSpec::Lsn(Lsn(random.within(first.0.0..last.0.0 + 1))),
+                2 => PointSpec::Stamp(Stamp(random.within(first.1.0..last.1.0 + 1))),
+                _ => PointSpec::Stamp(self.near_a_record(random)),
+            };
+            match self.disk.resolve(&spec, Stamp::MAX, None) {
+                Ok(point) => return point,
+                Err(StoreError::Point(_)) => assert!(self.is_refused_rightly(&spec), "{spec:?} was refused"),
+                Err(error) => panic!("{spec:?}: {error}"),
+            }
+        }
+    }
+
+    /// The instant of a random record, or just before.
+    fn near_a_record(&self, random: &mut Random) -> Stamp {
+        let record = &self.records[random.within(0..self.records.len() as u64) as usize];
+        Stamp(record.stamp.0 - u64::from(random.chance(50)))
+    }
+
+    /// Whether no recoverable range holds the point.
+    fn is_refused_rightly(&self, spec: &PointSpec) -> bool {
+        let lsn = match spec {
+            PointSpec::Lsn(lsn) => *lsn,
+            PointSpec::Stamp(stamp) => {
+                let until = self.records.partition_point(|record| record.stamp <= *stamp);
+                until.checked_sub(1).map_or(Lsn::ZERO, |last| self.records[last].lsn)
+            }
+            other => panic!("{other:?} is not asked for here"),
+        };
+        !self.ranges.iter().any(|range| range.first.0 <= lsn && lsn <= range.last.0)
+    }
+
+    fn view(&self, lsn: Lsn) -> View {
+        self.disk.view(lsn).unwrap_or_else(|e| panic!("view at LSN {lsn}: {e}"))
+    }
+}
+
+fn read(view: &View, offset: u64, length: usize) -> Vec<u8> {
+    let mut bytes = vec![0; length];
+    view.read(offset, &mut bytes).unwrap_or_else(|e| panic!("read at LSN {}: {e}", view.lsn()));
+    bytes
+}
+
+/// FNV-1a, enough to tell torn from whole.
+fn checksum(bytes: &[u8]) -> u64 {
+    bytes
+        .iter()
+        .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3))
+}
+
+/// Puts little-endian numbers, and the checksum of all before it, at the front of a block of `length` bytes whose rest is
+/// `filler`.
+fn sealed(words: &[u64], filler: &[u8], length: usize) -> Vec<u8> {
+    let mut block: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+    block.extend(filler);
+    assert!(block.len() <= length - 8, "no room for the checksum");
+    block.resize(length - 8, 0);
+    block.extend(checksum(&block).to_le_bytes());
+    block
+}
+
+/// The first `N` numbers of a block of which the checksum is right; `None` for any other block.
+fn unsealed<const N: usize>(block: &[u8]) -> Option<[u64; N]> {
+    let (body, sum) = block.split_at(block.len() - 8);
+    let words = |at: usize| u64::from_le_bytes(body[at * 8..at * 8 + 8].try_into().expect("8 bytes"));
+    (checksum(body).to_le_bytes() == *sum).then(|| std::array::from_fn(words))
+}
