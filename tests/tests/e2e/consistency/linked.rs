@@ -29,11 +29,11 @@ const STREAM_BYTES: usize = (1 + SLOTS as usize) * BLOCK;
 const RECORD: u64 = 0x7265_636f_7264_2121;
 const HEADER: u64 = 0x6865_6164_6572_2121;
 
-/// When the writer began with a record, and when it was told that it is durable.
+/// When the writer sent a header, and when it was told that it is written.
 #[derive(Clone, Copy, Debug)]
 struct Written {
     begun_ns: u64,
-    synced_ns: u64,
+    completed_ns: u64,
 }
 
 const fn base_of(stream: u64) -> u64 {
@@ -62,16 +62,16 @@ impl Stream {
         let record = sealed(&[RECORD, self.stream, index, self.last], &filler, BLOCK);
         self.last = checksum(&record);
         let offset = base_of(self.stream) + (1 + index % SLOTS) * BLOCK as u64;
-        let begun_ns = now_ns();
         self.write_in_parts(offset, &record);
         self.nbd.run(&Command::Flush);
         let header = sealed(&[HEADER, self.stream, index, self.last], &[], BLOCK);
         let fua = self.random.chance(50);
+        let begun_ns = now_ns();
         self.nbd.run(&Command::Write { offset: base_of(self.stream), data: header, fua });
+        self.written.push(Written { begun_ns, completed_ns: now_ns() });
         if !fua {
             self.nbd.run(&Command::Flush);
         }
-        self.written.push(Written { begun_ns, synced_ns: now_ns() });
     }
 
     /// In one request, or in two that are in flight together.
@@ -107,11 +107,11 @@ fn check(stream: u64, bytes: &[u8]) -> u64 {
     newest
 }
 
-/// Fails unless what was synced before the instant is there, and nothing that was begun after it.
+/// Fails unless what was complete before the instant is there, and nothing that was begun after it.
 fn check_times(written: &[Written], newest: u64, stamp_ns: u64) {
-    let synced = written.partition_point(|record| record.synced_ns < stamp_ns) as u64;
+    let complete = written.partition_point(|record| record.completed_ns < stamp_ns) as u64;
     let begun = written.partition_point(|record| record.begun_ns <= stamp_ns) as u64;
-    assert!(newest >= synced, "{synced} records were synced before the point, {newest} are there");
+    assert!(newest >= complete, "{complete} records were complete before the point, {newest} are there");
     assert!(newest <= begun, "{begun} records were begun before the point, {newest} are there");
 }
 
@@ -249,9 +249,9 @@ fn a_chain_with_any_damage_is_no_chain() {
         damaged[(1 + (index % SLOTS) as usize) * BLOCK + 1000] ^= 1;
         assert!(std::panic::catch_unwind(|| check(2, &damaged)).is_err(), "record {index}");
     }
-    let at = |ns| Written { begun_ns: ns, synced_ns: ns + 5 };
+    let at = |ns| Written { begun_ns: ns, completed_ns: ns + 5 };
     let written = [at(10), at(20)];
     check_times(&written, 1, 20);
-    assert!(std::panic::catch_unwind(|| check_times(&written, 1, 26)).is_err(), "a synced one is missing");
+    assert!(std::panic::catch_unwind(|| check_times(&written, 1, 26)).is_err(), "a complete one is missing");
     assert!(std::panic::catch_unwind(|| check_times(&written, 2, 19)).is_err(), "one is from the future");
 }

@@ -3,7 +3,7 @@
 //!
 //! | test | what is written | what must hold at every point outside a gap |
 //! | --- | --- | --- |
-//! | [`linked`] | records that point to their predecessors, then a header that points to the newest, by several writers at once | the chain is whole; what was synced before the point is there, nothing begun after it is |
+//! | [`linked`] | records that point to their predecessors, then a header that points to the newest, by several writers at once | the chain is whole; what was complete before the point is there, nothing begun after it is |
 //! | [`transfers`] | money moved between two disks of one process, on several iothreads | at one instant of both disks no money is lost or made beyond what is under way |
 //!
 //! Each test prints its seed and how many points it checked. `CDP_TEST_SEED` repeats a run's random choices;
