@@ -36,7 +36,23 @@ struct Checked {
     data_bytes: u32,
 }
 
+/// The pieces of a record that was copied out.
+#[derive(Clone, Copy, Debug)]
+struct Copied {
+    blocks: [u32; MAX_PIECES as usize],
+    count: usize,
+}
+
+impl Copied {
+    fn blocks(&self) -> &[u32] {
+        self.blocks.get(..self.count).unwrap_or(&[])
+    }
+}
+
 /// The consuming end of a ring. There is one per ring, used by one thread.
+///
+/// A record is taken in two steps, so that whoever must not lose it can put it into a safe place in between:
+/// [`Consumer::copy`] leaves it where it is, [`Consumer::free`] gives its room back. [`Consumer::next`] is both.
 #[derive(Debug)]
 pub struct Consumer {
     ring: Arc<Ring>,
@@ -50,6 +66,8 @@ pub struct Consumer {
     clock_seen: Stamp,
     /// The record at `head`, when it was looked at but there was no room for it.
     looked: Option<Checked>,
+    /// The record at `head`, when its data was copied out and its room is not given back yet.
+    copied: Option<Copied>,
     /// Once the producers are dead: how many slots they had reserved.
     closed_at: Option<u64>,
     failed: Option<(RingErrorKind, &'static str, Lsn)>,
@@ -67,9 +85,45 @@ impl Consumer {
             last_stamp: Stamp::ZERO,
             clock_seen: Stamp::ZERO,
             looked: None,
+            copied: None,
             closed_at: None,
             failed: None,
         }
+    }
+
+    /// Goes on where the consumer of a process that died has stopped. `next` is the first record that it had not put
+    /// into a safe place, `stamp` that of the last one that it had; `left` are the pieces of that last one which it
+    /// had not begun to free: nobody else will, so it is done now, and told to `before` as [`Consumer::free`] does.
+    ///
+    /// # Errors
+    /// `Corrupt` when the ring cannot have been left there by such a consumer; then nothing was changed.
+    pub fn adopt(
+        ring: Arc<Ring>,
+        clock: HostClock,
+        next: Lsn,
+        stamp: Stamp,
+        left: &[u32],
+        mut before: impl FnMut(u8),
+    ) -> Result<Self, RingError> {
+        let slots = ring.geometry().slots;
+        // ORDERING: Acquire pairs with the Release in `return_credits`; its writer is dead.
+        let given_back = ring.memory().words().head.load(Ordering::Acquire);
+        let taken = next.0.checked_sub(ring.config().first_lsn.0);
+        let head = taken.filter(|head| {
+            let tail = ring.slots().tail();
+            let backlog = tail.checked_sub(given_back).is_some_and(|backlog| backlog <= slots);
+            backlog && (given_back..=tail).contains(head)
+        });
+        let head = head.ok_or(RingError::corrupt("the ring does not go on where its last agent stopped"))?;
+        if stamp > clock.last() {
+            return Err(RingError::corrupt("the last record is later than the host's clock"));
+        }
+        free_pieces(&ring, left, &mut before);
+        let unreturned = head.saturating_sub(given_back);
+        let mut consumer = Self { head, unreturned, last_stamp: stamp, ..Self::new(ring, clock) };
+        consumer.return_credits();
+        consumer.disarm_sleep();
+        Ok(consumer)
     }
 
     /// The ring.
@@ -91,17 +145,29 @@ impl Consumer {
     /// `Corrupt` when the memory breaks the ring's rules, `Stopped` when capture ended without a gap record. Either
     /// is final: every later call returns it again, and nothing behind it may be used.
     pub fn next(&mut self, data: &mut Vec<u8>, max_bytes: u32) -> Result<Next, RingError> {
+        let next = self.copy(data, max_bytes)?;
+        self.free(|_| {});
+        Ok(next)
+    }
+
+    /// The first half of [`Consumer::next`]: copies the record and its data and leaves both in the ring. A record
+    /// that was copied before and not freed is freed now.
+    ///
+    /// # Errors
+    /// As [`Consumer::next`].
+    pub fn copy(&mut self, data: &mut Vec<u8>, max_bytes: u32) -> Result<Next, RingError> {
+        self.free(|_| {});
         if let Some((kind, what, lsn)) = self.failed {
             return Err(RingError::new(kind, what).at(lsn));
         }
-        let result = self.try_next(data, max_bytes);
+        let result = self.try_copy(data, max_bytes);
         result.map_err(|error| {
             self.failed = Some((error.kind(), error.what(), self.next_lsn()));
             error.at(self.next_lsn())
         })
     }
 
-    fn try_next(&mut self, data: &mut Vec<u8>, max_bytes: u32) -> Result<Next, RingError> {
+    fn try_copy(&mut self, data: &mut Vec<u8>, max_bytes: u32) -> Result<Next, RingError> {
         let checked = match self.looked.take() {
             Some(checked) => checked,
             None => match self.ring.slots().look(self.head) {
@@ -120,8 +186,25 @@ impl Consumer {
             self.looked = Some(checked);
             return Ok(Next::NoRoom(checked.data_bytes));
         }
-        let op = self.take_data(&checked, data)?;
-        Ok(Next::Record(self.step(checked.entry.stamp, op)))
+        let op = self.copy_data(&checked, data)?;
+        let blocks = checked.pieces.map(|(block, _)| block);
+        Ok(Next::Record(self.record(checked.entry.stamp, op, Copied { blocks, count: checked.count })))
+    }
+
+    /// The first units of the pieces of the record that was copied and not freed.
+    #[must_use]
+    pub fn blocks(&self) -> &[u32] {
+        self.copied.as_ref().map_or(&[], Copied::blocks)
+    }
+
+    /// The second half of [`Consumer::next`]: gives the room of the record that was copied back. `before(n)` is
+    /// called before piece `n` is freed, and once more, with their number, when all are: a consumer that takes over
+    /// must free those that were not begun, and leave the one at which this process died alone (it may be in use
+    /// again).
+    pub fn free(&mut self, mut before: impl FnMut(u8)) {
+        let Some(copied) = self.copied.take() else { return };
+        free_pieces(&self.ring, copied.blocks(), &mut before);
+        self.step();
     }
 
     /// Whether the record at the head comes before the point at which capture stopped; false while that is being
@@ -151,22 +234,27 @@ impl Consumer {
             // has none before it to take the stamp from.
             Some(end) if self.head < end => {
                 let stamp = if self.last_stamp == Stamp::ZERO { self.clock.now() } else { self.last_stamp };
-                Ok(Next::Record(self.step(stamp.0, Op::Void)))
+                let none = Copied { blocks: [0; MAX_PIECES as usize], count: 0 };
+                Ok(Next::Record(self.record(stamp.0, Op::Void, none)))
             }
             _ => Ok(Next::Empty),
         }
     }
 
-    /// Counts one record as taken.
-    fn step(&mut self, stamp: u64, op: Op) -> Record {
-        let lsn = self.next_lsn();
+    /// The record at the head, of which everything was copied.
+    fn record(&mut self, stamp: u64, op: Op, copied: Copied) -> Record {
         self.last_stamp = self.last_stamp.max(Stamp(stamp));
+        self.copied = Some(copied);
+        Record { lsn: self.next_lsn(), stamp: self.last_stamp, op }
+    }
+
+    /// Counts the record at the head as taken.
+    fn step(&mut self) {
         self.head = self.head.saturating_add(1);
         self.unreturned = self.unreturned.saturating_add(1);
         if self.unreturned >= CREDIT_BATCH.min(self.ring.geometry().slots / 4) {
             self.return_credits();
         }
-        Record { lsn, stamp: self.last_stamp, op }
     }
 
     /// Gives the credits of taken records back, so that producers can use their slots.
@@ -238,19 +326,14 @@ impl Consumer {
         }
     }
 
-    /// Copies a checked record's data out and frees its pieces.
-    fn take_data(&self, checked: &Checked, data: &mut Vec<u8>) -> Result<Op, RingError> {
+    /// Copies a checked record's data out.
+    fn copy_data(&self, checked: &Checked, data: &mut Vec<u8>) -> Result<Op, RingError> {
         let pos =
             u32::try_from(data.len()).map_err(|_| RingError::corrupt("the caller's data passes 4 GiB"))?;
-        let pieces = checked.pieces.iter().take(checked.count);
-        for &(block, bytes) in pieces.clone() {
+        for &(block, bytes) in checked.pieces.iter().take(checked.count) {
             if bytes > 0 && !self.ring.memory().copy_out(block, bytes, data) {
                 return Err(RingError::corrupt("a piece lies outside the arena"));
             }
-        }
-        for &(block, _) in pieces {
-            self.ring.set_state(block, STATE_FREE, 0);
-            self.ring.arena().free(block);
         }
         let span = DataSpan { pos, len: checked.data_bytes };
         match checked.op {
@@ -326,6 +409,17 @@ impl Consumer {
         ranges.retain(|range| !range.is_empty());
         Ok(merged(ranges))
     }
+}
+
+fn free_pieces(ring: &Ring, blocks: &[u32], before: &mut impl FnMut(u8)) {
+    let mut number = 0_u8;
+    for block in blocks {
+        before(number);
+        ring.set_state(*block, STATE_FREE, 0);
+        ring.arena().free(*block);
+        number = number.saturating_add(1);
+    }
+    before(number);
 }
 
 /// The record that a slot's copy means, with an empty span for its data, and how many bytes of data it has.

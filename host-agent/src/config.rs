@@ -6,7 +6,8 @@ use clap::Parser;
 use serde::Deserialize;
 
 use crate::error::AgentError;
-use crate::limits::{MAX_BUFFER_BYTES, MIN_OUTBOX_BYTES, MIN_RING_BYTES};
+use crate::limits::{MAX_BUFFER_BYTES, MIN_OUTBOX_BYTES, MIN_RING_BYTES, MIN_SPOOL_BYTES};
+use crate::spool::SpoolPlace;
 
 /// Drains the capture rings of this host's QEMU processes and ships their writes to a cdp-server.
 #[derive(Parser, Debug, Default)]
@@ -33,6 +34,12 @@ pub struct Args {
     /// Room for packed frames that wait for the server, for each disk, in MiB [default: 256].
     #[arg(long, value_name = "MIB")]
     pub outbox_mib: Option<u64>,
+    /// Folder for frames that memory has no room for while the server is away [default: /var/lib/qemu-cdp/spool].
+    #[arg(long, value_name = "DIR")]
+    pub spool_dir: Option<PathBuf>,
+    /// Most room there for each disk, in MiB; 0 for none [default: 1024].
+    #[arg(long, value_name = "MIB")]
+    pub spool_mib: Option<u64>,
     /// Name of this host for people [default: its host name].
     #[arg(long, value_name = "NAME")]
     pub host_name: Option<String>,
@@ -57,6 +64,8 @@ struct File {
     socket_group: Option<String>,
     ring_mib: Option<u64>,
     outbox_mib: Option<u64>,
+    spool_dir: Option<PathBuf>,
+    spool_mib: Option<u64>,
     host_name: Option<String>,
     machine_id: Option<PathBuf>,
     token_file: Option<PathBuf>,
@@ -78,6 +87,8 @@ pub struct Config {
     pub ring_bytes: u64,
     /// Bytes of each outbox.
     pub outbox_bytes: u64,
+    /// Where frames are spooled.
+    pub spool: SpoolPlace,
     /// Name of the host for people.
     pub host_name: String,
     /// File that names the host for ever.
@@ -98,6 +109,7 @@ impl Config {
         let token_file = args.token_file.or(file.token_file);
         let ring_mib = args.ring_mib.or(file.ring_mib).unwrap_or(64);
         let outbox_mib = args.outbox_mib.or(file.outbox_mib).unwrap_or(256);
+        let spool_mib = args.spool_mib.or(file.spool_mib).unwrap_or(1024);
         let mode = args.socket_mode.or(file.socket_mode).unwrap_or_else(|| "660".into());
         let server = args.server.or(file.server).unwrap_or_else(|| "127.0.0.1:7411".into());
         if !server
@@ -113,6 +125,13 @@ impl Config {
             socket_group: args.socket_group.or(file.socket_group),
             ring_bytes: buffer_bytes("ring_mib", ring_mib, MIN_RING_BYTES)?,
             outbox_bytes: buffer_bytes("outbox_mib", outbox_mib, MIN_OUTBOX_BYTES)?,
+            spool: SpoolPlace {
+                folder: args.spool_dir.or(file.spool_dir).unwrap_or_else(|| "/var/lib/qemu-cdp/spool".into()),
+                limit_bytes: match spool_mib {
+                    0 => 0,
+                    mib => buffer_bytes("spool_mib", mib, MIN_SPOOL_BYTES)?,
+                },
+            },
             host_name: args.host_name.or(file.host_name).unwrap_or_else(host_name),
             machine_id: args.machine_id.or(file.machine_id).unwrap_or_else(|| "/etc/machine-id".into()),
             token: token_file.as_deref().map(read_token).transpose()?.unwrap_or_default(),

@@ -26,6 +26,7 @@ use crate::live::Live;
 use crate::seam::batch::SendBatch;
 use crate::seam::plain::poll_timeout;
 use crate::session::{Action, Attach, Event, FilterId, Identity, Session, ToServer, VmInfo};
+use crate::spool;
 
 /// The driver of the session.
 pub struct Hub {
@@ -317,9 +318,15 @@ impl Hub {
                 let result = self.rings.get(&disk).map_or_else(gone, |live| live.bookmark(&name));
                 self.queue.push_back(Event::BookmarkPut(disk, request, result));
             }
+            Action::Discard(disk, epoch) => {
+                if let Some(live) = self.ring(disk, epoch) {
+                    live.drain.discard();
+                }
+            }
             Action::DropCapture(disk, epoch) => {
                 if self.ring(disk, epoch).is_some() {
                     self.rings.remove(&disk);
+                    spool::discard(&self.config.spool, disk);
                     tracing::info!(%disk, epoch = epoch.0, "capture closed");
                 }
             }
@@ -358,8 +365,7 @@ impl Hub {
     }
 
     fn attach(&mut self, order: &Attach) {
-        let made =
-            Live::start(order, &self.clock, self.config.ring_bytes, self.config.outbox_bytes, &self.sender);
+        let made = Live::start(order, &self.clock, &self.config, &self.sender);
         match made {
             Ok((live, fds)) => {
                 tracing::info!(disk = %order.disk, device = order.device, epoch = order.epoch.0,

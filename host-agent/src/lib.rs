@@ -41,3 +41,4 @@ pub mod outbox;
 pub mod packer;
 pub mod seam;
 pub mod session;
+pub mod spool;

@@ -39,6 +39,18 @@ pub const MAX_BUFFER_BYTES: u64 = 64 << 30;
 /// the memory is ever touched.
 pub const OUTBOX_REUSE_BYTES: u64 = 8 << 20;
 
+/// Frames moved from the spool into the outbox in one step of a drain.
+pub const REFILL_BATCH: usize = 8;
+
+/// A spool file is closed at this size: space is freed file by file.
+pub const SPOOL_FILE_BYTES: u64 = 16 << 20;
+
+/// Smallest spool, in bytes: a few files of it, so that some can be freed while another is written.
+pub const MIN_SPOOL_BYTES: u64 = 64 << 20;
+
+/// Pause after a spool could not be written to.
+pub const SPOOL_RETRY: Duration = Duration::from_secs(5);
+
 /// Most bytes handed to one send.
 pub const SEND_BATCH_BYTES: usize = 2 << 20;
 

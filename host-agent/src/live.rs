@@ -6,11 +6,15 @@ use std::sync::Arc;
 use capture_ring::{Bell, Consumer, HostClock, Mode, Producer, Ring, RingConfig, RingError};
 use journal_format::{Epoch, Lsn, Stamp};
 
+use crate::config::Config;
 use crate::drain::Drain;
+use crate::drain::worker::Worker;
 use crate::error::AgentError;
 use crate::events::Sender;
-use crate::outbox::Outbox;
+use crate::outbox::{Outbox, Packed};
+use crate::packer::Packer;
 use crate::session::{Attach, Sample};
+use crate::spool::Spool;
 
 /// Everything that one epoch of a disk needs. Dropping it ends the drain's thread and unmaps both memfds.
 #[derive(Debug)]
@@ -24,6 +28,7 @@ pub struct Live {
     ring: Arc<Ring>,
     /// The agent's own producing end, for bookmarks.
     producer: Producer,
+    spool_limit: u64,
 }
 
 /// Descriptors for the filter.
@@ -43,25 +48,31 @@ impl Live {
     pub fn start(
         order: &Attach,
         clock: &HostClock,
-        ring_bytes: u64,
-        outbox_bytes: u64,
+        settings: &Config,
         events: &Sender,
     ) -> Result<(Self, RingFds), AgentError> {
         clock.raise_to(order.clock_floor);
         let config = RingConfig {
-            arena_bytes: ring_bytes,
+            arena_bytes: settings.ring_bytes,
             ..RingConfig::new(order.disk, order.epoch, order.first_lsn, order.disk_bytes)
         };
         let (ring, ring_fd) = Ring::create(&config).map_err(ring_error)?;
         let bell = Bell::create().map_err(ring_error)?;
         let bell_fd =
             bell.as_fd().try_clone_to_owned().map_err(AgentError::os("cannot duplicate an eventfd"))?;
-        let producer = Producer::new(Arc::clone(&ring), clock.clone(), bell.duplicate().map_err(ring_error)?);
-        let (outbox, writer) = Outbox::create(order.disk, order.epoch, outbox_bytes)
+        let packed = Packed { lsn: order.first_lsn.prev(), stamp: Stamp::ZERO, disk_bytes: order.disk_bytes };
+        let (outbox, writer) = Outbox::create(order.disk, order.epoch, settings.outbox_bytes, packed)
             .map_err(AgentError::os("cannot make an outbox"))?;
         let consumer = Consumer::new(Arc::clone(&ring), clock.clone());
-        let drain = Drain::start(consumer, writer, bell, events.clone())?;
-        let live = Self { epoch: order.epoch, outbox, drain, ring, producer };
+        let packer = Packer::new(order.disk, order.epoch, order.disk_bytes);
+        let spool = Spool::open(&settings.spool, order.disk, order.epoch);
+        let of = (order.disk, order.epoch);
+        let worker = Worker::new(of, Some(consumer), writer, packer, spool, packed.lsn);
+        let mut drain = Drain::new(worker, Some(bell), events.clone())?;
+        let producer = Producer::new(Arc::clone(&ring), clock.clone(), drain.bell()?);
+        drain.start()?;
+        let spool_limit = settings.spool.limit_bytes;
+        let live = Self { epoch: order.epoch, outbox, drain, ring, producer, spool_limit };
         Ok((live, RingFds { ring: ring_fd, bell: bell_fd }))
     }
 
@@ -99,6 +110,9 @@ impl Live {
             dirty_bytes: self.ring.dirty().bytes(),
             outbox_used_bytes: self.outbox.used_bytes(),
             outbox_bytes: self.outbox.capacity_bytes(),
+            spool_used_bytes: self.drain.spool().0,
+            spool_bytes: self.spool_limit,
+            spool_failing: self.drain.spool().1,
             unacked_bytes: self.outbox.raw_bytes(),
             host_stamp,
         }

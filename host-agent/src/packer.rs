@@ -1,6 +1,6 @@
 //! Packs records and their data into frames: the part of the drain that only computes.
 
-use std::time::Instant;
+use std::time::Duration;
 
 use journal_format::frame::{FrameMeta, encode_head};
 use journal_format::limits::MAX_RECORD_DATA_BYTES;
@@ -20,7 +20,7 @@ pub struct Packer {
     disk_bytes: u64,
     records: Vec<Record>,
     data: Vec<u8>,
-    opened: Option<Instant>,
+    opened: Option<Duration>,
 }
 
 impl Packer {
@@ -58,7 +58,7 @@ impl Packer {
     }
 
     /// Takes a record whose data (if it has any) was just appended to [`Packer::data`], with its span.
-    pub fn add(&mut self, now: Instant, record: Record) {
+    pub fn add(&mut self, now: Duration, record: Record) {
         if let Op::Resize { disk_bytes } = record.op {
             self.disk_bytes = disk_bytes;
         }
@@ -66,11 +66,22 @@ impl Packer {
         self.records.push(record);
     }
 
+    /// The data of a record that was added.
+    #[must_use]
+    pub fn data_of(&self, record: &Record) -> &[u8] {
+        let span = match record.op {
+            Op::Write { data, .. } => data,
+            Op::Bookmark { name } => name,
+            _ => return &[],
+        };
+        self.data.get(span.pos as usize..span.end() as usize).unwrap_or_default()
+    }
+
     /// Whether the frame should be closed now.
     #[must_use]
-    pub fn is_due(&self, now: Instant) -> bool {
+    pub fn is_due(&self, now: Duration) -> bool {
         let full = self.data.len() >= FRAME_TARGET_BYTES || self.records.len() >= FRAME_MAX_RECORDS;
-        let old = self.opened.is_some_and(|opened| now.saturating_duration_since(opened) >= FRAME_MAX_AGE);
+        let old = self.opened.is_some_and(|opened| now.saturating_sub(opened) >= FRAME_MAX_AGE);
         full || old
     }
 
@@ -80,7 +91,7 @@ impl Packer {
     /// When it does not encode: the ring's consumer has let something through that it must not.
     pub fn close(&mut self) -> Result<Option<PackedFrame>, FormatError> {
         let (Some(first), Some(last)) = (self.records.first(), self.records.last()) else { return Ok(None) };
-        let (first_lsn, last_lsn) = (first.lsn, last.lsn);
+        let (first_lsn, last_lsn, last_stamp) = (first.lsn, last.lsn, last.stamp);
         let raw = self.data.as_slice();
         let (codec, packed) = codec::compress(raw, ZSTD_LEVEL);
         let raw_bytes = u32::try_from(raw.len()).unwrap_or(u32::MAX);
@@ -97,7 +108,8 @@ impl Packer {
         self.records.clear();
         self.data.clear();
         self.opened = None;
-        Ok(Some(PackedFrame { first_lsn, last_lsn, raw_bytes, head, data }))
+        let disk_bytes = self.disk_bytes;
+        Ok(Some(PackedFrame { first_lsn, last_lsn, last_stamp, disk_bytes, raw_bytes, head, data }))
     }
 }
 
@@ -113,7 +125,7 @@ mod tests {
     }
 
     /// Appends a write as the consumer does, closing the frame first when there is no room.
-    fn put(packer: &mut Packer, now: Instant, lsn: u64, data: &[u8]) -> Option<PackedFrame> {
+    fn put(packer: &mut Packer, now: Duration, lsn: u64, data: &[u8]) -> Option<PackedFrame> {
         let full = data.len() > packer.room() as usize;
         let ready = if full { packer.close().unwrap() } else { None };
         let pos = u32::try_from(packer.data().len()).unwrap();
@@ -141,7 +153,7 @@ mod tests {
         ) {
             let mut packer = packer();
             let mut frames = Vec::new();
-            let now = Instant::now();
+            let now = Duration::ZERO;
             for (i, len) in sizes.iter().enumerate() {
                 frames.extend(put(&mut packer, now, i as u64 + 1, &vec![u8::try_from(i).unwrap(); *len]));
                 if packer.is_due(now) {
@@ -172,7 +184,7 @@ mod tests {
     #[test]
     fn a_frame_is_due_when_full_or_old() {
         let mut packer = packer();
-        let now = Instant::now();
+        let now = Duration::ZERO;
         assert!(!packer.is_due(now + FRAME_MAX_AGE), "nothing waits");
         put(&mut packer, now, 1, &[1; 100]);
         assert!(!packer.is_due(now));
@@ -185,7 +197,7 @@ mod tests {
     fn frames_carry_the_size_after_a_resize() {
         let mut packer = packer();
         let op = Op::Resize { disk_bytes: 2 << 30 };
-        packer.add(Instant::now(), Record { lsn: Lsn(1), stamp: Stamp(1), op });
+        packer.add(Duration::ZERO, Record { lsn: Lsn(1), stamp: Stamp(1), op });
         let frame = packer.close().unwrap().unwrap();
         let encoded = bytes(&frame);
         assert_eq!(Frame::parse(&encoded).unwrap().header().disk_bytes(), 2 << 30);
@@ -200,7 +212,7 @@ mod tests {
             x = x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
             *byte = (x >> 56) as u8;
         }
-        put(&mut packer, Instant::now(), 1, &noise);
+        put(&mut packer, Duration::ZERO, 1, &noise);
         let frame = packer.close().unwrap().unwrap();
         assert_eq!(frame.data, noise);
     }

@@ -212,6 +212,7 @@ fn start_server(directory: &Path, data: &str, http: &str) -> Process {
 fn start_agent(directory: &Path, data: &str) -> Process {
     let mut command = Command::new(program("cdp-agent"));
     command.args(["--server", data]).arg("--socket").arg(directory.join("agent.sock"));
+    command.arg("--spool-dir").arg(directory.join("spool"));
     let mut agent = Process::start(directory, "agent", &mut command);
     let _ = agent.ready("socket");
     agent

@@ -206,6 +206,7 @@ impl Session {
         capture.reopen = !self.stopping && capture.unprotect.is_empty() && !capture.unwanted;
         capture.link = DiskLink::Closed;
         let (epoch, packed) = (capture.epoch, capture.packed);
+        self.out.push(Action::Discard(disk, epoch));
         self.out.push(Action::Release(disk, epoch, packed));
         self.begin_detach(now, disk);
         self.close_if_done(disk);
@@ -442,7 +443,9 @@ impl Session {
         let Some(capture) = self.captures.get_mut(&disk).filter(|capture| capture.epoch == epoch) else {
             return;
         };
-        let room = sample.ring_has_room && sample.outbox_used_bytes <= sample.outbox_bytes / 2;
+        let keeps_up = sample.outbox_used_bytes <= sample.outbox_bytes / 2;
+        let spools = !sample.spool_failing && sample.spool_used_bytes < sample.spool_bytes / 2;
+        let room = sample.ring_has_room && (keeps_up || spools);
         let due = capture.last_resync.is_none_or(|last| now.saturating_sub(last) >= RESYNC_EVERY);
         if capture.phase == Phase::Capturing && sample.mode == "tracking" && room && due {
             capture.last_resync = Some(now);

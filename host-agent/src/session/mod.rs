@@ -88,7 +88,13 @@ pub struct Sample {
     pub outbox_used_bytes: u64,
     /// Bytes of outbox.
     pub outbox_bytes: u64,
-    /// Raw bytes in it.
+    /// Bytes of files in the spool.
+    pub spool_used_bytes: u64,
+    /// Most bytes of files that the spool may have.
+    pub spool_bytes: u64,
+    /// Whether the spool cannot be written to.
+    pub spool_failing: bool,
+    /// Raw bytes in the outbox.
     pub unacked_bytes: u64,
     /// The host's clock.
     pub host_stamp: Stamp,
@@ -156,7 +162,9 @@ pub enum Action {
     PutBookmark(DiskId, u64, String),
     /// Sample every capture at the next opportunity: one has just begun.
     ReportSoon,
-    /// Drop ring and outbox.
+    /// Throw away what of this epoch is not shipped, now and later: the server cannot continue it.
+    Discard(DiskId, Epoch),
+    /// Drop ring, outbox and spool.
     DropCapture(DiskId, Epoch),
 }
 

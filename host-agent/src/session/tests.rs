@@ -509,6 +509,7 @@ impl Fake {
                     self.answered.push(result.request);
                 }
                 Action::Connect
+                | Action::Discard(..)
                 | Action::ReportSoon
                 | Action::Disconnect(_)
                 | Action::Send(_)

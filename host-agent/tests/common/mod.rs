@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use host_agent::agent::Agent;
 use host_agent::config::Config;
+use host_agent::spool::SpoolPlace;
 
 /// Longest wait for anything; only a hang takes so long.
 pub const PATIENCE: Duration = Duration::from_secs(60);
@@ -35,6 +36,7 @@ pub fn config(dir: &Path, server: &server::FakeServer, no_io_uring: bool) -> Con
         socket_group: None,
         ring_bytes: 16 << 20,
         outbox_bytes: 16 << 20,
+        spool: SpoolPlace { folder: dir.join("spool"), limit_bytes: 0 },
         host_name: "testhost".into(),
         machine_id: dir.join("no-machine-id"),
         token: "token".into(),

@@ -1,0 +1,367 @@
+//! What the drain does, one step at a time, without a thread, a sleep or a clock of its own.
+
+use std::time::Duration;
+
+use capture_ring::{Consumer, Next, RingError};
+use journal_format::{DiskId, Epoch, Lsn, Stamp};
+
+use crate::limits::{DRAIN_IDLE, REFILL_BATCH};
+use crate::outbox::{OutboxWriter, PackedFrame};
+use crate::packer::Packer;
+use crate::session::Ending;
+use crate::spool::Spool;
+
+/// Records taken in one step.
+const BATCH: usize = 256;
+
+/// How long a detached filter may leave a reserved slot unpublished before it is taken for dead.
+const STUCK: Duration = Duration::from_secs(5);
+
+/// When to make the next step.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Pace {
+    /// At once: there is more.
+    Busy,
+    /// After a short pause: records come now and then.
+    Poll,
+    /// When a record is published, or something else wakes: nothing has come for a while.
+    Idle,
+    /// When the outbox has room again.
+    Blocked,
+    /// Never: the end was reached.
+    Ended,
+}
+
+/// What a step did.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Step {
+    /// The last LSN in the outbox, when that has changed.
+    pub packed: Option<Lsn>,
+    /// When to go on.
+    pub pace: Pace,
+}
+
+/// Why a drain cannot go on.
+#[derive(Debug)]
+pub enum Stop {
+    /// What is in the ring is no ring any more.
+    Ring(RingError),
+    /// Its records do not make a frame.
+    Format(journal_format::FormatError),
+    /// Frames that were spooled cannot be read back.
+    Spool(std::io::Error),
+}
+
+impl core::fmt::Display for Stop {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        match self {
+            Self::Ring(error) => error.fmt(f),
+            Self::Format(error) => error.fmt(f),
+            Self::Spool(error) => write!(f, "frames in the spool cannot be read back: {error}"),
+        }
+    }
+}
+
+impl From<RingError> for Stop {
+    fn from(error: RingError) -> Self {
+        Self::Ring(error)
+    }
+}
+
+impl From<journal_format::FormatError> for Stop {
+    fn from(error: journal_format::FormatError) -> Self {
+        Self::Format(error)
+    }
+}
+
+/// Takes records out of one ring, packs them, and puts the frames into the outbox, or into the spool while the outbox
+/// is well filled.
+#[derive(Debug)]
+pub struct Worker {
+    disk: DiskId,
+    epoch: Epoch,
+    /// `None` when only what was spooled is left of the epoch.
+    consumer: Option<Consumer>,
+    writer: OutboxWriter,
+    packer: Packer,
+    spool: Spool,
+    /// A finished frame that has found no room yet. Its records are still staged.
+    closed: Option<PackedFrame>,
+    /// Last LSN in the outbox.
+    packed: Lsn,
+    told: Lsn,
+    captured: Stamp,
+    /// When the ring was seen empty first.
+    quiet: Option<Duration>,
+    /// Since when the ring has been ending.
+    ended: Option<Duration>,
+    /// Why the ring gives nothing more; what came before is being put away.
+    fault: Option<Stop>,
+    /// The epoch's frames are of no use any more.
+    discard: bool,
+}
+
+impl Worker {
+    /// A worker for an epoch whose frames in the outbox end at `packed`, and whose staged records are in `packer`.
+    #[must_use]
+    pub fn new(
+        (disk, epoch): (DiskId, Epoch),
+        consumer: Option<Consumer>,
+        writer: OutboxWriter,
+        packer: Packer,
+        spool: Spool,
+        packed: Lsn,
+    ) -> Self {
+        Self {
+            disk,
+            epoch,
+            consumer,
+            writer,
+            packer,
+            spool,
+            closed: None,
+            packed,
+            told: packed,
+            captured: Stamp::ZERO,
+            quiet: None,
+            ended: None,
+            fault: None,
+            discard: false,
+        }
+    }
+
+    /// Whose.
+    #[must_use]
+    pub fn of(&self) -> (DiskId, Epoch) {
+        (self.disk, self.epoch)
+    }
+
+    /// The last LSN in the outbox.
+    #[must_use]
+    pub fn packed(&self) -> Lsn {
+        self.packed
+    }
+
+    /// Stamp of the newest record taken out.
+    #[must_use]
+    pub fn captured(&self) -> Stamp {
+        self.captured
+    }
+
+    /// The spool, for its gauges.
+    #[must_use]
+    pub fn spool(&self) -> &Spool {
+        &self.spool
+    }
+
+    /// The writing side of the outbox, to wait for room.
+    #[must_use]
+    pub fn writer(&self) -> &OutboxWriter {
+        &self.writer
+    }
+
+    /// From now on frames are thrown away instead of being kept.
+    pub fn discard(&mut self) {
+        if !self.discard {
+            self.discard = true;
+            self.spool.clear();
+        }
+    }
+
+    /// Announces to the producers that this end is about to sleep; false when there is something to do.
+    #[must_use]
+    pub fn arm_sleep(&mut self) -> bool {
+        self.consumer.as_mut().is_none_or(Consumer::arm_sleep)
+    }
+
+    /// Takes [`Worker::arm_sleep`] back.
+    pub fn disarm_sleep(&self) {
+        if let Some(consumer) = &self.consumer {
+            consumer.disarm_sleep();
+        }
+    }
+
+    /// Does what there is to do now, up to a batch of it. `ending` says how the epoch comes to its end, if it does.
+    ///
+    /// # Errors
+    /// Why nothing more will come. What was taken before is in the outbox, or goes there with later steps.
+    pub fn step(&mut self, now: Duration, ending: Option<Ending>) -> Result<Step, Stop> {
+        self.spool.release(self.writer.outbox().durable());
+        let refilled = self.refill()?;
+        let pace = self.go_on(now, ending, refilled)?;
+        let packed = (self.packed > self.told).then_some(self.packed);
+        self.told = self.packed;
+        Ok(Step { packed, pace })
+    }
+
+    fn go_on(&mut self, now: Duration, ending: Option<Ending>, refilled: bool) -> Result<Pace, Stop> {
+        if !self.place(now) {
+            // What found no room stays staged, for the agent that comes next.
+            return Ok(if ending == Some(Ending::AgentStops) { Pace::Ended } else { Pace::Blocked });
+        }
+        if ending == Some(Ending::AgentStops) {
+            if self.close()? && !self.place(now) {
+                tracing::info!(disk = %self.disk, "stopping with a full outbox; the last records stay staged");
+            }
+            return Ok(Pace::Ended);
+        }
+        if self.fault.is_none() {
+            match self.take(now) {
+                Ok(taken) => return self.pace(now, ending, taken || refilled),
+                Err(stop) => self.fault = Some(stop),
+            }
+            // What was taken before the fault is good.
+            if self.close()? && !self.place(now) {
+                return Ok(Pace::Blocked);
+            }
+        }
+        match self.fault.take_if(|_| self.spool.is_read()) {
+            Some(fault) => Err(fault),
+            None => Ok(Pace::Blocked),
+        }
+    }
+
+    fn pace(&mut self, now: Duration, ending: Option<Ending>, moved: bool) -> Result<Pace, Stop> {
+        if self.packer.is_due(now) && self.close()? && !self.place(now) {
+            return Ok(Pace::Blocked);
+        }
+        if moved {
+            self.quiet = None;
+            return Ok(Pace::Busy);
+        }
+        if self.is_finished(now, ending)? {
+            if self.close()? && !self.place(now) {
+                return Ok(Pace::Blocked);
+            }
+            // Spooled frames go out through the outbox; it wakes us when it has room.
+            return Ok(if self.spool.is_read() { Pace::Ended } else { Pace::Blocked });
+        }
+        let quiet = *self.quiet.get_or_insert(now);
+        let idle = self.packer.is_empty() && now.saturating_sub(quiet) >= DRAIN_IDLE && ending.is_none();
+        Ok(match (idle, self.spool.is_read()) {
+            (false, _) => Pace::Poll,
+            (true, true) => Pace::Idle,
+            // What is in the spool goes on when the outbox has room.
+            (true, false) => Pace::Blocked,
+        })
+    }
+
+    /// Takes some records; false when none was there.
+    fn take(&mut self, now: Duration) -> Result<bool, Stop> {
+        for taken in 0..BATCH {
+            let room = self.packer.room();
+            let Some(consumer) = &mut self.consumer else { return Ok(false) };
+            match consumer.copy(self.packer.data(), room)? {
+                Next::Record(record) => {
+                    self.captured = record.stamp;
+                    self.packer.add(now, record);
+                    // Into safety first; only then is its room in the ring given back.
+                    self.writer.stage(&record, self.packer.data_of(&record), consumer.blocks());
+                    let writer = &mut self.writer;
+                    consumer.free(|piece| writer.freeing(record.lsn, piece));
+                }
+                Next::NoRoom(_) => {
+                    if self.close()? {
+                        self.place(now);
+                    }
+                    return Ok(true);
+                }
+                Next::Empty => return Ok(taken > 0),
+            }
+            if self.packer.is_due(now) {
+                return Ok(true);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Finishes the frame; false when there is none.
+    fn close(&mut self) -> Result<bool, Stop> {
+        debug_assert!(self.closed.is_none(), "a frame is finished when the one before has its place");
+        self.closed = self.packer.close()?;
+        Ok(self.closed.is_some())
+    }
+
+    /// Finds a place for the finished frame: the outbox, or the spool while frames are there or the outbox is well
+    /// filled. False when there is none now.
+    fn place(&mut self, now: Duration) -> bool {
+        let Some(frame) = self.closed.take() else { return true };
+        if self.discard {
+            self.writer.unstage(&frame);
+            self.packed = frame.last_lsn;
+            return true;
+        }
+        let outbox = self.writer.outbox();
+        let filled = outbox.used_bytes() > outbox.capacity_bytes() / 2;
+        if (filled || !self.spool.is_read()) && self.spool.append(now, &frame) {
+            self.writer.unstage(&frame);
+            return true;
+        }
+        // Frames in the spool come before it.
+        if self.spool.is_read() && self.writer.push(&frame).is_ok() {
+            self.packed = frame.last_lsn;
+            return true;
+        }
+        self.closed = Some(frame);
+        false
+    }
+
+    /// Moves frames from the spool into an outbox that has room; false when there was nothing to do.
+    fn refill(&mut self) -> Result<bool, Stop> {
+        let mut moved = false;
+        for _ in 0..REFILL_BATCH {
+            let outbox = self.writer.outbox();
+            if self.spool.is_read() || outbox.used_bytes() > outbox.capacity_bytes() / 4 {
+                break;
+            }
+            let Some(frame) = self.spool.peek().map_err(Stop::Spool)? else { break };
+            if self.writer.refill(frame).is_err() {
+                break;
+            }
+            self.packed = frame.last_lsn;
+            self.spool.advance();
+            moved = true;
+        }
+        Ok(moved)
+    }
+
+    /// Nothing is published now; whether nothing can come any more.
+    fn is_finished(&mut self, now: Duration, ending: Option<Ending>) -> Result<bool, Stop> {
+        let Some(consumer) = &mut self.consumer else { return Ok(true) };
+        let Some(ending) = ending else { return Ok(false) };
+        let since = *self.ended.get_or_insert(now);
+        if ending == Ending::Detached {
+            if consumer.next_lsn() > consumer.ring().captured_lsn() {
+                return Ok(true);
+            }
+            if now.saturating_sub(since) < STUCK {
+                return Ok(false);
+            }
+            tracing::warn!(disk = %self.disk, "the filter detached and left slots unpublished; they are closed as void");
+        }
+        self.close_dead()
+    }
+
+    /// Closes what a dead process left open; true when there was nothing.
+    fn close_dead(&mut self) -> Result<bool, Stop> {
+        let Some(consumer) = &mut self.consumer else { return Ok(true) };
+        consumer.close_dead()?;
+        if consumer.is_ready() {
+            return Ok(false);
+        }
+        match consumer.issued_ranges() {
+            Ok(ranges) if ranges.is_empty() => {}
+            Ok(ranges) => tracing::warn!(
+                disk = %self.disk,
+                count = ranges.len(),
+                bytes = ranges.iter().map(|range| range.length()).sum::<u64>(),
+                ?ranges,
+                "writes were issued and never completed; the next epoch reads these ranges back"
+            ),
+            Err(error) => {
+                tracing::warn!(disk = %self.disk, %error, "which writes were in flight is not known")
+            }
+        }
+        Ok(true)
+    }
+}

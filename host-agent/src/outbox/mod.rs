@@ -1,0 +1,388 @@
+//! The outbox: encoded frames of one disk's epoch, kept in a memfd until the server has made them durable.
+//!
+//! A frame is copied in once, ready to be sent: its wire message lies in one run of bytes. It is dropped when its LSN
+//! is acknowledged. Before that, each record is *staged* in it as soon as it is copied out of the ring: so at every
+//! moment a record is in the ring, in the outbox, or durable, and an agent that takes over from one that was killed
+//! ([`adopt`]) loses none. Bytes and argument: `docs/formats/outbox.md`.
+//!
+//! *Threads*: the drain thread owns the [`OutboxWriter`]; the hub reads and releases through the [`Outbox`].
+
+pub mod adopt;
+pub mod layout;
+#[cfg(test)]
+mod tests;
+
+use std::collections::VecDeque;
+use std::io;
+use std::mem::offset_of;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use journal_format::record::RawRecord;
+use journal_format::wire::{MESSAGE_HEADER_BYTES, MessageHeader, MessageType};
+use journal_format::{DiskId, Epoch, FormatError, Lsn, Record, Stamp};
+use zerocopy::IntoBytes;
+use zerocopy::little_endian::{U32, U64};
+
+use self::layout::{
+    AREA_START, DATA_AT, ENTRY_ALIGN, ENTRY_HEADER_BYTES, HEADER_MAGIC, Header, KIND_FRAME, KIND_SKIP,
+    MAX_BLOCKS, RECORDS_AT, RawEntry, RawStaged, STAGED_BYTES, VERSION, crc_of, entry_bytes,
+};
+use crate::limits::OUTBOX_REUSE_BYTES;
+use crate::seam::memory::{Memory, MemoryWriter};
+
+/// How far the records of an epoch have been packed into frames.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Packed {
+    /// The last record in a frame.
+    pub lsn: Lsn,
+    /// Its stamp; 0 when there is none.
+    pub stamp: Stamp,
+    /// Size of the disk after it.
+    pub disk_bytes: u64,
+}
+
+/// A frame that waits for its acknowledgement.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// First LSN in it.
+    pub first_lsn: Lsn,
+    /// Last LSN in it.
+    pub last_lsn: Lsn,
+    /// Where its message begins in the memory.
+    pub at: usize,
+    /// Bytes of the message.
+    pub len: usize,
+    /// Raw bytes of data in it.
+    pub raw_bytes: u32,
+    /// Position behind it, for the head.
+    end: u64,
+}
+
+/// There is no room now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Full;
+
+#[derive(Debug)]
+struct State {
+    entries: VecDeque<Entry>,
+    head: u64,
+    tail: u64,
+    raw_bytes: u64,
+    durable: Lsn,
+}
+
+/// The reading side.
+#[derive(Debug)]
+pub struct Outbox {
+    memory: Arc<Memory>,
+    area: u64,
+    state: Mutex<State>,
+    room: Condvar,
+}
+
+/// The writing side; one per outbox.
+#[derive(Debug)]
+pub struct OutboxWriter {
+    outbox: Arc<Outbox>,
+    memory: MemoryWriter,
+    /// Records staged now.
+    staged: usize,
+}
+
+impl Outbox {
+    /// Makes an empty outbox with room for `bytes` of entries, for records after `packed`.
+    ///
+    /// # Errors
+    /// What the kernel answers.
+    pub fn create(
+        disk: DiskId,
+        epoch: Epoch,
+        bytes: u64,
+        packed: Packed,
+    ) -> io::Result<(Arc<Self>, OutboxWriter)> {
+        let area = bytes / ENTRY_ALIGN * ENTRY_ALIGN;
+        let len = usize::try_from(area).map_err(io::Error::other)?.saturating_add(AREA_START);
+        let (memory, mut writer) = Memory::create(c"cdp-outbox", len)?;
+        let mut header = Header {
+            magic: HEADER_MAGIC,
+            version: U32::new(VERSION),
+            reserved: U32::new(0),
+            area_bytes: U64::new(area),
+            disk: disk.0,
+            epoch: U64::new(epoch.0),
+            reserved2: [0; 12],
+            crc: U32::new(0),
+            head: U64::new(0),
+            tail: U64::new(0),
+            packed_lsn: U64::new(packed.lsn.0),
+            packed_stamp: U64::new(packed.stamp.0),
+            packed_disk_bytes: U64::new(packed.disk_bytes),
+            staged: U64::new(0),
+            freed: U64::new(0),
+        };
+        header.crc = U32::new(header.computed_crc());
+        writer.copy_in(0, header.as_bytes());
+        let state = State { entries: VecDeque::new(), head: 0, tail: 0, raw_bytes: 0, durable: Lsn::ZERO };
+        let outbox = Arc::new(Self { memory, area, state: Mutex::new(state), room: Condvar::new() });
+        Ok((Arc::clone(&outbox), OutboxWriter { outbox, memory: writer, staged: 0 }))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // Every critical section below leaves the state whole before it could panic.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The memory that [`Entry::at`] points into.
+    #[must_use]
+    pub fn memory(&self) -> &Arc<Memory> {
+        &self.memory
+    }
+
+    /// Frames in LSN order from the one that holds `from` to the one that ends with `to`, up to `most_bytes` and `most`
+    /// of them, at least one if there is one.
+    #[must_use]
+    pub fn entries(&self, from: Lsn, to: Lsn, most_bytes: usize, most: usize) -> Vec<Entry> {
+        let state = self.lock();
+        let start = state.entries.partition_point(|entry| entry.last_lsn < from);
+        let mut bytes = 0_usize;
+        let fits = |entry: &&Entry| {
+            let first = bytes == 0;
+            bytes = bytes.saturating_add(entry.len);
+            entry.last_lsn <= to && (first || bytes <= most_bytes)
+        };
+        state.entries.range(start..).take(most).take_while(fits).copied().collect()
+    }
+
+    /// Drops the frames that end at or before `durable`.
+    pub fn release(&self, durable: Lsn) {
+        let mut state = self.lock();
+        state.durable = state.durable.max(durable);
+        while let Some(entry) = state.entries.front().copied().filter(|entry| entry.last_lsn <= durable) {
+            state.entries.pop_front();
+            state.head = entry.end;
+            state.raw_bytes = state.raw_bytes.saturating_sub(u64::from(entry.raw_bytes));
+        }
+        drop(state);
+        self.room.notify_all();
+    }
+
+    /// The last LSN that [`Outbox::release`] was told.
+    #[must_use]
+    pub fn durable(&self) -> Lsn {
+        self.lock().durable
+    }
+
+    /// First LSN that can still be sent; `None` when the outbox is empty.
+    #[must_use]
+    pub fn oldest_lsn(&self) -> Option<Lsn> {
+        self.lock().entries.front().map(|entry| entry.first_lsn)
+    }
+
+    /// Bytes in use.
+    #[must_use]
+    pub fn used_bytes(&self) -> u64 {
+        let state = self.lock();
+        state.tail.saturating_sub(state.head)
+    }
+
+    /// Bytes for entries.
+    #[must_use]
+    pub fn capacity_bytes(&self) -> u64 {
+        self.area
+    }
+
+    /// Raw bytes of data in the frames that wait.
+    #[must_use]
+    pub fn raw_bytes(&self) -> u64 {
+        self.lock().raw_bytes
+    }
+}
+
+impl OutboxWriter {
+    /// The reading side.
+    #[must_use]
+    pub fn outbox(&self) -> &Arc<Outbox> {
+        &self.outbox
+    }
+
+    /// Puts a record that was copied out of the ring, whose pieces there are `blocks` and not freed yet, into
+    /// safety. A frame's records are staged one after the other; `data` is this record's part of the frame's data,
+    /// at the place that the record's span says.
+    ///
+    /// # Panics
+    /// When the frame has no room for it: the packer closes the frame first.
+    pub fn stage(&mut self, record: &Record, data: &[u8], blocks: &[u32]) {
+        let raw = RawRecord::encode(record);
+        assert!(blocks.len() <= MAX_BLOCKS, "a record has more pieces than the ring allows");
+        let mut staged = RawStaged {
+            lsn: U64::new(record.lsn.0),
+            record: raw,
+            pieces: U32::new(u32::try_from(blocks.len()).unwrap_or(u32::MAX)),
+            blocks: [U32::new(0); MAX_BLOCKS],
+            reserved: [0; 12],
+            crc: U32::new(0),
+        };
+        for (place, block) in staged.blocks.iter_mut().zip(blocks) {
+            *place = U32::new(*block);
+        }
+        staged.crc = U32::new(crc_of(staged.as_bytes()));
+        let at = RECORDS_AT + self.staged * STAGED_BYTES;
+        let data_at = DATA_AT + raw.data_pos.get() as usize;
+        assert!(at < DATA_AT && data_at + data.len() <= AREA_START, "more is staged than a frame takes");
+        self.memory.copy_in(data_at, data);
+        self.memory.copy_in(at, staged.as_bytes());
+        self.staged += 1;
+        self.memory.store(offset_of!(Header, staged), self.staged as u64);
+    }
+
+    /// Notes that piece `number` of the staged record `lsn` is about to be freed in the ring, or, where it has only
+    /// so many, that all are.
+    pub fn freeing(&mut self, lsn: Lsn, number: u8) {
+        self.memory.store(offset_of!(Header, freed), lsn.0.wrapping_shl(8) | u64::from(number));
+    }
+
+    /// Copies a frame in: `head` (header and records) and `data` as encoded. What is staged is in it, so the stage is
+    /// empty then.
+    ///
+    /// # Errors
+    /// [`Full`] when there is no room now; nothing has changed then.
+    ///
+    /// # Panics
+    /// When the frame is larger than the format allows: the packer made it.
+    pub fn push(&mut self, frame: &PackedFrame) -> Result<(), Full> {
+        self.refill(frame)?;
+        self.unstage(frame);
+        Ok(())
+    }
+
+    /// As [`OutboxWriter::push`], for a frame whose records are not those that are staged: it was elsewhere before.
+    ///
+    /// # Errors
+    /// [`Full`] when there is no room now; nothing has changed then.
+    ///
+    /// # Panics
+    /// When the frame is larger than the format allows.
+    pub fn refill(&mut self, frame: &PackedFrame) -> Result<(), Full> {
+        let message_bytes = MESSAGE_HEADER_BYTES + frame.bytes();
+        let need = entry_bytes(message_bytes);
+        let (start, skip, head) = self.find_room(need).ok_or(Full)?;
+        // Before anything that the old head might still point to is overwritten.
+        self.memory.store(offset_of!(Header, head), head);
+        if skip > 0 {
+            self.write_entry(start - skip, KIND_SKIP, frame, 0);
+        }
+        let wire = MessageHeader::new(MessageType::Frame, frame.bytes());
+        let wire =
+            wire.unwrap_or_else(|error: FormatError| panic!("the packer made too large a frame: {error}"));
+        let at = self.at(start) + ENTRY_HEADER_BYTES;
+        self.write_entry(start, KIND_FRAME, frame, message_bytes);
+        self.memory.copy_in(at, wire.as_bytes());
+        self.memory.copy_in(at + MESSAGE_HEADER_BYTES, &frame.head);
+        self.memory.copy_in(at + MESSAGE_HEADER_BYTES + frame.head.len(), &frame.data);
+        self.memory.store(offset_of!(Header, tail), start + need);
+        self.publish(
+            frame,
+            Entry {
+                first_lsn: frame.first_lsn,
+                last_lsn: frame.last_lsn,
+                at,
+                len: message_bytes,
+                raw_bytes: frame.raw_bytes,
+                end: start + need,
+            },
+        );
+        Ok(())
+    }
+
+    /// Notes that a frame is in a safe place, here or elsewhere, and empties the stage that it was made from.
+    pub fn unstage(&mut self, frame: &PackedFrame) {
+        // Whoever finds the count of before finds the frame, too, and drops what both have.
+        self.note(frame.packed());
+        self.memory.store(offset_of!(Header, staged), 0);
+        self.staged = 0;
+    }
+
+    fn note(&mut self, packed: Packed) {
+        self.memory.store(offset_of!(Header, packed_disk_bytes), packed.disk_bytes);
+        self.memory.store(offset_of!(Header, packed_stamp), packed.stamp.0);
+        self.memory.store(offset_of!(Header, packed_lsn), packed.lsn.0);
+    }
+
+    /// Dies before its copy or store of that number.
+    #[cfg(test)]
+    pub fn die_after(&mut self, count: u64) {
+        self.memory.die_after(count);
+    }
+
+    /// Waits until something was released, or `timeout`.
+    pub fn wait_for_release(&self, timeout: Duration) {
+        let state = self.outbox.lock();
+        let _ = self.outbox.room.wait_timeout(state, timeout);
+    }
+
+    fn publish(&mut self, frame: &PackedFrame, entry: Entry) {
+        let mut state = self.outbox.lock();
+        debug_assert!(state.entries.back().is_none_or(|last| last.last_lsn.next() == frame.first_lsn));
+        state.entries.push_back(entry);
+        state.tail = entry.end;
+        state.raw_bytes += u64::from(frame.raw_bytes);
+    }
+
+    /// Position for `need` bytes in one run, how many bytes before it are skipped to reach it, and the head.
+    fn find_room(&self, need: u64) -> Option<(u64, u64, u64)> {
+        let area = self.outbox.area;
+        let mut state = self.outbox.lock();
+        if state.entries.is_empty() && state.tail % area > OUTBOX_REUSE_BYTES {
+            state.tail = state.tail.next_multiple_of(area);
+            state.head = state.tail;
+        }
+        let to_end = area - state.tail % area;
+        let skip = if need > to_end { to_end } else { 0 };
+        let free = area - (state.tail - state.head);
+        (skip + need <= free).then_some((state.tail + skip, skip, state.head))
+    }
+
+    fn at(&self, position: u64) -> usize {
+        // The area's length is a usize, so a remainder by it is too.
+        AREA_START + (position % self.outbox.area) as usize
+    }
+
+    fn write_entry(&mut self, position: u64, kind: u32, frame: &PackedFrame, message_bytes: usize) {
+        let entry = RawEntry::new(position, kind, frame, message_bytes);
+        self.memory.copy_in(self.at(position), entry.as_bytes());
+    }
+}
+
+/// A frame as the packer made it.
+#[derive(Clone, Debug)]
+pub struct PackedFrame {
+    /// First LSN.
+    pub first_lsn: Lsn,
+    /// Last LSN.
+    pub last_lsn: Lsn,
+    /// Its stamp.
+    pub last_stamp: Stamp,
+    /// Size of the disk after it.
+    pub disk_bytes: u64,
+    /// Raw bytes of data.
+    pub raw_bytes: u32,
+    /// Encoded header and records.
+    pub head: Vec<u8>,
+    /// Encoded data.
+    pub data: Vec<u8>,
+}
+
+impl PackedFrame {
+    /// How far records are packed with it.
+    #[must_use]
+    pub fn packed(&self) -> Packed {
+        Packed { lsn: self.last_lsn, stamp: self.last_stamp, disk_bytes: self.disk_bytes }
+    }
+
+    /// Bytes of the encoded frame.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.head.len() + self.data.len()
+    }
+}

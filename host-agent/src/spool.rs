@@ -1,0 +1,342 @@
+//! The spool: frames that the outbox has no room for, in files of this host, while the server is away or slow.
+//!
+//! Files hold the entries of the outbox's area (`docs/formats/outbox.md`), one behind the other, and are freed whole
+//! when the server has made their frames durable. They are read back in LSN order through the outbox. A file that
+//! cannot be written costs nothing but the spool: frames then wait in the outbox and the ring. Nothing is synced:
+//! files survive the agent and an orderly restart of the host; what a power cut took is noticed when they are read.
+
+use std::collections::VecDeque;
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use journal_format::wire::{MESSAGE_HEADER_BYTES, MessageHeader, MessageType};
+use journal_format::{DiskId, Epoch, Lsn};
+use zerocopy::{FromBytes, IntoBytes};
+
+use crate::limits::{SPOOL_FILE_BYTES, SPOOL_RETRY};
+use crate::outbox::adopt::{packed_frame, read_entry, read_message};
+use crate::outbox::layout::{KIND_FRAME, RawEntry, SpoolHeader, entry_bytes};
+use crate::outbox::{Packed, PackedFrame};
+
+/// Bytes before the first entry of a file.
+const HEADER_BYTES: u64 = size_of::<SpoolHeader>() as u64;
+
+/// Where spools are, and how large one may become.
+#[derive(Clone, Debug)]
+pub struct SpoolPlace {
+    /// The folder for all disks' spools.
+    pub folder: PathBuf,
+    /// Most bytes of files for one disk; 0 for no spool.
+    pub limit_bytes: u64,
+}
+
+#[derive(Debug)]
+struct Segment {
+    path: PathBuf,
+    file: File,
+    last_lsn: Lsn,
+    bytes: u64,
+}
+
+/// One epoch's spool.
+#[derive(Debug)]
+pub struct Spool {
+    folder: PathBuf,
+    limit: u64,
+    disk: DiskId,
+    epoch: Epoch,
+    segments: VecDeque<Segment>,
+    /// How far its frames reach.
+    last: Option<Packed>,
+    /// The segment that is being read, and where in it.
+    reading: (usize, u64),
+    /// Frames not read yet.
+    unread: u64,
+    /// The next of them, once it was looked at: with the bytes of its entry.
+    ahead: Option<(PackedFrame, u64)>,
+    retry_at: Option<Duration>,
+}
+
+impl Spool {
+    /// The spool of an epoch, with the frames that a former agent left there.
+    #[must_use]
+    pub fn open(place: &SpoolPlace, disk: DiskId, epoch: Epoch) -> Self {
+        let mut spool = Self {
+            folder: place.folder.join(disk.to_string()),
+            limit: place.limit_bytes,
+            disk,
+            epoch,
+            segments: VecDeque::new(),
+            last: None,
+            reading: (0, HEADER_BYTES),
+            unread: 0,
+            ahead: None,
+            retry_at: None,
+        };
+        spool.scan();
+        spool
+    }
+
+    /// How far its frames reach; `None` when there is none.
+    #[must_use]
+    pub fn last(&self) -> Option<Packed> {
+        self.last
+    }
+
+    /// The first LSN that is left.
+    #[must_use]
+    pub fn first_lsn(&self) -> Option<Lsn> {
+        self.segments.front().and_then(|segment| name_of(&segment.path)).map(|(_, first)| first)
+    }
+
+    /// Bytes of its files.
+    #[must_use]
+    pub fn used_bytes(&self) -> u64 {
+        self.segments.iter().map(|segment| segment.bytes).sum()
+    }
+
+    /// Whether its files cannot be written to now.
+    #[must_use]
+    pub fn is_failing(&self) -> bool {
+        self.retry_at.is_some()
+    }
+
+    /// Whether all its frames were read back.
+    #[must_use]
+    pub fn is_read(&self) -> bool {
+        self.unread == 0
+    }
+
+    /// Appends a frame; false when there is no room, or the files cannot be written to.
+    pub fn append(&mut self, now: Duration, frame: &PackedFrame) -> bool {
+        let need = entry_bytes(MESSAGE_HEADER_BYTES.saturating_add(frame.bytes()));
+        let room = self.used_bytes().saturating_add(need).saturating_add(HEADER_BYTES) <= self.limit;
+        if !room || self.retry_at.is_some_and(|at| now < at) {
+            return false;
+        }
+        match self.try_append(frame, need) {
+            Ok(()) => {
+                if self.retry_at.take().is_some() {
+                    tracing::info!(disk = %self.disk, "the spool can be written to again");
+                }
+                self.unread = self.unread.saturating_add(1);
+                self.last = Some(frame.packed());
+                true
+            }
+            Err(error) => {
+                if self.retry_at.is_none() {
+                    let folder = self.folder.display();
+                    tracing::warn!(disk = %self.disk, %folder, %error,
+                        "cannot write to the spool; frames wait in memory, and writes go by uncaptured when that is full");
+                }
+                self.retry_at = Some(now.saturating_add(SPOOL_RETRY));
+                false
+            }
+        }
+    }
+
+    fn try_append(&mut self, frame: &PackedFrame, need: u64) -> io::Result<()> {
+        let file_limit = SPOOL_FILE_BYTES.min(self.limit / 4);
+        if self.segments.back().is_none_or(|segment| segment.bytes >= file_limit) {
+            let segment = self.new_segment(frame.first_lsn)?;
+            self.segments.push_back(segment);
+        }
+        let Some(segment) = self.segments.back_mut() else { return Ok(()) };
+        let message_bytes = MESSAGE_HEADER_BYTES.saturating_add(frame.bytes());
+        let wire = MessageHeader::new(MessageType::Frame, frame.bytes()).map_err(io::Error::other)?;
+        let entry = RawEntry::new(segment.bytes, KIND_FRAME, frame, message_bytes);
+        let mut bytes = Vec::with_capacity(usize::try_from(need).unwrap_or(0));
+        for part in [entry.as_bytes(), wire.as_bytes(), &frame.head, &frame.data] {
+            bytes.extend_from_slice(part);
+        }
+        bytes.resize(usize::try_from(need).unwrap_or(bytes.len()), 0);
+        // A part of it that got there is overwritten by the next attempt, or cut off by the next scan.
+        segment.file.write_all_at(&bytes, segment.bytes)?;
+        segment.bytes = segment.bytes.saturating_add(need);
+        segment.last_lsn = frame.last_lsn;
+        Ok(())
+    }
+
+    fn new_segment(&self, first_lsn: Lsn) -> io::Result<Segment> {
+        DirBuilder::new().recursive(true).mode(0o700).create(&self.folder)?;
+        let path = self.folder.join(format!("{:020}-{:020}.spool", self.epoch.0, first_lsn.0));
+        let file =
+            OpenOptions::new().read(true).write(true).create(true).truncate(true).mode(0o600).open(&path)?;
+        let header = SpoolHeader::new(self.disk, self.epoch, first_lsn);
+        if let Err(error) = file.write_all_at(header.as_bytes(), 0) {
+            let _ = fs::remove_file(&path);
+            return Err(error);
+        }
+        Ok(Segment { path, file, last_lsn: first_lsn.prev(), bytes: HEADER_BYTES })
+    }
+
+    /// The next frame to read back.
+    ///
+    /// # Errors
+    /// When it is not there or damaged: the epoch cannot be continued behind it.
+    pub fn peek(&mut self) -> io::Result<Option<&PackedFrame>> {
+        if self.unread > 0 && self.ahead.is_none() {
+            while self.segments.get(self.reading.0).is_some_and(|segment| self.reading.1 >= segment.bytes) {
+                self.reading = (self.reading.0.saturating_add(1), HEADER_BYTES);
+            }
+            let segment = self.segments.get(self.reading.0);
+            let segment = segment.ok_or_else(|| io::Error::other("a file of the spool is gone"))?;
+            self.ahead = Some(read_frame(&segment.file, self.reading.1, self.disk, self.epoch)?);
+        }
+        Ok(self.ahead.as_ref().map(|(frame, _)| frame))
+    }
+
+    /// The frame that [`Spool::peek`] gave is in the outbox. It stays here until it is durable.
+    pub fn advance(&mut self) {
+        if let Some((_, bytes)) = self.ahead.take() {
+            self.reading.1 = self.reading.1.saturating_add(bytes);
+            self.unread = self.unread.saturating_sub(1);
+        }
+    }
+
+    /// Passes by the frames up to `lsn`: they are in the outbox already.
+    ///
+    /// # Errors
+    /// As [`Spool::peek`].
+    pub fn pass(&mut self, lsn: Lsn) -> io::Result<()> {
+        while self.peek()?.is_some_and(|frame| frame.last_lsn <= lsn) {
+            self.advance();
+        }
+        Ok(())
+    }
+
+    /// Removes the files whose frames are all durable.
+    pub fn release(&mut self, durable: Lsn) {
+        while let Some(segment) = self.segments.front()
+            && segment.last_lsn <= durable
+            && (self.reading.0 > 0 || self.reading.1 >= segment.bytes)
+        {
+            remove(&segment.path);
+            self.segments.pop_front();
+            self.reading = match self.reading.0.checked_sub(1) {
+                Some(number) => (number, self.reading.1),
+                None => (0, HEADER_BYTES),
+            };
+            if self.segments.is_empty() {
+                let _ = fs::remove_dir(&self.folder);
+            }
+        }
+    }
+
+    /// Throws everything away.
+    pub fn clear(&mut self) {
+        for segment in self.segments.drain(..) {
+            remove(&segment.path);
+        }
+        (self.reading, self.unread, self.ahead) = ((0, HEADER_BYTES), 0, None);
+        let _ = fs::remove_dir(&self.folder);
+    }
+
+    /// Finds the files of this epoch and where their whole entries end.
+    fn scan(&mut self) {
+        let mut torn = false;
+        for (path, epoch, first) in files(&self.folder) {
+            let follows = self.last.is_none_or(|last| last.lsn.next() == first);
+            if epoch != self.epoch || torn || !follows {
+                tracing::warn!(file = %path.display(), disk = %self.disk, "what was spooled does not go on here; removing it");
+                remove(&path);
+                continue;
+            }
+            match self.scan_file(&path, first) {
+                Ok(whole) => torn = !whole,
+                Err(error) => {
+                    tracing::warn!(file = %path.display(), disk = %self.disk, %error, "removing an unreadable file of the spool");
+                    remove(&path);
+                    torn = true;
+                }
+            }
+        }
+    }
+
+    /// False when the file does not end with a whole entry.
+    fn scan_file(&mut self, path: &Path, first: Lsn) -> io::Result<bool> {
+        let file = OpenOptions::new().read(true).write(true).open(path)?;
+        let mut bytes = [0; size_of::<SpoolHeader>()];
+        file.read_exact_at(&mut bytes, 0)?;
+        let header = SpoolHeader::read_from_bytes(&bytes).map_err(|_| io::Error::other("cut"))?;
+        if !header.is_of(self.disk, self.epoch, first) {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "its header is not that of its name"));
+        }
+        let end = file.metadata()?.len();
+        let mut segment =
+            Segment { path: path.to_owned(), file, last_lsn: first.prev(), bytes: HEADER_BYTES };
+        while segment.bytes < end {
+            let Ok((frame, bytes)) = read_frame(&segment.file, segment.bytes, self.disk, self.epoch) else {
+                break;
+            };
+            if frame.first_lsn != segment.last_lsn.next() {
+                break;
+            }
+            segment.bytes = segment.bytes.saturating_add(bytes);
+            segment.last_lsn = frame.last_lsn;
+            self.last = Some(frame.packed());
+            self.unread = self.unread.saturating_add(1);
+        }
+        let whole = segment.bytes == end;
+        if !whole {
+            tracing::warn!(file = %path.display(), from = segment.bytes, "cutting off the torn end of a spool file");
+            segment.file.set_len(segment.bytes)?;
+        }
+        self.segments.push_back(segment);
+        Ok(whole)
+    }
+}
+
+/// The frame at a place, and the bytes of its entry.
+fn read_frame(file: &File, at: u64, disk: DiskId, epoch: Epoch) -> io::Result<(PackedFrame, u64)> {
+    let entry = read_entry(file, at, (0, at))?;
+    let frame = packed_frame(read_message(file, &entry, (0, at))?, disk, epoch)?;
+    Ok((frame, entry_bytes(entry.message_bytes())))
+}
+
+fn remove(path: &Path) {
+    if let Err(error) = fs::remove_file(path)
+        && error.kind() != io::ErrorKind::NotFound
+    {
+        tracing::warn!(file = %path.display(), %error, "cannot remove a file of the spool; remove it by hand");
+    }
+}
+
+/// Epoch and first LSN in a file's name.
+fn name_of(path: &Path) -> Option<(Epoch, Lsn)> {
+    let (epoch, first) = path.file_name()?.to_str()?.strip_suffix(".spool")?.split_once('-')?;
+    Some((Epoch(epoch.parse().ok()?), Lsn(first.parse().ok()?)))
+}
+
+/// The spool files in a disk's folder, in order.
+fn files(folder: &Path) -> Vec<(PathBuf, Epoch, Lsn)> {
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
+    let mut files: Vec<_> =
+        entries.filter_map(|path| name_of(&path).map(|(epoch, first)| (path, epoch, first))).collect();
+    files.sort();
+    files
+}
+
+/// The epochs that former agents left frames of, the newest of each disk.
+#[must_use]
+pub fn left_behind(place: &SpoolPlace) -> Vec<(DiskId, Epoch)> {
+    let folders = fs::read_dir(&place.folder).into_iter().flatten().flatten();
+    let newest = |folder: fs::DirEntry| {
+        let disk: DiskId = folder.file_name().to_str()?.parse().ok()?;
+        let (_, epoch, _) = files(&folder.path()).pop()?;
+        Some((disk, epoch))
+    };
+    folders.filter_map(newest).collect()
+}
+
+/// Removes what is left of a disk's spool.
+pub fn discard(place: &SpoolPlace, disk: DiskId) {
+    let folder = place.folder.join(disk.to_string());
+    for (path, _, _) in files(&folder) {
+        remove(&path);
+    }
+    let _ = fs::remove_dir(&folder);
+}
