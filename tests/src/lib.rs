@@ -1,8 +1,8 @@
 //! The harness of the end-to-end tests: it starts the real programs (server, agent, QEMU with the filter) in a
 //! temporary directory, on free ports and private sockets, and looks at them only from outside.
 //!
-//! *Owns* starting and stopping programs ([`process`], [`site`], [`qemu`]), the independent witness ([`witness`]), loads
-//! ([`load`], [`nbd`]), and what `/proc` says of a process ([`procfs`]).
+//! *Owns* starting and stopping programs ([`process`], [`site`], [`qemu`], [`guest`]), the independent witness ([`witness`]), loads
+//! ([`load`], [`nbd`], [`vhost`]), and what `/proc` says of a process ([`procfs`]).
 //!
 //! *Must not know* the insides of server, agent, filter or store: it uses the REST API, the command lines, and the
 //! documented formats.
@@ -12,6 +12,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod guest;
 pub mod journal;
 pub mod load;
 pub mod nbd;
@@ -22,6 +23,7 @@ pub mod qemu;
 pub mod qmp;
 pub mod random;
 pub mod site;
+pub mod vhost;
 pub mod witness;
 
 use std::time::{Duration, Instant};

@@ -16,11 +16,9 @@ use cdp_tests::nbd::{Command, Nbd};
 use cdp_tests::qemu::{Qemu, main_version};
 use cdp_tests::random::Random;
 use cdp_tests::site::{Site, Via};
-use journal_format::{PointSpec, Stamp};
-use journal_store::StoreError;
 use serde_json::json;
 
-use super::{History, read, scaled, sealed, unsealed};
+use super::{History, any_instant, read, scaled, sealed, unsealed};
 
 const DISK_BYTES: u64 = 8 << 20;
 const ACCOUNTS: u64 = 6;
@@ -118,26 +116,6 @@ fn start(site: &Site) -> Qemu {
     };
     let exports: Vec<_> = NODES.into_iter().enumerate().map(export).collect();
     Qemu::storage_daemon_with(site, "bank", &NODES.map(node), iothreads, &exports)
-}
-
-/// An instant that both histories can be restored to, and the LSNs that it means.
-fn any_instant(histories: &[History; 2], random: &mut Random) -> (Stamp, [journal_format::Lsn; 2]) {
-    let first = histories.iter().map(|history| history.ranges[0].first.1.0).max().expect("two");
-    let last = histories.iter().map(|history| history.ranges[history.ranges.len() - 1].last.1.0).min();
-    let last = last.expect("two");
-    loop {
-        let stamp = match random.within(0..2) {
-            0 => Stamp(random.within(first..last + 1)),
-            _ => histories[random.within(0..2) as usize].near_a_record(random),
-        };
-        let spec = PointSpec::Stamp(stamp);
-        let resolve = |history: &History| history.disk.resolve(&spec, Stamp::MAX, None);
-        match (resolve(&histories[0]), resolve(&histories[1])) {
-            (Ok(a), Ok(b)) if (first..=last).contains(&stamp.0) => return (stamp, [a.lsn, b.lsn]),
-            (Err(error), _) | (_, Err(error)) if !matches!(error, StoreError::Point(_)) => panic!("{error}"),
-            _ => {}
-        }
-    }
 }
 
 #[test]
