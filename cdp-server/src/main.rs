@@ -5,19 +5,12 @@ use std::process::ExitCode;
 
 use cdp_server::{Args, Config, Server, ServerError};
 use clap::Parser;
-use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
-    match run(args) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            tracing::error!(%error, "cdp-server ends");
-            ExitCode::FAILURE
-        }
-    }
+    daemon::start_logging();
+    daemon::raise_open_files();
+    daemon::exit_code("cdp-server", run(args), |error| matches!(error, ServerError::Config(_)))
 }
 
 fn run(args: Args) -> Result<(), ServerError> {

@@ -1,20 +1,22 @@
 //! `cdp-agent`: reads settings, starts the agent, waits for SIGTERM or SIGINT.
 
 use std::io::Write;
+use std::process::ExitCode;
 
-use anyhow::Context;
 use clap::Parser;
 use host_agent::agent::Agent;
 use host_agent::config::{Args, Config};
+use host_agent::error::AgentError;
 use nix::sys::signal::{SigSet, Signal};
 
-fn main() -> anyhow::Result<()> {
+fn main() -> ExitCode {
     let args = Args::parse();
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env();
-    tracing_subscriber::fmt()
-        .with_env_filter(filter.unwrap_or_else(|_| "info".into()))
-        .with_writer(std::io::stderr)
-        .init();
+    daemon::start_logging();
+    daemon::raise_open_files();
+    daemon::exit_code("cdp-agent", run(args), |error| matches!(error, AgentError::Config { .. }))
+}
+
+fn run(args: Args) -> Result<(), AgentError> {
     let config = Config::load(args)?;
     let (socket, server) = (config.socket.clone(), config.server.clone());
 
@@ -22,18 +24,25 @@ fn main() -> anyhow::Result<()> {
     let mut signals = SigSet::empty();
     signals.add(Signal::SIGTERM);
     signals.add(Signal::SIGINT);
-    signals.thread_block().context("cannot block signals")?;
+    signals.thread_block().map_err(AgentError::errno("cannot block signals"))?;
 
     let agent = Agent::start(config)?;
     let stopper = agent.stopper();
-    std::thread::Builder::new().name("cdp-signals".into()).spawn(move || {
-        if signals.wait().is_ok() {
-            stopper.stop();
-        }
-    })?;
-    let mut stdout = std::io::stdout();
-    writeln!(stdout, "ready socket={} server={server}", socket.display())?;
-    stdout.flush()?;
-    agent.wait()?;
-    Ok(())
+    std::thread::Builder::new()
+        .name("cdp-signals".into())
+        .spawn(move || {
+            if signals.wait().is_ok() {
+                stopper.stop();
+            }
+        })
+        .map_err(AgentError::os("cannot start a thread"))?;
+    announce(&format!("ready socket={} server={server}", socket.display()));
+    agent.wait()
+}
+
+/// The ready line. Whoever started the agent may have closed its output; that is no reason to stop.
+fn announce(line: &str) {
+    let mut out = std::io::stdout().lock();
+    let _ = writeln!(out, "{line}");
+    let _ = out.flush();
 }
