@@ -1,6 +1,6 @@
 //! Finding records, and resolving points.
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 
 use journal_format::{Lsn, Record, Stamp};
 
@@ -122,8 +122,34 @@ impl DiskStore {
         (at <= state.durable_lsn).then(|| self.point(state, at).ok()).flatten()
     }
 
+    /// The newest point that can be restored: the end of the last stretch without a gap. Costs the same however long the
+    /// history is, and nothing while the point stays the same.
+    #[must_use]
+    pub fn newest(&self) -> Option<Point> {
+        let (lsn, segments) = {
+            let state = self.state();
+            (newest_lsn(&state)?, Arc::clone(&state.segments))
+        };
+        let mut newest = self.newest.lock().unwrap_or_else(PoisonError::into_inner);
+        if newest.is_none_or(|point| point.lsn != lsn) {
+            *newest = self.point_in(&segments, lsn).ok();
+        }
+        *newest
+    }
+
+    /// Whether the newest durable record lies in a gap; also when there is none.
+    #[must_use]
+    pub fn gap_is_open(&self) -> bool {
+        let state = self.state();
+        state.durable_lsn == Lsn::ZERO || state.timeline.gaps.last().is_some_and(|gap| gap.end.is_none())
+    }
+
     fn point(&self, state: &State, lsn: Lsn) -> Result<Point, StoreError> {
-        let record = self.record_at(state, lsn)?;
+        self.point_in(&state.segments, lsn)
+    }
+
+    fn point_in(&self, segments: &[Arc<Segment>], lsn: Lsn) -> Result<Point, StoreError> {
+        let record = self.record_at(segments, lsn)?;
         Ok(Point { lsn, stamp: record.stamp, kind: PointKind::from(&record.op), exact: true })
     }
 
@@ -132,17 +158,17 @@ impl DiskStore {
         if lsn == state.durable_lsn {
             return Some(state.durable_stamp);
         }
-        self.record_at(state, lsn).ok().map(|record| record.stamp)
+        self.record_at(&state.segments, lsn).ok().map(|record| record.stamp)
     }
 
-    fn segment_of(state: &State, lsn: Lsn) -> Option<&Arc<Segment>> {
-        let after = state.segments.partition_point(|segment| segment.first_lsn <= lsn);
-        state.segments.get(after.checked_sub(1)?)
+    fn segment_of(segments: &[Arc<Segment>], lsn: Lsn) -> Option<&Arc<Segment>> {
+        let after = segments.partition_point(|segment| segment.first_lsn <= lsn);
+        segments.get(after.checked_sub(1)?)
     }
 
-    fn record_at(&self, state: &State, lsn: Lsn) -> Result<Record, StoreError> {
+    fn record_at(&self, segments: &[Arc<Segment>], lsn: Lsn) -> Result<Record, StoreError> {
         let missing = || StoreError::invalid(self.id, format!("no record has LSN {lsn}"));
-        let segment = Self::segment_of(state, lsn).ok_or_else(missing)?;
+        let segment = Self::segment_of(segments, lsn).ok_or_else(missing)?;
         let frame = segment.index().tables().frame_of(lsn).ok_or_else(missing)?;
         let records = self.frame_records(segment, &frame)?;
         records.into_iter().find(|record| record.lsn == lsn).ok_or_else(missing)
@@ -166,4 +192,17 @@ impl DiskStore {
         let newest = records.iter().rev().find(|record| record.stamp <= stamp).map(|record| record.lsn);
         Ok(newest.unwrap_or(frame.first_lsn).min(state.durable_lsn))
     }
+}
+
+/// The last LSN outside all gaps and before any damage; `None` if there is none.
+fn newest_lsn(state: &State) -> Option<Lsn> {
+    let first = state.segments.first()?.first_lsn;
+    let mut at = state.durable_lsn;
+    if let Some(damage) = &state.damage {
+        at = at.min(damage.first_lsn.prev());
+    }
+    while let Some(gap) = state.timeline.gap_at(at) {
+        at = gap.begin_lsn.prev();
+    }
+    (at >= first).then_some(at)
 }

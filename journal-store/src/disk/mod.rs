@@ -34,7 +34,7 @@ use crate::segment::Segment;
 use crate::timeline::Timeline;
 use crate::view::View;
 use journal_format::bookmarks::Bookmark;
-use journal_format::{History, RecoverableRange};
+use journal_format::{History, Point, RecoverableRange};
 use writer::Writer;
 
 /// What all disks of a store share.
@@ -75,6 +75,8 @@ pub struct DiskStore {
     writer: Option<Mutex<Writer>>,
     /// Data files of sealed segments.
     files: Cache<SegmentNumber, Arc<dyn File>>,
+    /// The newest restorable point as last asked for.
+    newest: Mutex<Option<Point>>,
 }
 
 /// What readers see. Changed by `commit` only, in one step.
@@ -246,7 +248,7 @@ impl DiskStore {
         let opening = env.openings.fetch_add(1, Ordering::Relaxed);
         let (state, writer, files) =
             (RwLock::new(state), writer.map(Mutex::new), Cache::new(OPEN_DATA_FILES));
-        Self { id, dir, env, opening, state, writer, files }
+        Self { id, dir, env, opening, state, writer, files, newest: Mutex::default() }
     }
 }
 
