@@ -31,6 +31,6 @@ pub use error::PointSpecError;
 pub use point_spec::PointSpec;
 pub use problem::{Kind, Problem};
 pub use types::{
-    Bookmark, CreateBookmark, Disk, DiskSummary, Extent, ExtentKind, Extents, Gap, Journal, PointKind,
-    Points, Protection, ProtectionPhase, ProtectionState, RecoverableRange, ResolvedPoint,
+    Bookmark, CreateBookmark, Disk, DiskSummary, Extent, ExtentKind, Extents, Fault, FaultKind, Gap, Journal,
+    PointKind, Points, Protection, ProtectionPhase, ProtectionState, RecoverableRange, ResolvedPoint,
 };

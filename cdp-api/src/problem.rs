@@ -48,6 +48,8 @@ pub enum Kind {
     AgentTimeout,
     /// The store failed: a disk is full or broken.
     StoreFailed,
+    /// Stored bytes that the request needs are not what was written; which, is in the detail.
+    Damaged,
     /// The server is stopping or has too much to do.
     Unavailable,
     /// A fault of the server.
@@ -77,6 +79,7 @@ impl Kind {
             Self::AgentOffline => "agent-offline",
             Self::AgentTimeout => "agent-timeout",
             Self::StoreFailed => "store-failed",
+            Self::Damaged => "damaged",
             Self::Unavailable => "unavailable",
             Self::Internal => "internal",
         }
@@ -96,7 +99,7 @@ impl Kind {
             | Self::AgentRefused => 409,
             Self::TooLarge => 413,
             Self::UnsupportedMediaType => 415,
-            Self::Internal => 500,
+            Self::Damaged | Self::Internal => 500,
             Self::AgentOffline | Self::Unavailable => 503,
             Self::AgentTimeout => 504,
             Self::StoreFailed => 507,
@@ -124,6 +127,7 @@ impl Kind {
             Self::AgentOffline => "The host's agent is not there",
             Self::AgentTimeout => "The host's agent did not answer",
             Self::StoreFailed => "The store failed",
+            Self::Damaged => "Stored bytes are damaged",
             Self::Unavailable => "The server cannot do it now",
             Self::Internal => "A fault of the server",
         }

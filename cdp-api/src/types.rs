@@ -25,6 +25,47 @@ pub struct DiskSummary {
     /// Newest durable record, when there is a journal.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub newest: Option<ResolvedPoint>,
+    /// What keeps the server's journal of the disk from taking writes or from being read, while something does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fault: Option<Fault>,
+}
+
+/// What is wrong with a disk's journal.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize, ToSchema)]
+pub struct Fault {
+    /// What kind of failure it is, to act on.
+    pub kind: FaultKind,
+    /// What happened, where.
+    pub message: String,
+    /// What to do next.
+    pub hint: String,
+    /// When it was noticed, RFC 3339.
+    pub since: String,
+}
+
+/// Kind of a [`Fault`]. A client must take a kind it does not know for [`FaultKind::IoError`].
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum FaultKind {
+    /// The store's file system is full. Nothing is acknowledged until there is room; then it goes on by itself.
+    DiskFull,
+    /// Stored bytes are not what was written.
+    Damaged,
+    /// The store's disk or file system fails. Nothing is acknowledged until it works; then it goes on by itself.
+    #[serde(other)]
+    IoError,
+}
+
+impl FaultKind {
+    /// The name in JSON.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::DiskFull => "disk-full",
+            Self::Damaged => "damaged",
+            Self::IoError => "io-error",
+        }
+    }
 }
 
 /// One disk with all that is known of it.

@@ -7,6 +7,7 @@ use clap::Parser;
 use serde::Deserialize;
 
 use crate::error::ServerError;
+use crate::limits::Patience;
 
 /// Default address for agents.
 pub const DEFAULT_LISTEN: &str = "127.0.0.1:7411";
@@ -64,6 +65,8 @@ pub struct Config {
     pub http: SocketAddr,
     /// Token that agents must know.
     pub token: Option<String>,
+    /// How long it waits for peers; no flag changes it.
+    pub patience: Patience,
 }
 
 impl Config {
@@ -71,13 +74,20 @@ impl Config {
     #[must_use]
     pub fn on_free_ports(dir: &Path) -> Self {
         let any = SocketAddr::from(([127, 0, 0, 1], 0));
-        Self { store: dir.to_owned(), catalog: dir.join(CATALOG_FILE), listen: any, http: any, token: None }
+        Self {
+            store: dir.to_owned(),
+            catalog: dir.join(CATALOG_FILE),
+            listen: any,
+            http: any,
+            token: None,
+            patience: Patience::DEFAULT,
+        }
     }
 
     /// Command line and environment (`args`) over the file it names over the defaults.
     ///
     /// # Errors
-    /// `Config` when no store is named or the file is wrong; `Io` when a file cannot be read.
+    /// `Config` when no store is named, or a file is wrong or cannot be read.
     pub fn load(args: Args) -> Result<Self, ServerError> {
         let file = args.config.as_deref().map(read_file).transpose()?.unwrap_or_default();
         let store = args.store.or(file.store).ok_or_else(|| {
@@ -93,14 +103,15 @@ impl Config {
         let listen = address(args.listen.or(file.listen), DEFAULT_LISTEN)?;
         let http = address(args.http.or(file.http), DEFAULT_HTTP)?;
         let token = args.token_file.or(file.token_file).map(|path| read_token(&path)).transpose()?;
-        Ok(Self { store, catalog, listen, http, token })
+        Ok(Self { store, catalog, listen, http, token, patience: Patience::DEFAULT })
     }
 }
 
 const CATALOG_FILE: &str = "catalog.sqlite3";
 
 fn read_text(path: &Path) -> Result<String, ServerError> {
-    std::fs::read_to_string(path).map_err(|e| ServerError::io("read", path.display().to_string(), e))
+    std::fs::read_to_string(path)
+        .map_err(|e| ServerError::Config(format!("cannot read {}: {e}", path.display())))
 }
 
 fn read_file(path: &Path) -> Result<FileConfig, ServerError> {

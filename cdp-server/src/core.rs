@@ -5,14 +5,15 @@ use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use journal_format::DiskId;
-use journal_store::Store;
+use journal_store::{Store, StoreError};
 use tokio::sync::Semaphore;
 
 use crate::catalog::Catalog;
 use crate::config::Config;
 use crate::error::ServerError;
+use crate::faults::Faults;
 use crate::fleet::Fleet;
-use crate::limits::MAX_READERS;
+use crate::limits::{MAX_ANSWER_BYTES, MAX_READERS, Patience};
 use crate::metrics::Counters;
 use crate::names;
 
@@ -22,9 +23,13 @@ pub(crate) struct Core {
     pub(crate) catalog: Catalog,
     pub(crate) store: Store,
     pub(crate) fleet: Fleet,
+    pub(crate) faults: Faults,
     pub(crate) counters: Counters,
     /// Bounds how many REST requests read the store at once.
     pub(crate) readers: Arc<Semaphore>,
+    /// Bounds how many bytes of disk contents are on their way to REST clients.
+    pub(crate) answers: Arc<Semaphore>,
+    pub(crate) patience: Patience,
     pub(crate) token: Option<String>,
     store_dir: PathBuf,
 }
@@ -35,24 +40,44 @@ impl Core {
         let io = |e| ServerError::io("create", config.store.display().to_string(), e);
         std::fs::create_dir_all(&config.store).map_err(io)?;
         let store = Store::open(&config.store)?;
-        for (disk, error) in store.damaged() {
-            tracing::error!(%disk, error, "left out a disk whose journal cannot be opened; put back a copy of its files");
-        }
-        let catalog = Catalog::open(&config.catalog)?;
+        let (catalog, faults) = (Catalog::open(&config.catalog)?, Faults::default());
         for id in store.disks() {
-            let disk_bytes = store.disk(id).map_or(0, |disk| disk.disk_bytes());
-            catalog.adopt_from_store(id, disk_bytes)?;
+            let Some(disk) = store.disk(id) else { continue };
+            catalog.adopt_from_store(id, disk.disk_bytes())?;
+            for damage in disk.known_damage() {
+                faults.note(id, &damage.error(), now_ns());
+            }
+        }
+        for (id, error) in store.damaged() {
+            catalog.adopt_from_store(id, 0)?;
+            faults.note(id, &error, now_ns());
         }
         let fleet = Fleet::default();
         let readers = Arc::new(Semaphore::new(MAX_READERS));
+        let answers = Arc::new(Semaphore::new(MAX_ANSWER_BYTES as usize));
         let (token, store_dir) = (config.token.clone(), config.store.clone());
-        Ok(Self { catalog, store, fleet, counters: Counters::default(), readers, token, store_dir })
+        Ok(Self {
+            catalog,
+            store,
+            fleet,
+            faults,
+            counters: Counters::default(),
+            readers,
+            answers,
+            patience: config.patience,
+            token,
+            store_dir,
+        })
     }
 
-    /// The wall clock, nanoseconds since 1970 UTC. The only place where the server reads it.
+    /// The wall clock, nanoseconds since 1970 UTC.
     pub(crate) fn now_ns(&self) -> u64 {
-        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
+        now_ns()
+    }
+
+    /// Notes that the store failed for a disk.
+    pub(crate) fn note(&self, id: DiskId, error: &StoreError) {
+        self.faults.note(id, error, now_ns());
     }
 
     /// Writes whose disk it is into the store. A failure costs names in an offline restore, nothing else.
@@ -66,4 +91,10 @@ impl Core {
             tracing::warn!(disk = %id, error, "cannot write the disk's name.json");
         }
     }
+}
+
+/// The only place where the server reads the wall clock.
+fn now_ns() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
 }

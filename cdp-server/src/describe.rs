@@ -3,8 +3,8 @@
 use std::time::Instant;
 
 use cdp_api::{Disk, DiskSummary, Journal, time};
-use journal_format::{DiskId, Epoch, Lsn, Stamp};
-use journal_store::{DiskStore, History};
+use journal_format::{DiskId, Lsn, Stamp};
+use journal_store::DiskStore;
 
 use crate::catalog::DiskRow;
 use crate::core::Core;
@@ -17,13 +17,8 @@ pub(crate) fn disk(core: &Core, row: &DiskRow) -> Result<Disk, ServerError> {
     let now = Instant::now();
     let live = core.fleet.live(row.id, now);
     let store = core.store.disk(row.id);
-    let history = store.as_ref().map(|disk| disk.history());
-    let newest =
-        store.as_ref().zip(history.as_ref()).and_then(|(disk, history)| resolve::newest(disk, history));
-    let gap_open = store
-        .as_ref()
-        .zip(history.as_ref())
-        .is_none_or(|(disk, history)| gap_is_open(row, disk.last_epoch(), history));
+    let gap_open = store.as_ref().is_none_or(|disk| gap_is_open(row, disk));
+    let fault = core.faults.of(row.id);
     let summary = DiskSummary {
         id: row.id.to_string(),
         vm: row.vm.clone(),
@@ -31,7 +26,8 @@ pub(crate) fn disk(core: &Core, row: &DiskRow) -> Result<Disk, ServerError> {
         host: row.host_name.clone(),
         disk_bytes: row.disk_bytes,
         protection: protection::state(core, row, live.as_ref(), gap_open),
-        newest,
+        newest: store.as_ref().and_then(|disk| resolve::newest(disk)),
+        fault,
     };
     Ok(Disk {
         summary,
@@ -50,8 +46,8 @@ pub(crate) fn disk(core: &Core, row: &DiskRow) -> Result<Disk, ServerError> {
 
 /// Whether the present lies in a gap. Before the first record arrives the whole disk is as unknown as in a gap; so is
 /// a capture session that was handed out and whose gap-begin has not arrived yet.
-pub(crate) fn gap_is_open(row: &DiskRow, stored: Epoch, history: &History) -> bool {
-    history.last.is_none() || stored < row.epoch || history.gaps.last().is_some_and(|gap| gap.end.is_none())
+pub(crate) fn gap_is_open(row: &DiskRow, disk: &DiskStore) -> bool {
+    disk.last_epoch() < row.epoch || disk.gap_is_open()
 }
 
 fn journal(core: &Core, id: DiskId, disk: &DiskStore, live: Option<&LiveDisk>, now: Instant) -> Journal {

@@ -34,7 +34,7 @@ pub enum ServerError {
     Sqlite(#[from] rusqlite::Error),
     /// The store failed.
     #[error("store: {0}")]
-    Store(String),
+    Store(#[from] journal_store::StoreError),
     /// A peer sent bytes that are no message.
     #[error("protocol: {0}")]
     Format(#[from] FormatError),
@@ -49,11 +49,5 @@ pub enum ServerError {
 impl ServerError {
     pub(crate) fn io(operation: &'static str, subject: impl Into<String>, source: io::Error) -> Self {
         Self::Io { operation, subject: subject.into(), source }
-    }
-}
-
-impl From<journal_store::StoreError> for ServerError {
-    fn from(error: journal_store::StoreError) -> Self {
-        Self::Store(error.to_string())
     }
 }

@@ -20,6 +20,7 @@ mod core;
 mod data;
 mod describe;
 pub mod error;
+mod faults;
 mod fleet;
 mod http;
 pub mod limits;

@@ -4,8 +4,12 @@ use std::time::Duration;
 
 use journal_format::limits::MAX_FRAME_BYTES;
 
-/// Most agents connected at once. One host has one agent, and each takes one file descriptor.
+/// Most agents connected at once. One host has one agent, and each takes one file descriptor and two threads.
 pub const MAX_AGENTS: usize = 512;
+
+/// Most connections to the agents' port that have not said who they are. One more, and the oldest of them is cut off,
+/// so that any number of silent ones keeps no agent out.
+pub const MAX_STRANGERS: usize = 128;
 
 /// Bytes of frames that may wait for the committer, over all agents. Readers stop reading when it is full, so TCP
 /// holds the agents back.
@@ -20,26 +24,50 @@ pub const OUTGOING_MESSAGES: usize = 4096;
 /// Disks that one host may report; an inventory with more is cut there, with a warning.
 pub const MAX_HOST_DISKS: usize = 8192;
 
+/// VMs and disks together in one inventory; one with more is refused before anything is kept of it.
+pub const MAX_INVENTORY_ITEMS: usize = 4 * MAX_HOST_DISKS;
+
 /// Longest name (VM, device, node, driver, host, version) that is kept, in bytes; longer ones are cut.
 pub const MAX_NAME_BYTES: usize = 256;
 
 /// Longest explanation that is kept, in bytes; longer ones are cut.
 pub const MAX_REASON_BYTES: usize = 1024;
 
-/// How long a connection may take to say who it is.
-pub const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long the server waits for its peers. An input of the server, so that its tests of slow peers take seconds.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Patience {
+    /// How long a connection of an agent may take to say who it is.
+    pub hello: Duration,
+    /// A connection of an agent on which nothing arrives for this long is dead.
+    pub idle: Duration,
+    /// How long one message of an agent may take to arrive, from its first byte to its last.
+    pub message: Duration,
+    /// How long an agent may take to accept bytes.
+    pub write: Duration,
+    /// How long the head of a REST request may take to arrive; also how long a connection waits for the next request.
+    pub http_head: Duration,
+    /// How long the body of a REST request may take to arrive.
+    pub http_body: Duration,
+    /// A REST connection on which no byte goes either way for this long is closed. Longer than any request takes to be
+    /// answered.
+    pub http_silence: Duration,
+}
 
-/// A connection on which nothing arrives for this long is dead.
-pub const IDLE_TIMEOUT: Duration = Duration::from_secs(45);
+impl Patience {
+    /// What a server has unless told otherwise.
+    pub const DEFAULT: Self = Self {
+        hello: Duration::from_secs(10),
+        idle: Duration::from_secs(45),
+        message: Duration::from_secs(60),
+        write: Duration::from_secs(30),
+        http_head: Duration::from_secs(60),
+        http_body: Duration::from_secs(30),
+        http_silence: Duration::from_secs(120),
+    };
+}
 
-/// How long one message may take to arrive, from its first byte to its last.
-pub const MESSAGE_TIMEOUT: Duration = Duration::from_secs(60);
-
-/// A connection on which the server had nothing to say for this long gets a ping.
+/// An agent's connection on which the server had nothing to say for this long gets a ping.
 pub const PING_EVERY: Duration = Duration::from_secs(10);
-
-/// How long the peer may take to accept bytes.
-pub const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// What an agent is told to wait before it opens a refused disk again.
 pub const RETRY_AFTER: Duration = Duration::from_secs(2);
@@ -68,22 +96,34 @@ pub const RECONCILE_RETRY: Duration = Duration::from_secs(20);
 /// Largest body of a REST request, in bytes.
 pub const MAX_REST_BODY_BYTES: usize = 64 << 10;
 
-/// Most REST connections at once; more wait to be accepted. Bounds descriptors, so that REST cannot starve the data plane.
+/// Of a body that is too large, bytes that are read and thrown away before the refusal: a client that still writes when
+/// the connection ends sees a broken pipe and not the answer.
+pub const MAX_DISCARD_BYTES: usize = 64 << 20;
+
+/// Most REST connections at once. One more, and the one that has been quiet longest is cut off, unless a request of it
+/// is being worked on. Bounds descriptors, so that REST cannot starve the data plane.
 pub const MAX_HTTP_CONNECTIONS: usize = 256;
 
-/// A REST connection on which no byte goes either way for this long is closed. Longer than any request takes to be answered.
-pub const HTTP_IDLE: Duration = Duration::from_secs(120);
-
-/// REST requests that may read the store at once; each may hold `cdp_api::limits::MAX_DATA_BYTES`.
+/// REST requests that may read the store at once.
 pub const MAX_READERS: usize = 16;
+
+/// Bytes of disk contents that may be on their way to REST clients at once; more requests wait for those to be taken.
+pub const MAX_ANSWER_BYTES: u32 = 256 << 20;
+
+/// How long a request waits for its place in [`MAX_ANSWER_BYTES`].
+pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// How long a clean stop waits for open REST requests.
 pub const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 
 const _: () = assert!(MAX_FRAME_BYTES < INGEST_QUEUE_BYTES);
 const _: () = assert!(BATCH_BYTES <= INGEST_QUEUE_BYTES);
-const _: () = assert!(PING_EVERY.as_secs() * 3 < IDLE_TIMEOUT.as_secs());
+const _: () = assert!(PING_EVERY.as_secs() * 3 < Patience::DEFAULT.idle.as_secs());
+const _: () = assert!(MAX_READERS as u64 * cdp_api::limits::MAX_DATA_BYTES <= MAX_ANSWER_BYTES as u64);
+const _: () = assert!((MAX_AGENTS + MAX_STRANGERS + MAX_HTTP_CONNECTIONS) as u64 * 2 < daemon::WANTED_FILES);
 const _: () =
     assert!(cdp_api::limits::MAX_BOOKMARK_BYTES == journal_format::limits::MAX_BOOKMARK_BYTES as usize);
-const _: () = assert!(COMMAND_TIMEOUT.as_secs() + BOOKMARK_TIMEOUT.as_secs() < HTTP_IDLE.as_secs());
+const _: () = assert!(
+    COMMAND_TIMEOUT.as_secs() + BOOKMARK_TIMEOUT.as_secs() < Patience::DEFAULT.http_silence.as_secs()
+);
 const _: () = assert!(COMMAND_TIMEOUT.as_secs() + BOOKMARK_TIMEOUT.as_secs() < 90, "the client waits 90 s");

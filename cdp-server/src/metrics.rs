@@ -121,8 +121,11 @@ fn register_gauges(registry: &mut Registry, samples: &[Sample]) {
             d.journal.as_ref().map(|j| j.durable_lsn as f64)
         }),
     ];
-    let disks: [(&str, &str, Option<Unit>, Read); 3] = [
+    let disks: [(&str, &str, Option<Unit>, Read); 4] = [
         ("disk", "Size of the disk", Some(Unit::Bytes), |d| Some(d.summary.disk_bytes as f64)),
+        ("fault", "1 while the disk's journal takes no writes or is damaged", None, |d| {
+            Some(f64::from(u8::from(d.summary.fault.is_some())))
+        }),
         ("protection_wanted", "1 when the disk is to be protected", None, |d| {
             Some(f64::from(u8::from(d.summary.protection.enabled)))
         }),

@@ -6,7 +6,7 @@ use std::time::Instant;
 use cdp_api::{Kind, PointSpec, PointSpecError, Points, Problem, ResolvedPoint, time};
 use jiff::{Timestamp, Zoned, tz::TimeZone};
 use journal_format::{Lsn, Stamp};
-use journal_store::{DiskStore, History, StoreError, View};
+use journal_store::{DiskStore, StoreError, View};
 
 use crate::catalog::DiskRow;
 use crate::core::Core;
@@ -63,14 +63,13 @@ pub(crate) fn resolve(core: &Core, disk: &DiskStore, spec: &PointSpec) -> Result
 /// What of the disk can be restored.
 pub(crate) fn points(row: &DiskRow, disk: Option<&DiskStore>) -> Points {
     let history = disk.map(DiskStore::history).unwrap_or_default();
-    let newest = disk.and_then(|disk| newest(disk, &history));
+    let newest = disk.and_then(newest);
     Points::of(row.id.to_string(), &history, newest)
 }
 
 /// The newest point that can be restored: the end of the last stretch without a gap.
-pub(crate) fn newest(disk: &DiskStore, history: &History) -> Option<ResolvedPoint> {
-    let (lsn, stamp) = history.recoverable.last()?.last;
-    disk.resolve(&journal_store::PointSpec::Lsn(lsn), stamp, None).ok().map(ResolvedPoint::from)
+pub(crate) fn newest(disk: &DiskStore) -> Option<ResolvedPoint> {
+    disk.newest().map(ResolvedPoint::from)
 }
 
 /// The disk right after a record; refused where that cannot be restored.

@@ -14,7 +14,7 @@ use crate::config::Config;
 use crate::core::Core;
 use crate::data::DataPlane;
 use crate::error::ServerError;
-use crate::http::Limited;
+use crate::http;
 use crate::limits::{RECONCILE_EVERY, STOP_TIMEOUT};
 use crate::{protection, rest};
 
@@ -24,7 +24,7 @@ pub struct Server {
     runtime: Runtime,
     http_address: SocketAddr,
     http_stop: oneshot::Sender<()>,
-    http_task: tokio::task::JoinHandle<std::io::Result<()>>,
+    http_task: tokio::task::JoinHandle<()>,
     data: DataPlane,
     reconcile_stop: mpsc::Sender<()>,
     reconcile: JoinHandle<()>,
@@ -57,14 +57,7 @@ impl Server {
             listener.local_addr().map_err(|e| ServerError::io("listen on", config.http.to_string(), e))?;
         let (http_stop, stopped) = oneshot::channel::<()>();
         let router = rest::router(Arc::clone(&core));
-        let http_task = runtime.spawn(async move {
-            axum::serve(Limited::new(listener), router)
-                .with_graceful_shutdown(async {
-                    // Dropping the sender means to stop, too.
-                    let _ = stopped.await;
-                })
-                .await
-        });
+        let http_task = runtime.spawn(http::serve(listener, router, config.patience, stopped));
         let data = DataPlane::start(Arc::clone(&core), config.listen)?;
         let (reconcile_stop, stop) = mpsc::channel();
         let reconcile = std::thread::Builder::new()

@@ -20,7 +20,7 @@ pub struct Store {
     env: Arc<Env>,
     disks: RwLock<BTreeMap<DiskId, Arc<DiskStore>>>,
     /// Disks that could not be opened, and why.
-    damaged: RwLock<BTreeMap<DiskId, String>>,
+    damaged: RwLock<BTreeMap<DiskId, Arc<StoreError>>>,
     /// One commit, and one opening of a disk, at a time.
     changing: Mutex<()>,
     /// `None` when opened for reading only.
@@ -115,7 +115,7 @@ impl Store {
             Ok(Some(store)) => drop(self.disks_mut().insert(disk, store)),
             // A crash while the disk was made; it never existed for anybody.
             Ok(None) => {}
-            Err(error) => drop(self.damaged_mut().insert(disk, error.to_string())),
+            Err(error) => drop(self.damaged_mut().insert(disk, Arc::new(error))),
         }
     }
 
@@ -127,9 +127,9 @@ impl Store {
 
     /// The disks that could not be opened, and why.
     #[must_use]
-    pub fn damaged(&self) -> Vec<(DiskId, String)> {
+    pub fn damaged(&self) -> Vec<(DiskId, Arc<StoreError>)> {
         let damaged = self.damaged.read().unwrap_or_else(PoisonError::into_inner);
-        damaged.iter().map(|(disk, why)| (*disk, why.clone())).collect()
+        damaged.iter().map(|(disk, why)| (*disk, Arc::clone(why))).collect()
     }
 
     /// A disk, if the store has it.
@@ -209,7 +209,7 @@ impl Store {
         self.disks.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn damaged_mut(&self) -> RwLockWriteGuard<'_, BTreeMap<DiskId, String>> {
+    fn damaged_mut(&self) -> RwLockWriteGuard<'_, BTreeMap<DiskId, Arc<StoreError>>> {
         self.damaged.write().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -104,7 +104,7 @@ impl Run {
         self.store = open(&elsewhere); // drops the old one, and with it the lock
         self.store = open(&storage);
         self.storage = storage;
-        assert_eq!(self.store.damaged(), []);
+        assert!(self.store.damaged().is_empty());
         assert_eq!(self.disk().known_damage(), []);
     }
 

@@ -13,6 +13,7 @@ use std::sync::Arc;
 use journal_format::limits::MAX_DISK_BYTES;
 use journal_format::wire::{self, DiskOpened, OpenDisk};
 use journal_format::{DiskId, Epoch, Frame};
+use journal_store::StoreError;
 
 use crate::core::Core;
 use crate::data::peer::{Peer, SessionId};
@@ -97,7 +98,10 @@ impl Committer {
                 answer
             }
             Err(error) => {
-                tracing::error!(disk = %id, agent = peer.label, %error, "cannot open the disk's journal");
+                tracing::warn!(disk = %id, agent = peer.label, %error, "cannot open the disk's journal");
+                if let ServerError::Store(error) = &error {
+                    self.core.note(id, error);
+                }
                 DiskOpened { disk: id.0.to_vec(), refused: error.to_string(), ..DiskOpened::default() }
             }
         };
@@ -109,6 +113,9 @@ impl Committer {
             return Err(ServerError::Protocol(format!("the disk is larger than {MAX_DISK_BYTES} bytes")));
         }
         let disk = self.core.store.open_or_create(id, request.disk_bytes)?;
+        if disk.known_damage().is_empty() {
+            self.core.faults.whole(id);
+        }
         self.core.catalog.adopt_from_store(id, request.disk_bytes)?;
         let resume = (request.resume_epoch != 0).then_some(Epoch(request.resume_epoch));
         let epoch = self.core.catalog.grant_epoch(id, disk.last_epoch(), resume)?;
@@ -147,7 +154,7 @@ impl Committer {
                 self.touched.insert(id);
                 self.core.counters.frame(header);
             }
-            Err(error) => self.refuse(id, &error.to_string()),
+            Err(error) => self.failed(id, &error),
         }
     }
 
@@ -156,15 +163,23 @@ impl Committer {
         if self.touched.is_empty() {
             return;
         }
+        let mut touched = std::mem::take(&mut self.touched);
         for (id, error) in self.core.store.commit() {
-            self.refuse(id, &error.to_string());
+            touched.remove(&id);
+            self.failed(id, &error);
         }
-        for id in std::mem::take(&mut self.touched) {
+        for id in touched {
+            self.core.faults.over(id);
             let Some(owner) = self.owners.get(&id) else { continue };
             if let Some(disk) = self.core.store.disk(id) {
                 owner.peer.send(&wire::Ack { disk: id.0.to_vec(), durable_lsn: disk.durable_lsn().0 });
             }
         }
+    }
+
+    fn failed(&mut self, id: DiskId, error: &StoreError) {
+        self.core.note(id, error);
+        self.refuse(id, &error.to_string());
     }
 
     fn refuse(&mut self, id: DiskId, message: &str) {
@@ -176,7 +191,7 @@ impl Committer {
 }
 
 fn refuse(peer: &Peer, id: DiskId, message: &str) {
-    tracing::error!(disk = %id, agent = peer.label, message, "refusing frames; the agent keeps them and tries again");
+    tracing::warn!(disk = %id, agent = peer.label, message, "refusing frames; the agent keeps them and tries again");
     let retry_ms = u32::try_from(RETRY_AFTER.as_millis()).unwrap_or(u32::MAX);
     peer.send(&wire::Refused { disk: id.0.to_vec(), message: message.to_owned(), retry_ms });
 }

@@ -3,13 +3,14 @@
 //! | thread | number | does | may block on |
 //! | --- | --- | --- | --- |
 //! | `cdp-accept` | 1 | accepts connections, up to a limit | the network |
-//! | `cdp-agent` | 1 per agent | reads and checks messages, queues frames | the network; the queue when full |
+//! | `cdp-agent` | 1 per connection | reads and checks messages, queues frames | the network; the queue when full |
 //! | `cdp-send` | 1 per agent | writes what others queued for that agent | the network |
 //! | `cdp-commit` | 1 | appends, commits, acknowledges, for all disks | the store |
 //!
 //! No async runtime here: a thread that waits for a disk holds up nobody who answers REST requests.
 
 pub(crate) mod committer;
+pub(crate) mod door;
 pub(crate) mod message;
 pub(crate) mod peer;
 pub(crate) mod queue;
@@ -17,15 +18,16 @@ pub(crate) mod session;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use crate::core::Core;
 use crate::data::committer::Work;
+use crate::data::door::Door;
 use crate::data::queue::Queue;
 use crate::error::ServerError;
-use crate::limits::{INGEST_QUEUE_BYTES, MAX_AGENTS, STOP_TIMEOUT};
+use crate::limits::{INGEST_QUEUE_BYTES, MAX_AGENTS, MAX_STRANGERS, STOP_TIMEOUT};
 
 /// The running data plane.
 #[derive(Debug)]
@@ -41,7 +43,7 @@ struct Shared {
     core: Arc<Core>,
     queue: Arc<Queue<Work>>,
     stopping: AtomicBool,
-    connections: AtomicUsize,
+    door: Arc<Door>,
 }
 
 impl DataPlane {
@@ -59,7 +61,7 @@ impl DataPlane {
             core,
             queue,
             stopping: AtomicBool::new(false),
-            connections: AtomicUsize::new(0),
+            door: Door::new(MAX_STRANGERS, MAX_AGENTS),
         });
         let accept = spawn("cdp-accept", {
             let shared = Arc::clone(&shared);
@@ -79,24 +81,14 @@ impl DataPlane {
         self.shared.stopping.store(true, Ordering::Release);
         wake(self.address);
         join(self.accept);
+        self.shared.door.close();
         self.shared.core.fleet.close_all("the server stops");
         self.shared.queue.close();
         join(self.commit);
         let end = Instant::now() + STOP_TIMEOUT;
-        // ORDERING: pairs with the decrement in `Slot::drop`; a count is all that is needed.
-        while self.shared.connections.load(Ordering::Acquire) > 0 && Instant::now() < end {
+        while self.shared.door.visits() > 0 && Instant::now() < end {
             thread::sleep(Duration::from_millis(10));
         }
-    }
-}
-
-/// One connection's place among [`MAX_AGENTS`].
-struct Slot(Arc<Shared>);
-
-impl Drop for Slot {
-    fn drop(&mut self) {
-        // ORDERING: pairs with the load in `DataPlane::stop`.
-        self.0.connections.fetch_sub(1, Ordering::Release);
     }
 }
 
@@ -119,14 +111,9 @@ fn accept_loop(shared: &Arc<Shared>, listener: &TcpListener) {
 }
 
 fn serve(shared: &Arc<Shared>, stream: TcpStream) {
-    // ORDERING: only this thread adds, so the limit holds whatever the order; `Slot` gives the place back.
-    let before = shared.connections.fetch_add(1, Ordering::AcqRel);
-    let slot = Slot(Arc::clone(shared));
-    if before >= MAX_AGENTS {
-        tracing::warn!(limit = MAX_AGENTS, "turned a connection away: too many agents");
-        return;
-    }
-    let thread = spawn("cdp-agent", move || session::run(&slot.0.core, &slot.0.queue, stream));
+    let (shared, stream) = (Arc::clone(shared), Arc::new(stream));
+    let visit = shared.door.enter(&stream);
+    let thread = spawn("cdp-agent", move || session::run(&shared.core, &shared.queue, visit, stream));
     if let Err(error) = thread {
         tracing::warn!(%error, "turned a connection away");
     }

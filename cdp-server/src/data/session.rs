@@ -11,18 +11,19 @@ use journal_format::wire::{self, Hello, MessageType, PROTOCOL_VERSION, Welcome};
 
 use crate::core::Core;
 use crate::data::committer::Work;
+use crate::data::door::Visit;
 use crate::data::message::MessageReader;
 use crate::data::peer::{self, Peer};
 use crate::data::queue::Queue;
 use crate::error::ServerError;
-use crate::limits::{HELLO_TIMEOUT, IDLE_TIMEOUT, MAX_NAME_BYTES, MESSAGE_TIMEOUT, WRITE_TIMEOUT};
+use crate::limits::{MAX_AGENTS, MAX_INVENTORY_ITEMS, MAX_NAME_BYTES};
 use crate::model::{HostId, HostReport, cut};
 use crate::protection;
 
 /// Serves a connection until it ends.
-pub(crate) fn run(core: &Arc<Core>, queue: &Arc<Queue<Work>>, stream: TcpStream) {
+pub(crate) fn run(core: &Arc<Core>, queue: &Arc<Queue<Work>>, mut visit: Visit, stream: Arc<TcpStream>) {
     let address = stream.peer_addr().map_or_else(|_| "unknown".to_owned(), |a| a.to_string());
-    match Session::begin(core, queue, stream, &address) {
+    match Session::begin(core, queue, &mut visit, stream, &address) {
         Ok(mut session) => {
             let reason = match session.serve() {
                 Ok(()) => "the agent closed it".to_owned(),
@@ -48,20 +49,26 @@ impl<'a> Session<'a> {
     fn begin(
         core: &'a Arc<Core>,
         queue: &'a Arc<Queue<Work>>,
-        stream: TcpStream,
+        visit: &mut Visit,
+        stream: Arc<TcpStream>,
         address: &str,
     ) -> Result<Self, ServerError> {
         let io = |e| ServerError::io("set up", address, e);
         stream.set_nodelay(true).map_err(io)?;
-        stream.set_write_timeout(Some(WRITE_TIMEOUT)).map_err(io)?;
-        let stream = Arc::new(stream);
+        let patience = core.patience;
+        stream.set_write_timeout(Some(patience.write)).map_err(io)?;
         let mut reader = MessageReader::new(Arc::clone(&stream));
         let first = |kind: MessageType| (kind == MessageType::Hello).then(|| kind.max_body_bytes());
-        let Some((_, body)) = reader.next(HELLO_TIMEOUT, HELLO_TIMEOUT, first)? else {
+        let Some((_, body)) = reader.next(patience.hello, patience.hello, first)? else {
             return Err(ServerError::Protocol("closed before it said anything".to_owned()));
         };
         let hello: Hello = wire::decode(&body)?;
-        let checked = check_hello(&hello, core.token.as_deref());
+        let checked = check_hello(&hello, core.token.as_deref()).and_then(|host| match visit.is_agent() {
+            true => Ok(host),
+            false => {
+                Err(format!("the server has its limit of {MAX_AGENTS} agents connected; stop one first"))
+            }
+        });
         let welcome = Welcome {
             protocol: PROTOCOL_VERSION,
             refused: checked.as_ref().err().cloned().unwrap_or_default(),
@@ -83,7 +90,7 @@ impl<'a> Session<'a> {
 
     fn serve(&mut self) -> Result<(), ServerError> {
         loop {
-            let message = self.reader.next(IDLE_TIMEOUT, MESSAGE_TIMEOUT, accepted)?;
+            let message = self.reader.next(self.core.patience.idle, self.core.patience.message, accepted)?;
             let Some((kind, body)) = message else { return Ok(()) };
             self.handle(kind, body)?;
         }
@@ -92,7 +99,9 @@ impl<'a> Session<'a> {
     fn handle(&mut self, kind: MessageType, body: Vec<u8>) -> Result<(), ServerError> {
         let session = self.peer.id;
         match kind {
-            MessageType::Inventory => self.inventory(wire::decode(&body)?),
+            MessageType::Inventory => {
+                self.inventory(wire::decode_inventory(&body, MAX_INVENTORY_ITEMS)?);
+            }
             MessageType::OpenDisk => {
                 self.enqueue(Work::Open { peer: Arc::clone(&self.peer), request: wire::decode(&body)? })?;
             }

@@ -18,7 +18,7 @@ use crate::limits::{BOOKMARK_TIMEOUT, COMMAND_TIMEOUT};
 use crate::resolve;
 use crate::rest::extract::{ApiJson, DiskName};
 use crate::rest::points::resolve_waiting;
-use crate::rest::problem::{ApiError, agent_refused, bad_request, no_journal, store_failed};
+use crate::rest::problem::{ApiError, agent_refused, bad_request, journal, store_failed};
 use crate::rest::reading;
 
 /// How often a new bookmark is looked for among the durable records.
@@ -71,13 +71,13 @@ fn check_name(name: &str) -> Result<(), ApiError> {
 
 /// Refuses a name that is taken. Says whether the disk's newest gap is open.
 fn free_name(core: &Core, row: &DiskRow, name: &str) -> Result<bool, ApiError> {
-    let disk = core.store.disk(row.id).ok_or_else(|| no_journal(row.id))?;
+    let disk = journal(core, row.id)?;
     let history = disk.history();
     if let Some(old) = history.bookmarks.iter().find(|bookmark| bookmark.name == name) {
         let detail = format!("bookmark '{name}' exists, at lsn {}", old.lsn);
         return Err(Problem::new(Kind::BookmarkExists, detail, "choose another name").into());
     }
-    Ok(describe::gap_is_open(row, disk.last_epoch(), &history))
+    Ok(describe::gap_is_open(row, &disk))
 }
 
 async fn at_point(
@@ -89,7 +89,7 @@ async fn at_point(
     let point = resolve_waiting(core, row, spec).await?;
     let id = row.id;
     reading(core, move |core| {
-        let disk = core.store.disk(id).ok_or_else(|| no_journal(id))?;
+        let disk = journal(core, id)?;
         disk.add_bookmark(&name, Lsn(point.lsn)).map_err(|e| store_failed(&e))?;
         Ok(Bookmark { name, lsn: point.lsn, time: point.time, stamp_ns: point.stamp_ns })
     })
@@ -134,7 +134,7 @@ async fn durable(core: &Arc<Core>, id: DiskId, name: String, lsn: Lsn) -> Result
     loop {
         let wanted = name.clone();
         let found = reading(core, move |core| {
-            let disk = core.store.disk(id).ok_or_else(|| no_journal(id))?;
+            let disk = journal(core, id)?;
             if disk.durable_lsn() < lsn {
                 return Ok(None);
             }

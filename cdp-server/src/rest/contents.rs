@@ -5,20 +5,23 @@
 use std::sync::Arc;
 
 use axum::Json;
+use axum::body::Bytes;
 use axum::extract::State;
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use cdp_api::limits::{MAX_DATA_BYTES, MAX_EXTENTS};
-use cdp_api::{Extent, ExtentKind, Extents, Problem};
+use cdp_api::{Extent, ExtentKind, Extents, Kind, Problem};
 use journal_format::{ByteRange, Lsn};
 use journal_store::View;
 use serde::Deserialize;
+use tokio::sync::OwnedSemaphorePermit;
 use utoipa::IntoParams;
 
 use crate::core::Core;
+use crate::limits::ANSWER_TIMEOUT;
 use crate::resolve;
 use crate::rest::extract::{ApiQuery, DiskName};
-use crate::rest::problem::{ApiError, bad_request, no_journal, store_failed};
+use crate::rest::problem::{ApiError, bad_request, journal, store_failed};
 use crate::rest::reading;
 
 /// Query of `extents` and `data`.
@@ -78,6 +81,12 @@ pub(crate) async fn data(
     disk: DiskName,
     ApiQuery(query): ApiQuery<RangeQuery>,
 ) -> Result<Response, ApiError> {
+    let length = query.length.unwrap_or(MAX_DATA_BYTES).min(MAX_DATA_BYTES);
+    let place = Arc::clone(&core.answers).acquire_many_owned(u32::try_from(length).unwrap_or(u32::MAX));
+    let place = match tokio::time::timeout(ANSWER_TIMEOUT, place).await {
+        Ok(Ok(place)) => place,
+        _ => return Err(crowded().into()),
+    };
     let bytes = reading(&core, move |core| {
         let view = open(core, &disk, query)?;
         let range = range(&view, query)?;
@@ -87,16 +96,42 @@ pub(crate) async fn data(
             );
         }
         let mut bytes = vec![0; usize::try_from(range.length()).unwrap_or(0)];
-        view.read(range.offset(), &mut bytes).map_err(|e| store_failed(&e))?;
+        view.read(range.offset(), &mut bytes).map_err(|error| {
+            if let Some(id) = disk.find(core).ok().map(|row| row.id) {
+                core.note(id, &error);
+            }
+            store_failed(&error)
+        })?;
         Ok(bytes)
     })
     .await?;
+    let bytes = Bytes::from_owner(Answer { bytes, _place: place });
     Ok(([(header::CONTENT_TYPE, "application/octet-stream")], bytes).into_response())
+}
+
+/// Bytes that keep their place among [`crate::limits::MAX_ANSWER_BYTES`] until they are sent.
+struct Answer {
+    bytes: Vec<u8>,
+    _place: OwnedSemaphorePermit,
+}
+
+impl AsRef<[u8]> for Answer {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+fn crowded() -> Problem {
+    Problem::new(
+        Kind::Unavailable,
+        "too many answers wait for clients to take them",
+        "try again; if it goes on, look for clients that ask for contents and do not read them",
+    )
 }
 
 fn open(core: &Core, disk: &DiskName, query: RangeQuery) -> Result<View, ApiError> {
     let id = disk.find(core)?.id;
-    let disk = core.store.disk(id).ok_or_else(|| no_journal(id))?;
+    let disk = journal(core, id)?;
     resolve::view(&disk, Lsn(query.lsn))
 }
 

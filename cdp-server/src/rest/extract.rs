@@ -3,7 +3,6 @@
 use std::sync::Arc;
 
 use axum::body::Bytes;
-use axum::extract::rejection::BytesRejection;
 use axum::extract::{FromRequest, FromRequestParts, Query, RawPathParams, Request};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, header};
@@ -90,7 +89,7 @@ impl<T: DeserializeOwned> FromRequest<Arc<Core>> for ApiJson<T> {
             )
             .into());
         }
-        let body = Bytes::from_request(request, state).await.map_err(|e| body_problem(&e))?;
+        let body = Bytes::from_request(request, state).await.map_err(|e| bad_request(e.body_text()))?;
         let value = serde_json::from_slice(&body).map_err(|e| bad_request(format!("the body: {e}")))?;
         Ok(Self(value))
     }
@@ -100,12 +99,4 @@ fn is_json(headers: &HeaderMap) -> bool {
     let kind = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
     let kind = kind.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
     kind == "application/json" || (kind.starts_with("application/") && kind.ends_with("+json"))
-}
-
-fn body_problem(rejection: &BytesRejection) -> Problem {
-    if rejection.status() == axum::http::StatusCode::PAYLOAD_TOO_LARGE {
-        let most = crate::limits::MAX_REST_BODY_BYTES;
-        return Problem::new(Kind::TooLarge, format!("the body is over {most} bytes"), "send less");
-    }
-    bad_request(rejection.body_text())
 }

@@ -15,7 +15,6 @@ mod service;
 use std::sync::Arc;
 
 use axum::Router;
-use axum::extract::DefaultBodyLimit;
 use axum::routing::get;
 use cdp_api::{Kind, Problem};
 use tower_http::catch_panic::CatchPanicLayer;
@@ -25,7 +24,6 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use crate::core::Core;
-use crate::limits::MAX_REST_BODY_BYTES;
 use crate::rest::problem::ApiError;
 
 /// The committed OpenAPI document. A test compares it with [`document`].
@@ -67,7 +65,6 @@ pub(crate) fn router(core: Arc<Core>) -> Router {
         .merge(two_segments())
         .fallback(problem::not_found)
         .method_not_allowed_fallback(problem::method_not_allowed)
-        .layer(DefaultBodyLimit::max(MAX_REST_BODY_BYTES))
         .layer(CatchPanicLayer::custom(problem::panicked))
         .with_state(core)
 }

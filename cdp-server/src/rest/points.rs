@@ -17,7 +17,7 @@ use crate::core::Core;
 use crate::limits::COVER_TIMEOUT;
 use crate::resolve::{self, Answer};
 use crate::rest::extract::{ApiQuery, DiskName};
-use crate::rest::problem::{ApiError, no_journal};
+use crate::rest::problem::{ApiError, journal};
 use crate::rest::reading;
 
 /// How often a question that waits looks again.
@@ -57,7 +57,12 @@ pub(crate) async fn show(
         None => None,
     };
     reading(&core, move |core| {
-        let points = resolve::points(&row, core.store.disk(row.id).as_deref());
+        let disk = match core.faults.of(row.id) {
+            // Of a journal that cannot be opened nobody can say that it has no points.
+            Some(_) => Some(journal(core, row.id)?),
+            None => core.store.disk(row.id),
+        };
+        let points = resolve::points(&row, disk.as_deref());
         Ok(Json(Points { resolved, ..points }))
     })
     .await
@@ -73,7 +78,7 @@ pub(crate) async fn resolve_waiting(
     loop {
         let (id, spec) = (row.id, spec.clone());
         let answer = reading(core, move |core| {
-            let disk = core.store.disk(id).ok_or_else(|| no_journal(id))?;
+            let disk = journal(core, id)?;
             resolve::resolve(core, &disk, &spec)
         })
         .await?;

@@ -1,6 +1,7 @@
 //! Every error that REST answers, as `application/problem+json`.
 
 use std::any::Any;
+use std::sync::Arc;
 
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
@@ -8,8 +9,9 @@ use cdp_api::problem::PROBLEM_JSON;
 use cdp_api::{Kind, Problem};
 
 use journal_format::DiskId;
-use journal_store::StoreError;
+use journal_store::{DiskStore, StoreError};
 
+use crate::core::Core;
 use crate::error::ServerError;
 
 /// A problem on its way out.
@@ -41,11 +43,7 @@ impl IntoResponse for ApiError {
 pub(crate) fn from_server_error(error: &ServerError) -> Problem {
     tracing::error!(%error, "a REST request failed");
     match error {
-        ServerError::Store(_) => Problem::new(
-            Kind::StoreFailed,
-            error.to_string(),
-            "check the store's disk (full, read-only, broken) and the server's log",
-        ),
+        ServerError::Store(error) => problem_of(error),
         ServerError::Stopping => {
             Problem::new(Kind::Unavailable, error.to_string(), "try again once it is back")
         }
@@ -95,7 +93,15 @@ pub(crate) fn panicked(_: Box<dyn Any + Send + 'static>) -> Response {
     ApiError::from(problem).into_response()
 }
 
-pub(crate) fn no_journal(id: DiskId) -> Problem {
+/// The disk's journal; or why there is none to read.
+pub(crate) fn journal(core: &Core, id: DiskId) -> Result<Arc<DiskStore>, ApiError> {
+    core.store.disk(id).ok_or_else(|| match core.faults.of(id) {
+        Some(fault) => Problem::new(Kind::Damaged, fault.message, fault.hint).into(),
+        None => no_journal(id).into(),
+    })
+}
+
+fn no_journal(id: DiskId) -> Problem {
     Problem::new(
         Kind::NoJournal,
         format!("disk {id} has no journal"),
@@ -103,7 +109,23 @@ pub(crate) fn no_journal(id: DiskId) -> Problem {
     )
 }
 
-/// The store cannot do it.
+/// The store cannot do it. Logged here, because nobody above can do more about it.
 pub(crate) fn store_failed(error: &StoreError) -> Problem {
-    from_server_error(&ServerError::Store(error.to_string()))
+    tracing::error!(%error, "a REST request failed");
+    problem_of(error)
+}
+
+fn problem_of(error: &StoreError) -> Problem {
+    match error {
+        StoreError::Damaged { .. } => Problem::new(
+            Kind::Damaged,
+            error.to_string(),
+            "points that do not need it can be restored; cdpctl verify shows everything that is damaged",
+        ),
+        _ => Problem::new(
+            Kind::StoreFailed,
+            error.to_string(),
+            "check the store's disk (full, read-only, broken) and the server's log",
+        ),
+    }
 }

@@ -19,8 +19,10 @@ use crate::rest::reading;
 /// The server answers and reads its catalog.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 pub(crate) struct Health {
-    /// `ok`.
+    /// `ok`; `degraded` while the journals of some disks take no writes or are damaged.
     status: String,
+    /// How many disks have a fault; GET /v1/disks says which and why.
+    faults: usize,
     /// The server's version.
     version: String,
     /// Connected agents.
@@ -36,7 +38,9 @@ pub(crate) async fn health(State(core): State<Arc<Core>>) -> Result<Json<Health>
     reading(&core, |core| {
         core.catalog.disks()?;
         let version = env!("CARGO_PKG_VERSION").to_owned();
-        Ok(Json(Health { status: "ok".to_owned(), version, agents: core.fleet.agents() }))
+        let faults = core.faults.count();
+        let status = if faults == 0 { "ok" } else { "degraded" }.to_owned();
+        Ok(Json(Health { status, faults, version, agents: core.fleet.agents() }))
     })
     .await
 }

@@ -65,6 +65,11 @@ impl Agent {
         self.stream.write_all(bytes)
     }
 
+    /// From now on sending fails when the other side takes nothing for so long.
+    pub(crate) fn give_up_sending_after(&self, time: Duration) {
+        self.stream.set_write_timeout(Some(time)).expect("a socket option");
+    }
+
     /// The next message that is no ping.
     pub(crate) fn receive(&mut self) -> Option<(MessageType, Vec<u8>)> {
         loop {

@@ -1,6 +1,9 @@
 //! Peers that are broken or mean no good: each is turned away, and the server goes on.
 
-use std::time::Duration;
+use std::io::{Read, Write};
+use std::time::{Duration, Instant};
+
+use cdp_server::limits::Patience;
 
 use journal_format::wire::{self, MessageHeader, MessageType};
 use journal_format::{Lsn, frame::FRAME_HEADER_BYTES};
@@ -151,13 +154,102 @@ fn a_ping_is_answered_with_its_number() {
 
 #[test]
 fn a_peer_that_does_not_read_is_cut_off() {
-    let fixture = Fixture::start();
+    let fixture = Fixture::start_with(|config| config.patience.write = Duration::from_millis(200));
     let mut agent = Agent::connect(fixture.data());
     let pings = wire::encode(&wire::Ping { number: 1 }).expect("encodes").repeat(10_000);
-    // A hundred times what the sockets' buffers and the server's queue hold.
-    let cut_off = (0..1000).any(|_| agent.try_send(&pings).is_err());
-    assert!(cut_off, "the server takes questions without end from a peer that reads no answers");
+    // It sends until nothing more fits into the sockets, or it is cut off; only then it reads.
+    agent.give_up_sending_after(Duration::from_millis(500));
+    let sent = (1..1000).take_while(|_| agent.try_send(&pings).is_ok()).count() + 1;
+    let answers = std::iter::from_fn(|| agent.receive()).count();
+    assert!(
+        answers < sent * 10_000,
+        "the server keeps answers without end for a peer that does not read them"
+    );
     assert_alive(&fixture);
+}
+
+#[test]
+fn an_inventory_of_countless_empty_items_is_refused_before_anything_is_kept_of_it() {
+    let fixture = Fixture::start();
+    let mut agent = Agent::connect(fixture.data());
+    // Field 1, no bytes: a VM of which nothing is said. Two bytes each; in memory a hundred times that.
+    let body = [0x0a, 0].repeat(wire::MAX_INVENTORY_BYTES / 2);
+    let header = MessageHeader::new(MessageType::Inventory, body.len()).expect("fits");
+    agent.send_bytes(zerocopy::IntoBytes::as_bytes(&header));
+    let _ = agent.try_send(&body);
+    agent.expect_closed();
+    assert_alive(&fixture);
+}
+
+#[test]
+fn a_thousand_silent_connections_keep_no_agent_and_no_operator_out() {
+    let fixture = Fixture::start();
+    let http = fixture.server.as_ref().expect("runs").http_address();
+    let open =
+        |address| (0..1000).map(|_| std::net::TcpStream::connect(address).expect("connects")).collect();
+    let silent: [Vec<_>; 2] = [open(fixture.data()), open(http)];
+    let asked = Instant::now();
+    assert_alive(&fixture);
+    assert_eq!(fixture.client.disks().expect("answers").len(), 1);
+    // Well before any of them is cut off for its silence.
+    assert!(asked.elapsed() < Patience::DEFAULT.hello, "the silent ones were waited for");
+    drop(silent);
+}
+
+#[test]
+fn an_agent_that_has_its_message_trickle_in_is_cut_off() {
+    let fixture = Fixture::start_with(|config| config.patience.message = Duration::from_millis(500));
+    let mut agent = Agent::connect(fixture.data());
+    let header = MessageHeader::new(MessageType::Inventory, 1 << 20).expect("fits");
+    agent.send_bytes(zerocopy::IntoBytes::as_bytes(&header));
+    let cut_off = (0..1000).any(|_| {
+        std::thread::sleep(Duration::from_millis(10));
+        agent.try_send(&[0]).is_err()
+    });
+    assert!(cut_off, "a byte now and then keeps the connection for ever");
+    assert_alive(&fixture);
+}
+
+#[test]
+fn rest_requests_that_trickle_in_are_cut_off() {
+    let fixture = Fixture::start_with(|config| {
+        config.patience.http_head = Duration::from_millis(500);
+        config.patience.http_body = Duration::from_millis(500);
+    });
+    let http = fixture.server.as_ref().expect("runs").http_address();
+    let head = "PUT /v1/disks/x/protection HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n";
+    let with_body = format!("{head}Content-Length: 60000\r\n\r\n");
+    for start in [head, &with_body] {
+        let mut stream = std::net::TcpStream::connect(http).expect("connects");
+        stream.write_all(start.as_bytes()).expect("the server reads");
+        let cut_off = (0..1000).any(|_| {
+            std::thread::sleep(Duration::from_millis(10));
+            stream.write_all(b"x").is_err()
+        });
+        assert!(cut_off, "a byte now and then keeps the connection for ever: {start}");
+    }
+    assert!(fixture.client.disks().is_ok());
+}
+
+#[test]
+fn a_client_that_does_not_read_its_answer_is_cut_off() {
+    let fixture = Fixture::start_with(|config| config.patience.http_silence = Duration::from_millis(500));
+    let http = fixture.server.as_ref().expect("runs").http_address();
+    let mut stream = std::net::TcpStream::connect(http).expect("connects");
+    let questions = "GET /v1/openapi.json HTTP/1.1\r\nHost: x\r\n\r\n".repeat(1000);
+    // It sends until nothing more fits into the sockets, or it is cut off; only then it reads.
+    stream.set_write_timeout(Some(Duration::from_secs(2))).expect("a socket option");
+    let sent = (1..1000).take_while(|_| stream.write_all(questions.as_bytes()).is_ok()).count() + 1;
+    let mut answers = Vec::new();
+    // A reset is as good as an end.
+    let _ = stream.take(1 << 30).read_to_end(&mut answers);
+    let answer =
+        reqwest::blocking::get(fixture.url("/v1/openapi.json")).expect("answers").bytes().expect("bytes");
+    assert!(
+        answers.len() < sent * 1000 * answer.len(),
+        "the server waits without end for a client that does not read"
+    );
+    assert!(fixture.client.disks().is_ok());
 }
 
 #[test]

@@ -5,6 +5,7 @@
 
 mod agent;
 mod bookmarks;
+mod faults;
 mod hostile;
 mod ingest;
 mod openapi;
@@ -49,6 +50,11 @@ impl Fixture {
     /// Stops it cleanly and starts it again on the same store.
     fn restart(&mut self) {
         self.server.take().expect("runs").stop();
+        self.start_again();
+    }
+
+    /// Starts it after it was stopped.
+    fn start_again(&mut self) {
         let server = Server::start(Config::on_free_ports(self.dir.path())).expect("starts again");
         self.client = client(&server);
         self.server = Some(server);

@@ -77,6 +77,31 @@ fn what_was_acknowledged_survives_kill_9() {
 }
 
 #[test]
+fn wrong_usage_is_said_without_colours_and_ends_with_2() {
+    for arguments in [&[][..], &["--config", "/nowhere.toml"], &["--nonsense"]] {
+        let mut program = Command::new(env!("CARGO_BIN_EXE_cdp-server"));
+        program.env("RUST_BACKTRACE", "1").env_remove("CDP_STORE").env_remove("CDP_CONFIG");
+        let ended = program.args(arguments).output().expect("runs");
+        let said = String::from_utf8(ended.stderr).expect("text");
+        assert_eq!(ended.status.code(), Some(2), "{arguments:?}: {said}");
+        assert!(!said.is_empty() && !said.contains('\u{1b}') && !said.contains("backtrace"), "{said}");
+    }
+}
+
+#[test]
+fn logs_have_no_colours_where_there_is_no_terminal() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let mut program = command(dir.path());
+    let mut child = program.stderr(Stdio::piped()).spawn().expect("starts");
+    let mut line = String::new();
+    BufReader::new(child.stdout.take().expect("piped")).read_line(&mut line).expect("a line");
+    let killed = Command::new("kill").args(["-TERM", &child.id().to_string()]).status().expect("runs");
+    assert!(killed.success());
+    let said = String::from_utf8(child.wait_with_output().expect("ends").stderr).expect("text");
+    assert!(said.contains("stopping") && !said.contains('\u{1b}'), "{said}");
+}
+
+#[test]
 fn a_second_server_on_the_same_store_refuses_to_start() {
     let dir = tempfile::tempdir().expect("a directory");
     let (_program, _, _) = start(dir.path());

@@ -44,6 +44,34 @@ fn a_put_reaches_the_agent_and_waits_for_its_result() {
     eventually(|| (phase(&fixture) == ProtectionPhase::Tracking).then_some(()));
 }
 
+/// A server that has just granted a new session still has the old one's history, whose last gap is closed. It once
+/// called such a disk protected until the new session's gap-begin arrived.
+#[test]
+fn a_new_session_is_a_gap_before_its_first_record_arrives() {
+    let fixture = Fixture::start();
+    let mut agent = reported(&fixture);
+    let client = fixture.client.clone();
+    let put = std::thread::spawn(move || client.set_protection(NAME, true));
+    let command: wire::SetProtection = agent.expect();
+    let mut capture = Capture::new(&agent.open(None), now_ns() - 1_000_000_000);
+    agent.done(command.request);
+    put.join().expect("no panic").expect("done");
+    let frame = capture.begin().frame();
+    agent.ship(&frame, Lsn(2));
+    agent.status("capturing", Lsn(2), now_ns());
+    eventually(|| (phase(&fixture) == ProtectionPhase::Protected).then_some(()));
+
+    let opened = agent.open(None);
+    assert_eq!(opened.epoch, 2);
+    assert_eq!(phase(&fixture), ProtectionPhase::Syncing);
+    let refused = problem(fixture.client.create_bookmark(NAME, "now", None));
+    assert_eq!(refused.kind, Kind::PointInGap, "a bookmark set now could not be restored");
+    let mut capture = Capture::new(&opened, capture.stamp);
+    let frame = capture.begin().frame();
+    agent.ship(&frame, Lsn(4));
+    eventually(|| (phase(&fixture) == ProtectionPhase::Protected).then_some(()));
+}
+
 #[test]
 fn a_refusal_is_passed_on_and_the_wish_taken_back() {
     let fixture = Fixture::start();

@@ -42,7 +42,7 @@ impl StoreSource {
             match damaged {
                 Some((_, why)) => RestoreError::Source {
                     what: format!("the journal of disk {id}"),
-                    detail: why,
+                    detail: why.to_string(),
                     hint: "put back a copy of what is damaged".to_owned(),
                 },
                 None => no_such_disk(&id.to_string()),

@@ -1,0 +1,131 @@
+//! What keeps a disk's journal from taking frames, or parts of it from being read: noticed where it happens, shown by
+//! REST, metrics and log until it is over.
+
+use std::collections::HashMap;
+use std::io::ErrorKind;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use cdp_api::{Fault, FaultKind, time};
+use journal_format::DiskId;
+use journal_store::StoreError;
+
+/// The faults there are now.
+#[derive(Debug, Default)]
+pub(crate) struct Faults {
+    disks: Mutex<HashMap<DiskId, Fault>>,
+}
+
+impl Faults {
+    /// Notes that the store failed for a disk. What is known already keeps its time, and is not logged again.
+    pub(crate) fn note(&self, disk: DiskId, error: &StoreError, now_ns: u64) {
+        let Some(kind) = kind_of(error) else { return };
+        let mut disks = self.lock();
+        // What poisoned a disk was noted when it happened, with its own kind.
+        if disks
+            .get(&disk)
+            .is_some_and(|known| known.kind == kind || matches!(error, StoreError::Poisoned { .. }))
+        {
+            return;
+        }
+        let (message, since) = (error.to_string(), time::rfc3339(now_ns));
+        let fault = Fault { kind, message, hint: hint(kind).to_owned(), since };
+        tracing::error!(%disk, kind = kind.as_str(), message = fault.message, hint = fault.hint, "the journal fails");
+        disks.insert(disk, fault);
+    }
+
+    /// Notes that a disk's journal takes frames. Damage does not go away by that.
+    pub(crate) fn over(&self, disk: DiskId) {
+        self.clear(disk, |kind| kind != FaultKind::Damaged);
+    }
+
+    /// Notes that a disk's journal was found whole.
+    pub(crate) fn whole(&self, disk: DiskId) {
+        self.clear(disk, |kind| kind == FaultKind::Damaged);
+    }
+
+    fn clear(&self, disk: DiskId, is_over: impl Fn(FaultKind) -> bool) {
+        let mut disks = self.lock();
+        if disks.get(&disk).is_some_and(|fault| is_over(fault.kind))
+            && let Some(fault) = disks.remove(&disk)
+        {
+            tracing::info!(%disk, kind = fault.kind.as_str(), since = fault.since, "the journal works again");
+        }
+    }
+
+    pub(crate) fn of(&self, disk: DiskId) -> Option<Fault> {
+        self.lock().get(&disk).cloned()
+    }
+
+    /// How many disks have one.
+    pub(crate) fn count(&self) -> usize {
+        self.lock().len()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<DiskId, Fault>> {
+        self.disks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// `None` for errors that are the caller's, not the store's.
+fn kind_of(error: &StoreError) -> Option<FaultKind> {
+    match error {
+        StoreError::Io { source, .. } => Some(match source.kind() {
+            ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge => {
+                FaultKind::DiskFull
+            }
+            _ => FaultKind::IoError,
+        }),
+        StoreError::Poisoned { .. } => Some(FaultKind::IoError),
+        StoreError::Damaged { .. } => Some(FaultKind::Damaged),
+        _ => None,
+    }
+}
+
+/// What to do about it.
+pub(crate) const fn hint(kind: FaultKind) -> &'static str {
+    match kind {
+        FaultKind::DiskFull => {
+            "free space in the store's file system or enlarge it; nothing acknowledged is lost, the agent keeps the \
+             rest and tries again every few seconds"
+        }
+        FaultKind::IoError => {
+            "look at the store's disk and file system (the kernel's log, smartctl); the journal is opened anew, and \
+             goes on by itself once writing works"
+        }
+        FaultKind::Damaged => {
+            "cdpctl verify shows what is damaged; put back a copy of the file and restart the server, or restore points \
+             that do not need it"
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const DISK: DiskId = DiskId([1; 16]);
+
+    fn io(kind: ErrorKind) -> StoreError {
+        StoreError::Io { operation: "write", path: "/x".into(), source: kind.into() }
+    }
+
+    #[test]
+    fn a_full_disk_stays_one_while_the_poison_it_left_is_met_again() {
+        let faults = Faults::default();
+        faults.note(DISK, &io(ErrorKind::StorageFull), 1);
+        let first = faults.of(DISK).expect("noted");
+        assert_eq!(first.kind, FaultKind::DiskFull);
+        faults.note(DISK, &StoreError::Poisoned { disk: DISK, cause: "write".to_owned() }, 2);
+        faults.note(DISK, &io(ErrorKind::StorageFull), 3);
+        assert_eq!(faults.of(DISK), Some(first));
+        faults.over(DISK);
+        assert_eq!((faults.of(DISK), faults.count()), (None, 0));
+    }
+
+    #[test]
+    fn a_frame_that_does_not_follow_is_no_fault_of_the_disk() {
+        let faults = Faults::default();
+        faults.note(DISK, &StoreError::Invalid { disk: DISK, detail: "a hole".to_owned() }, 1);
+        assert_eq!(faults.of(DISK), None);
+    }
+}
