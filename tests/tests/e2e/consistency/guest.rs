@@ -13,7 +13,7 @@ use cdp_tests::site::{Site, Via};
 use journal_format::{ByteRange, Lsn, Stamp};
 use journal_store::{ExtentKind, View};
 
-use super::{History, any_instant, read, scaled};
+use super::{History, any_instant, last_instant, read, scaled};
 
 const DISK_BYTES: u64 = 64 << 20;
 const START: i64 = 10_000;
@@ -133,11 +133,17 @@ fn a_guests_file_systems_are_whole_at_every_instant() {
     guest.process.assert_alive();
     drop(guest);
 
+    let newest = lines.iter().map(|line| line.synced_ns).max();
     let histories = disks.each_ref().map(|disk| History::open(&site.store(), disk));
+    assert!(newest < Some(last_instant(&histories).0.0), "the history ends before the guest's last line");
     let instants = scaled(40);
     let restored = images.map(|image| image.with_extension("restored"));
     for number in 0..instants {
-        let (stamp, lsns) = any_instant(&histories, &mut random);
+        // The end is one of them: every line has to be there.
+        let (stamp, lsns) = match number {
+            0 => last_instant(&histories),
+            _ => any_instant(&histories, &mut random),
+        };
         for at in 0..2 {
             match number % 20 {
                 0 => restore(&site, &disks[at], stamp, &restored[at]),

@@ -15,6 +15,7 @@ use cdp_tests::nbd::{Command, Nbd};
 use cdp_tests::qemu::{Qemu, raw_file};
 use cdp_tests::random::Random;
 use cdp_tests::site::{Site, Via};
+use journal_format::Lsn;
 use serde_json::{Value, json};
 
 use super::{History, checksum, now_ns, read, scaled, sealed, unsealed};
@@ -176,9 +177,14 @@ fn every_point_holds_whole_chains(
         site.protect(&disk);
         write(&mut streams, scaled(60), &socket, seed + 3, || {});
     }
-    site.bookmark(&disk, "end");
+    let end = site.bookmark(&disk, "end");
 
     let history = History::open(&site.store(), &disk);
+    let view = history.view(Lsn(end));
+    for (stream, writer) in (0..).zip(&streams) {
+        let newest = check(stream, &read(&view, base_of(stream), STREAM_BYTES));
+        assert_eq!(newest, writer.written.len() as u64, "records of stream {stream} at the end");
+    }
     let points = scaled(1500);
     for _ in 0..points {
         let point = history.any_point(&mut random);

@@ -104,22 +104,34 @@ impl History {
     }
 }
 
+/// What an instant means on two disks; `None` where one of them cannot be restored to it.
+fn at_instant(histories: &[History; 2], stamp: Stamp) -> Option<[Lsn; 2]> {
+    let resolve = |history: &History| match history.disk.resolve(&PointSpec::Stamp(stamp), Stamp::MAX, None) {
+        Ok(point) => Some(point.lsn),
+        Err(StoreError::Point(_)) => None,
+        Err(error) => panic!("{stamp:?}: {error}"),
+    };
+    Some([resolve(&histories[0])?, resolve(&histories[1])?])
+}
+
+/// The last instant that both histories know.
+fn last_instant(histories: &[History; 2]) -> (Stamp, [Lsn; 2]) {
+    let last = histories.each_ref().map(|history| history.ranges[history.ranges.len() - 1].last.1);
+    let last = last[0].min(last[1]);
+    (last, at_instant(histories, last).expect("the end can be restored"))
+}
+
 /// An instant that both histories can be restored to, and the LSNs that it means.
 fn any_instant(histories: &[History; 2], random: &mut Random) -> (Stamp, [Lsn; 2]) {
-    let first = histories.iter().map(|history| history.ranges[0].first.1.0).max().expect("two");
-    let last = histories.iter().map(|history| history.ranges[history.ranges.len() - 1].last.1.0).min();
-    let last = last.expect("two");
+    let first = histories.each_ref().map(|history| history.ranges[0].first.1);
+    let (first, last) = (first[0].max(first[1]), last_instant(histories).0);
     loop {
         let stamp = match random.within(0..2) {
-            0 => Stamp(random.within(first..last + 1)),
+            0 => Stamp(random.within(first.0..last.0 + 1)),
             _ => histories[random.within(0..2) as usize].near_a_record(random),
         };
-        let spec = PointSpec::Stamp(stamp);
-        let resolve = |history: &History| history.disk.resolve(&spec, Stamp::MAX, None);
-        match (resolve(&histories[0]), resolve(&histories[1])) {
-            (Ok(a), Ok(b)) if (first..=last).contains(&stamp.0) => return (stamp, [a.lsn, b.lsn]),
-            (Err(error), _) | (_, Err(error)) if !matches!(error, StoreError::Point(_)) => panic!("{error}"),
-            _ => {}
+        if let Some(lsns) = at_instant(histories, stamp).filter(|_| first <= stamp && stamp <= last) {
+            return (stamp, lsns);
         }
     }
 }

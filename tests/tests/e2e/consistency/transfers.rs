@@ -16,9 +16,10 @@ use cdp_tests::nbd::{Command, Nbd};
 use cdp_tests::qemu::{Qemu, main_version};
 use cdp_tests::random::Random;
 use cdp_tests::site::{Site, Via};
+use journal_format::Lsn;
 use serde_json::json;
 
-use super::{History, any_instant, read, scaled, sealed, unsealed};
+use super::{History, any_instant, last_instant, read, scaled, sealed, unsealed};
 
 const DISK_BYTES: u64 = 8 << 20;
 const ACCOUNTS: u64 = 6;
@@ -67,8 +68,8 @@ fn check(sides: [Side; 2]) {
     assert_eq!(whole, 2 * START, "money was made or lost: {a:?} {b:?}");
 }
 
-/// Moves money to and fro.
-fn pay(socket: &Path, account: u64, count: usize, seed: u64) {
+/// Moves money to and fro; returns what is then on either side.
+fn pay(socket: &Path, account: u64, count: usize, seed: u64) -> [Side; 2] {
     let mut random = Random::of(seed ^ (account + 1));
     let mut disks = NODES.map(|node| Nbd::connect(socket, node));
     let mut sides = [Side::NEW; 2];
@@ -95,6 +96,7 @@ fn pay(socket: &Path, account: u64, count: usize, seed: u64) {
         sides[other].received += 1;
         put(other, sides[other], &mut random);
     }
+    sides
 }
 
 fn start(site: &Site) -> Qemu {
@@ -118,6 +120,17 @@ fn start(site: &Site) -> Qemu {
     Qemu::storage_daemon_with(site, "bank", &NODES.map(node), iothreads, &exports)
 }
 
+/// All accounts at one point of each disk.
+fn accounts(histories: &[History; 2], lsns: [Lsn; 2]) -> Vec<[Side; 2]> {
+    let blocks =
+        [0, 1].map(|disk: usize| read(&histories[disk].view(lsns[disk]), 0, ACCOUNTS as usize * BLOCK));
+    let parse = |account: u64| {
+        let at = account as usize * BLOCK;
+        blocks.each_ref().map(|bytes| Side::parse(account, &bytes[at..at + BLOCK]))
+    };
+    (0..ACCOUNTS).map(parse).collect()
+}
+
 #[test]
 fn money_moved_between_two_disks_is_whole_at_every_instant() {
     let seed = 61;
@@ -132,24 +145,21 @@ fn money_moved_between_two_disks_is_whole_at_every_instant() {
         Nbd::connect(qemu.nbd_socket(), node).run(&Command::Write { offset: 0, data, fua: true });
     }
     disks.iter().for_each(|disk| site.protect(disk));
-    std::thread::scope(|scope| {
-        for account in 0..ACCOUNTS {
-            let socket = qemu.nbd_socket();
-            scope.spawn(move || pay(socket, account, scaled(400), seed));
-        }
+    let at_the_end: Vec<_> = std::thread::scope(|scope| {
+        let socket = qemu.nbd_socket();
+        let payer = |account| scope.spawn(move || pay(socket, account, scaled(400), seed));
+        let payers: Vec<_> = (0..ACCOUNTS).map(payer).collect();
+        payers.into_iter().map(|payer| payer.join().expect("a payer")).collect()
     });
     disks.iter().for_each(|disk| _ = site.bookmark(disk, "end"));
 
     let histories = disks.each_ref().map(|disk| History::open(&site.store(), disk));
     let instants = scaled(4000);
     let mut while_under_way = 0;
+    assert_eq!(accounts(&histories, last_instant(&histories).1), at_the_end, "the accounts at the end");
     for _ in 0..instants {
         let (_, lsns) = any_instant(&histories, &mut random);
-        let views = [histories[0].view(lsns[0]), histories[1].view(lsns[1])];
-        let blocks = views.each_ref().map(|view| read(view, 0, ACCOUNTS as usize * BLOCK));
-        for account in 0..ACCOUNTS {
-            let at = account as usize * BLOCK;
-            let sides = blocks.each_ref().map(|bytes| Side::parse(account, &bytes[at..at + BLOCK]));
+        for sides in accounts(&histories, lsns) {
             check(sides);
             while_under_way +=
                 usize::from(sides[0].sent != sides[1].received || sides[1].sent != sides[0].received);
