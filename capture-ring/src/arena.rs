@@ -64,6 +64,13 @@ impl Arena<'_> {
         self.words.free_slabs.load(Ordering::Relaxed)
     }
 
+    /// Units left in the slab being filled, for a look at whether a request would fit.
+    pub(crate) fn left_units(&self) -> u64 {
+        // ORDERING: Acquire as in `cut`, though it is only a look.
+        let current = Current::unpack(self.words.current.load(Ordering::Acquire));
+        if current.slab == 0 { 0 } else { u64::from(SLAB_UNITS.saturating_sub(current.used)) }
+    }
+
     /// Cuts up to `want` units (at least one) from the slab being filled; `None` when the arena is full.
     #[inline]
     pub(crate) fn cut(&self, want: u32) -> Option<Run> {

@@ -258,12 +258,16 @@ impl Consumer {
     }
 
     /// Gives the credits of taken records back, so that producers can use their slots.
-    fn return_credits(&mut self) {
+    ///
+    /// Records that are taken give their credits back in batches. Call it before a pause between records, so that
+    /// nobody waits for the rest of a batch.
+    pub fn return_credits(&mut self) {
         if self.unreturned > 0 {
             // ORDERING: a gauge, and the place to go on for an agent that comes back.
             self.ring.memory().words().head.store(self.head, Ordering::Release);
             self.ring.slots().give_back(self.unreturned);
             self.unreturned = 0;
+            self.ring.tell_waiters();
         }
     }
 

@@ -316,12 +316,30 @@ pub(crate) struct Words {
     /// Background reads that hold a slot.
     pub(crate) fills: AtomicU64,
     pub(crate) pad_untracked: Pad<14>,
+
+    /// Raised whenever the filter's waiting thread has to look again; see `waiting`. The low half is a futex.
+    pub(crate) event: AtomicU64,
+    /// Guest requests and flushes that wait.
+    pub(crate) waiting: AtomicU64,
+    /// Since when without a break, in nanoseconds of the monotonic clock; 0 for nobody.
+    pub(crate) waiting_since: AtomicU64,
+    /// Highest LSN for which a flush has waited too long; see `policy`.
+    pub(crate) sync_lost: AtomicU64,
+    pub(crate) pad_event: Pad<12>,
+
+    /// What to do when the ring is full; see `policy`. Written by the agent, like all of this group.
+    pub(crate) policy: AtomicU64,
+    /// Whether flushes wait for the server; see `policy`.
+    pub(crate) sync: AtomicU64,
+    /// Last LSN that is durable at the server.
+    pub(crate) durable: AtomicU64,
+    pub(crate) pad_policy: Pad<13>,
 }
 
 #[cfg(not(loom))]
 const _: () = assert!(size_of::<Slot>() == SLOT_BYTES && size_of::<Block>() == BLOCK_BYTES);
 #[cfg(not(loom))]
-const _: () = assert!(size_of::<Slab>() == SLAB_ENTRY_BYTES && size_of::<Words>() == 7 * 128);
+const _: () = assert!(size_of::<Slab>() == SLAB_ENTRY_BYTES && size_of::<Words>() == 9 * 128);
 #[cfg(not(loom))]
 const _: () = assert!(size_of::<Words>() as u64 <= HEADER_BYTES - PAGE_BYTES);
 

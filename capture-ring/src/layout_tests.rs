@@ -72,6 +72,15 @@ fn code() -> BTreeMap<&'static str, (usize, Fields)> {
         untracked,
         fills,
         pad_untracked,
+        event,
+        waiting,
+        waiting_since,
+        sync_lost,
+        pad_event,
+        policy,
+        sync,
+        durable,
+        pad_policy,
     );
     let clock = ["magic", "version", "last"].iter().zip(CLOCK_WORDS_AT);
     let clock = clock.map(|(name, at)| ((*name).to_owned(), at, 8)).collect();

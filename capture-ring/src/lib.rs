@@ -45,12 +45,14 @@ mod error;
 pub mod layout;
 pub mod limits;
 mod mode;
+mod policy;
 mod producer;
 mod raw;
 mod ring;
 mod slots;
 mod sync;
 mod ticket;
+mod waiting;
 
 pub use bell::Bell;
 pub use clock::HostClock;
@@ -58,6 +60,9 @@ pub use consumer::{Consumer, Next};
 pub use dirty::Dirty;
 pub use error::{Full, RingError, RingErrorKind};
 pub use mode::{Mode, ModeWord, Resync, Tracked};
+pub use policy::{Overflow, Policy, SyncState};
 pub use producer::Producer;
+#[cfg(not(loom))]
+pub use raw::monotonic_ns;
 pub use ring::{Ring, RingConfig};
 pub use ticket::{FillTicket, OpKind, Piece, Pieces, Ticket};

@@ -63,16 +63,21 @@ pub(crate) struct Slots<'a> {
 }
 
 impl Slots<'_> {
-    /// Takes a credit.
-    #[inline]
-    pub(crate) fn promise(&self, class: Class) -> Result<(), Full> {
+    /// How many credits a class leaves to the others.
+    pub(crate) const fn floor(&self, class: Class) -> u64 {
         let reserve = self.geometry.control_reserve();
-        let floor = match class {
+        match class {
             Class::Fill => self.geometry.slots / 4,
             Class::Request => reserve,
             Class::Bookmark => reserve / 2,
             Class::Control => 0,
-        };
+        }
+    }
+
+    /// Takes a credit.
+    #[inline]
+    pub(crate) fn promise(&self, class: Class) -> Result<(), Full> {
+        let floor = self.floor(class);
         let credits = &self.words.credits;
         // ORDERING: a first guess, checked by the exchange below.
         let mut seen = credits.load(Ordering::Relaxed);

@@ -13,6 +13,8 @@ use crate::sync::{AtomicU64, Pad};
 pub(crate) struct Memory {
     geometry: Geometry,
     words: Words,
+    /// The event's futex.
+    futex: loom::sync::Notify,
     dirty: Vec<AtomicU64>,
     slots: Vec<Slot>,
     blocks: Vec<Block>,
@@ -54,6 +56,15 @@ impl Memory {
             untracked: word(),
             fills: word(),
             pad_untracked: Pad::new(),
+            event: word(),
+            waiting: word(),
+            waiting_since: word(),
+            sync_lost: word(),
+            pad_event: Pad::new(),
+            policy: word(),
+            sync: word(),
+            durable: word(),
+            pad_policy: Pad::new(),
         };
         let slot = || Slot {
             word: word(),
@@ -68,6 +79,7 @@ impl Memory {
         Self {
             geometry,
             words,
+            futex: loom::sync::Notify::new(),
             dirty: many(dirty_words, word),
             slots: many(geometry.slots, slot),
             blocks: many(geometry.units, block),
@@ -82,6 +94,17 @@ impl Memory {
 
     pub(crate) const fn words(&self) -> &Words {
         &self.words
+    }
+
+    pub(crate) fn wake_event(&self) {
+        self.futex.notify();
+    }
+
+    /// Without a timeout: loom reports a deadlock when nobody can wake.
+    pub(crate) fn wait_event(&self, seen: u32, _timeout: core::time::Duration) {
+        if self.words.event.load(crate::sync::Ordering::Acquire) as u32 == seen {
+            self.futex.wait();
+        }
     }
 
     pub(crate) fn dirty(&self) -> &[AtomicU64] {

@@ -6,11 +6,15 @@
 //! sealed.
 #![allow(unsafe_code)]
 
+#[cfg(not(loom))]
+mod futex;
 #[cfg(loom)]
 mod heap;
 #[cfg(not(loom))]
 mod map;
 
+#[cfg(not(loom))]
+pub use futex::monotonic_ns;
 #[cfg(loom)]
 pub(crate) use heap::{ClockMemory, Memory};
 #[cfg(all(test, not(loom)))]
