@@ -141,7 +141,8 @@ int cdp_close(struct cdp_capture *capture);
 
 // Begins a write of the `iovcnt` parts of `iov` at `offset`: copies the data and says in `*out_iov` and
 // `*out_iovcnt` what to write to the disk, which is the copy while the disk is captured. That memory is valid until
-// the request ends. Blocks while an overlapping request is in flight, or answers `-EAGAIN` with CDP_NONBLOCK. At most
+// the request ends. Blocks while an overlapping request is in flight, and while the ring is full where the disk's
+// policy is to wait; or answers `-EAGAIN` with CDP_NONBLOCK. At most
 // CDP_MAX_WRITE_BYTES. After 0, `cdp_end` must follow.
 //
 // # Safety
@@ -186,7 +187,7 @@ int cdp_resize_begin(struct cdp_capture *capture,
                      struct cdp_request *request);
 
 // Ends a request with the disk's answer: 0 or more, it is done; `-ENOTSUP`, nothing was changed; another negative
-// errno, it failed. Call it before the guest is told.
+// errno, it failed. Call it before the guest is told. With CDP_FUA and sync mode on it blocks as `cdp_flush` does.
 //
 // # Safety
 // `capture` is NULL or the handle that the request began with, `request` NULL or a request that has begun.
@@ -194,7 +195,8 @@ int cdp_end(struct cdp_capture *capture,
             struct cdp_request *request,
             int result);
 
-// Marks the beginning of a guest's flush: everything that the guest saw end before has a smaller LSN.
+// Marks the beginning of a guest's flush: everything that the guest saw end before has a smaller LSN. With sync mode on
+// it blocks until all that is durable at the server, or the policy's time is over.
 //
 // # Safety
 // NULL or a live handle.

@@ -4,6 +4,8 @@
 //! pauses, while there is none), says who this process is and which disks it has, and then does what the agent
 //! asks: attach, detach, resync, list. Changes of the list of disks and faults are noticed by asking once a second.
 //!
+//! Beside it each capture has a thread `cdp-wait`, which sleeps unless guest requests wait for the agent.
+//!
 //! When the agent is lost, captures stay on: the ring fills, then writes are tracked. A new agent that attaches
 //! a device that is still captured gets it: the old capture is ended first, and the new epoch begins with a gap.
 
@@ -62,6 +64,9 @@ pub trait Host: Send + Sync {
     /// # Errors
     /// No such device, not protectable, no answer in time: then nothing is captured and nothing stays behind.
     fn attach(&self, device: &str, capture: Arc<Capture>) -> Result<(), String>;
+    /// Whether the process itself waits for the device's requests, so that none of them may wait for the agent. Asked
+    /// while one has waited for that long, by a thread of the capture's own; may block for a second or so.
+    fn must_go(&self, device: &str, waited: Duration) -> bool;
     /// Undoes `attach`: drained, `Capture::detach` called, QEMU's pointers back when it was the last one.
     /// Also works for a device that has gone away meanwhile.
     ///
@@ -89,7 +94,7 @@ pub fn start_until(
     stop: Arc<AtomicBool>,
 ) -> std::io::Result<JoinHandle<()>> {
     let thread = std::thread::Builder::new().name("cdp-control".to_owned()).stack_size(STACK_BYTES);
-    crate::ffi::signals::blocked(|| thread.spawn(move || run(host.as_ref(), &socket, &stop)))
+    crate::ffi::signals::blocked(|| thread.spawn(move || run(&host, &socket, &stop)))
 }
 
 /// The agent's socket: `CDP_AGENT_SOCKET`, else `/run/qemu-cdp/agent.sock`.
@@ -98,7 +103,7 @@ pub fn socket_path() -> PathBuf {
     std::env::var_os(SOCKET_ENV).map_or_else(|| PathBuf::from(DEFAULT_SOCKET), PathBuf::from)
 }
 
-fn run(host: &dyn Host, socket: &Path, stop: &AtomicBool) {
+fn run(host: &Arc<dyn Host>, socket: &Path, stop: &AtomicBool) {
     let mut captures = Captures::default();
     let mut pause = FIRST_RETRY_PAUSE;
     // ORDERING: Relaxed: a request to end, nothing is handed over with it.

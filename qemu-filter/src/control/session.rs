@@ -2,8 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::os::fd::AsFd as _;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use capture_ring::RingError;
@@ -15,6 +17,8 @@ use crate::engine::Capture;
 
 /// How often disks and faults are looked at.
 const LOOK_PERIOD: Duration = Duration::from_secs(1);
+/// Stack of a capture's thread, in bytes.
+const WAITER_STACK_BYTES: usize = 256 << 10;
 
 /// The captures of this process, by device.
 #[derive(Default)]
@@ -25,10 +29,12 @@ pub(super) struct Captures {
 struct Attached {
     capture: Arc<Capture>,
     fault_told: bool,
+    /// Wakes who waits for the agent; ends by itself when capture is off.
+    waiter: JoinHandle<()>,
 }
 
 pub(super) struct Session<'a> {
-    host: &'a dyn Host,
+    host: &'a Arc<dyn Host>,
     connection: &'a Connection,
     captures: &'a mut Captures,
     disks: Option<Vec<DiskInfo>>,
@@ -36,7 +42,11 @@ pub(super) struct Session<'a> {
 }
 
 impl<'a> Session<'a> {
-    pub(super) fn new(host: &'a dyn Host, connection: &'a Connection, captures: &'a mut Captures) -> Self {
+    pub(super) fn new(
+        host: &'a Arc<dyn Host>,
+        connection: &'a Connection,
+        captures: &'a mut Captures,
+    ) -> Self {
         for attached in captures.by_device.values_mut() {
             attached.fault_told = false;
         }
@@ -93,16 +103,23 @@ impl<'a> Session<'a> {
         self.detach(device)?;
         let capture = Capture::attach(fds.ring.as_fd(), fds.clock.as_fd(), fds.bell, self.host.wake_fn())
             .map_err(|error| error.to_string())?;
-        self.host.attach(device, Arc::clone(&capture))?;
-        self.captures.by_device.insert(device.to_owned(), Attached { capture, fault_told: false });
+        let waiter = start_waiter(self.host, device, &capture)?;
+        if let Err(error) = self.host.attach(device, Arc::clone(&capture)) {
+            capture.detach();
+            join(waiter);
+            return Err(error);
+        }
+        let attached = Attached { capture, fault_told: false, waiter };
+        self.captures.by_device.insert(device.to_owned(), attached);
         Ok(())
     }
 
     /// A device that is not captured is detached already.
     fn detach(&mut self, device: &str) -> Result<(), String> {
-        if self.captures.by_device.contains_key(device) {
+        if let Some(attached) = self.captures.by_device.get(device) {
+            attached.capture.release_waiters();
             self.host.detach(device)?;
-            self.captures.by_device.remove(device);
+            self.captures.by_device.remove(device).into_iter().for_each(end);
         }
         Ok(())
     }
@@ -135,9 +152,10 @@ impl<'a> Session<'a> {
     /// Ends the captures of devices that have been unplugged. What cannot be ended now is tried at the next look.
     fn drop_gone(&mut self, disks: &[DiskInfo]) {
         let host = self.host;
-        self.captures.by_device.retain(|device, _| {
-            disks.iter().any(|disk| disk.device == *device) || host.detach(device).is_err()
-        });
+        let is_over = |device: &String, _: &mut Attached| {
+            disks.iter().all(|disk| disk.device != *device) && host.detach(device).is_ok()
+        };
+        self.captures.by_device.extract_if(.., is_over).for_each(|(_, attached)| end(attached));
     }
 
     fn tell_faults(&mut self) -> Result<(), RingError> {
@@ -152,4 +170,35 @@ impl<'a> Session<'a> {
         }
         Ok(())
     }
+}
+
+/// The thread of a capture that wakes who waits for the agent.
+fn start_waiter(
+    host: &Arc<dyn Host>,
+    device: &str,
+    capture: &Arc<Capture>,
+) -> Result<JoinHandle<()>, String> {
+    let (host, device, capture) = (Arc::clone(host), device.to_owned(), Arc::clone(capture));
+    let serve = move || {
+        let served = || capture.serve_waiters(|waited| host.must_go(&device, waited));
+        // A bug there must not leave a guest's request waiting (I1).
+        if catch_unwind(AssertUnwindSafe(served)).is_err() {
+            capture.fault("a fault of the filter's own while requests waited for the agent");
+        }
+    };
+    let thread = std::thread::Builder::new().name("cdp-wait".to_owned()).stack_size(WAITER_STACK_BYTES);
+    crate::ffi::signals::blocked(|| thread.spawn(serve))
+        .map_err(|error| format!("cannot start the capture's thread: {error}"))
+}
+
+/// After the host has ended the capture.
+fn end(attached: Attached) {
+    // A host whose device had gone has ended it already.
+    attached.capture.detach();
+    join(attached.waiter);
+}
+
+fn join(waiter: JoinHandle<()>) {
+    // Its panics were caught.
+    let _ended = waiter.join();
 }

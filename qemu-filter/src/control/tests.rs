@@ -60,6 +60,10 @@ impl Host for FakeHost {
         Ok(())
     }
 
+    fn must_go(&self, _device: &str, _waited: Duration) -> bool {
+        false
+    }
+
     fn detach(&self, device: &str) -> Result<(), String> {
         self.log.lock().expect("unpoisoned").push(format!("detach {device}"));
         if let Some(capture) = self.capture(device) {

@@ -27,7 +27,8 @@ use super::fault::guard;
 use super::grace::InFlightCount;
 use super::inflight::{Entered, Slot, Span, Table};
 use super::request::{InFlight, State};
-use super::{Begin, EngineError, Kind, Outcome, Request, WaitToken, WakeFn};
+use super::waiting::{Permission, WaitList};
+use super::{Begin, EngineError, Kind, Outcome, Request, SyncWait, WaitToken, WakeFn};
 
 /// What a capture is doing, for people and metrics.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -57,6 +58,9 @@ pub struct Capture {
     disk_bytes: AtomicU64,
     resyncing: AtomicBool,
     fault: OnceLock<String>,
+    room: WaitList,
+    durable: WaitList,
+    permission: Permission,
 }
 
 impl core::fmt::Debug for Capture {
@@ -95,6 +99,9 @@ impl Capture {
             disk_bytes,
             resyncing: AtomicBool::new(false),
             fault: OnceLock::new(),
+            room: WaitList::new(wake_fn),
+            durable: WaitList::new(wake_fn),
+            permission: Permission::new(),
         }))
     }
 
@@ -112,8 +119,12 @@ impl Capture {
     /// wait for that, then begin again.
     #[must_use]
     pub fn withdraw(&self, in_flight: &mut InFlight) -> bool {
-        let State::Parked(slot) = in_flight.state else { return false };
-        if !self.table.unpark(slot) {
+        let withdrawn = match in_flight.state {
+            State::Parked(slot) => self.table.unpark(slot),
+            State::Waiting(place) => self.leave_room(place),
+            _ => false,
+        };
+        if !withdrawn {
             return false;
         }
         self.leave_table(in_flight);
@@ -136,13 +147,20 @@ impl Capture {
     }
 
     /// At the start of a guest's flush: marks the point. Without room in the ring the mark is left out, which
-    /// loses nothing else.
-    pub fn flush(&self) {
-        self.protect(|| {
-            if self.mode() == Mode::Capturing {
-                let _ = self.producer.flush_record();
-            }
+    /// loses nothing else. What is returned has to be durable before the flush completes: see
+    /// [`Capture::wait_durable`].
+    #[must_use]
+    pub fn flush(&self) -> Option<SyncWait> {
+        let mark = || {
+            // Without a mark: everything that the guest has seen complete has a record by now.
+            let lsn = || self.producer.flush_record().unwrap_or_else(|_| self.producer.ring().captured_lsn());
+            (self.mode() == Mode::Capturing).then(lsn)
+        };
+        let lsn = guard(mark).unwrap_or_else(|message| {
+            self.fault(&message);
+            None
         });
+        lsn.map(SyncWait::new)
     }
 
     /// The contents were changed behind the guest's back (snapshot revert, migration, a commit into the node):
@@ -241,6 +259,18 @@ impl Capture {
         &self.producer
     }
 
+    pub(super) const fn room(&self) -> &WaitList {
+        &self.room
+    }
+
+    pub(super) const fn durable(&self) -> &WaitList {
+        &self.durable
+    }
+
+    pub(super) const fn permission(&self) -> &Permission {
+        &self.permission
+    }
+
     pub(crate) const fn count(&self) -> &InFlightCount {
         &self.count
     }
@@ -261,16 +291,22 @@ impl Capture {
                 in_flight.request = *request;
                 in_flight.phase = self.count.enter();
                 in_flight.state = State::Entered;
+                (in_flight.waiting_since_ns, in_flight.looks, in_flight.durable) = (None, 0, None);
             }
             State::Parked(_) => {}
+            State::Waiting(_) => in_flight.state = State::Entered,
             _ => panic!("begin of a request that is in flight already"),
         }
         let Some(range) = self.range_of(request) else { return self.pass(in_flight) };
         loop {
             match self.mode() {
                 Mode::Capturing => match self.begin_captured(range, token, in_flight) {
-                    Some(begin) => return begin,
-                    None => self.producer.enter_tracking(GapReason::Overflow),
+                    Ok(begin) => return begin,
+                    Err(full) => match self.wait_if_allowed(full, token, in_flight) {
+                        Some(Begin::Wait) => return Begin::Wait,
+                        Some(Begin::Go) => {}
+                        None => self.producer.enter_tracking(GapReason::Overflow),
+                    },
                 },
                 Mode::Tracking => {
                     self.leave_table(in_flight);
@@ -281,6 +317,17 @@ impl Capture {
                 }
                 Mode::Off => return self.pass(in_flight),
             }
+        }
+    }
+
+    /// No room: what the disk's policy says.
+    #[cold]
+    fn wait_if_allowed(&self, full: NoRoom, token: WaitToken, in_flight: &mut InFlight) -> Option<Begin> {
+        let request = in_flight.request;
+        let bytes = if matches!(request.kind, Kind::Write { .. }) { request.length } else { 0 };
+        match full {
+            NoRoom::Ring => self.wait_for_room(bytes, token, in_flight),
+            NoRoom::Table => None,
         }
     }
 
@@ -300,7 +347,12 @@ impl Capture {
         range.filter(|range| !range.is_empty())
     }
 
-    fn begin_captured(&self, range: ByteRange, token: WaitToken, in_flight: &mut InFlight) -> Option<Begin> {
+    fn begin_captured(
+        &self,
+        range: ByteRange,
+        token: WaitToken,
+        in_flight: &mut InFlight,
+    ) -> Result<Begin, NoRoom> {
         let entered = match in_flight.state {
             State::Parked(slot) => self.table.retry(slot, token),
             _ => self.table.enter(span_of(range, in_flight.request.kind), token),
@@ -313,18 +365,18 @@ impl Capture {
                 // capture is off.
                 fence(Ordering::SeqCst);
                 let go = self.mode() == Mode::Off && self.table.unpark(slot);
-                Some(if go { self.pass(in_flight) } else { Begin::Wait })
+                Ok(if go { self.pass(in_flight) } else { Begin::Wait })
             }
             Entered::Full => {
                 in_flight.state = State::Entered;
-                None
+                Err(NoRoom::Table)
             }
         }
     }
 
     /// Gets room in the ring; without it the table is left again.
     #[inline]
-    fn reserve(&self, range: ByteRange, slot: Slot, in_flight: &mut InFlight) -> Option<Begin> {
+    fn reserve(&self, range: ByteRange, slot: Slot, in_flight: &mut InFlight) -> Result<Begin, NoRoom> {
         let request = in_flight.request;
         let ticket = match request.kind {
             Kind::Write { fua } => self.producer.begin_write(range, fua),
@@ -335,20 +387,20 @@ impl Capture {
         let Ok(ticket) = ticket else {
             in_flight.state = State::Entered;
             self.table.leave(slot);
-            return None;
+            return Err(NoRoom::Ring);
         };
         if matches!(request.kind, Kind::Write { .. }) {
             in_flight.pieces.set(self.producer.pieces(&ticket));
         }
         in_flight.state = State::Captured(slot, ticket);
-        Some(Begin::Go)
+        Ok(Begin::Go)
     }
 
     fn try_finish(&self, in_flight: &mut InFlight, outcome: Outcome) {
         in_flight.pieces.clear();
         match std::mem::take(&mut in_flight.state) {
             State::Captured(slot, ticket) => {
-                self.finish_captured(ticket, &in_flight.request, outcome);
+                in_flight.durable = self.finish_captured(ticket, &in_flight.request, outcome);
                 // After the record has its LSN: who waits for us gets a greater one.
                 self.table.leave(slot);
             }
@@ -360,25 +412,29 @@ impl Capture {
                 self.producer.end_tracked(tracked);
             }
             State::Passed => {}
-            State::Idle | State::Entered | State::Parked(_) => {
+            State::Idle | State::Entered | State::Parked(_) | State::Waiting(_) => {
                 panic!("finish of a request that was not told to go")
             }
         }
         self.count.leave(in_flight.phase);
     }
 
+    /// Returns the LSN of a successful request with FUA.
     #[inline]
-    fn finish_captured(&self, ticket: Ticket, request: &Request, outcome: Outcome) {
+    fn finish_captured(&self, ticket: Ticket, request: &Request, outcome: Outcome) -> Option<Lsn> {
         match outcome {
             Outcome::Succeeded if request.kind == Kind::Resize => self.finish_resize(request.length, || {
                 self.producer.complete(ticket);
             }),
             Outcome::Succeeded => {
-                self.producer.complete(ticket);
+                let lsn = self.producer.complete(ticket);
+                return matches!(request.kind, Kind::Write { fua: true } | Kind::Zero { fua: true, .. })
+                    .then_some(lsn);
             }
             Outcome::Failed => self.producer.fail(ticket),
             Outcome::NotDone => self.producer.cancel(ticket),
         }
+        None
     }
 
     /// A resize that has no ticket: it happened while only tracking, or without a request.
@@ -432,6 +488,10 @@ impl Capture {
             in_flight.phase = self.count.enter();
         }
         in_flight.pieces.clear();
+        if let State::Waiting(place) = in_flight.state {
+            // Where it is being woken already, that wake-up finds nobody parked, as one that comes early does.
+            let _ = self.leave_room(place);
+        }
         in_flight.state = State::Passed;
     }
 
@@ -440,6 +500,7 @@ impl Capture {
         // ORDERING: pairs with the fence in `begin_captured`.
         fence(Ordering::SeqCst);
         self.table.wake_all();
+        self.wake_waiters();
     }
 
     fn protect(&self, work: impl FnOnce()) {
@@ -447,6 +508,15 @@ impl Capture {
             self.fault(&message);
         }
     }
+}
+
+/// Why a request cannot be captured now.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum NoRoom {
+    /// The in-flight table is full. Its requests end by themselves, but nobody tells when.
+    Table,
+    /// The ring is full, or the request larger than it may be.
+    Ring,
 }
 
 /// What a request excludes others from. A resize excludes everything from the nearer end on.

@@ -86,7 +86,7 @@ fn every_kind_of_request_is_recorded_as_itself() {
         let mut in_flight = begin(&capture, &request, two()[0]);
         capture.finish(&mut in_flight, Outcome::Succeeded);
     }
-    capture.flush();
+    assert!(capture.flush().is_some());
     replica.drain();
     let range = |offset, length| ByteRange::new(offset, length).expect("a range");
     let [Op::GapBegin { .. }, Op::Write { fua: true, fill: false, .. }, rest @ ..] = &replica.records[..]

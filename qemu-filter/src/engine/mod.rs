@@ -38,6 +38,7 @@ mod request;
 mod resync;
 #[cfg(test)]
 mod testing;
+mod waiting;
 
 pub use capture::{Capture, Status};
 pub use capture_ring::Mode;
@@ -46,6 +47,7 @@ pub(crate) use fault::guard;
 pub(crate) use grace::{InFlightCount, Phase};
 pub use request::{InFlight, Piece};
 pub use resync::Resync;
+pub use waiting::SyncWait;
 
 /// Largest write that one request may carry, in bytes; longer ones are split by the caller.
 pub const MAX_WRITE_BYTES: u64 = journal_format::limits::MAX_RECORD_DATA_BYTES as u64;
@@ -97,7 +99,7 @@ pub enum Begin {
     /// Issue it: from [`InFlight::pieces`] after copying the data there, or from the guest's buffers when
     /// there are none. [`Capture::finish`] must follow, whatever happens to the request.
     Go,
-    /// A request that overlaps is in flight. Park until the token is woken, then call `begin` again with the
+    /// A request that overlaps is in flight, or the ring is full and the disk's policy is to wait. Park until the token is woken, then call `begin` again with the
     /// same request and the same [`InFlight`].
     Wait,
 }

@@ -98,7 +98,7 @@ impl World {
                     let discard = Request::discard(offset, length);
                     self.request(&mut random, token, discard, &vec![0; length as usize]);
                 }
-                5 => self.capture.flush(),
+                5 => drop(self.capture.flush()),
                 _ => {
                     // Hot spots, so that requests overlap.
                     let offset = if random.one_in(2) { WITNESS_BYTES + offset % (32 << 10) } else { offset };

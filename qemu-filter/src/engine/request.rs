@@ -4,10 +4,12 @@ use core::ptr::NonNull;
 
 use capture_ring::limits::MAX_PIECES;
 use capture_ring::{Pieces, Ticket, Tracked};
+use journal_format::Lsn;
 
 use super::grace::Phase;
 use super::inflight::Slot;
-use super::{Kind, Request};
+use super::waiting::Place;
+use super::{Kind, Request, SyncWait};
 
 /// A contiguous part of a request's memory in the ring, aligned to 4 KiB.
 ///
@@ -67,6 +69,8 @@ pub(crate) enum State {
     Entered,
     /// Waits for an overlapping request.
     Parked(Slot),
+    /// Waits for room in the ring; is not in the table.
+    Waiting(Place),
     /// Running: nobody that overlaps runs.
     Captured(Slot, Ticket),
     /// Goes to the disk unrecorded; its range is dirty.
@@ -85,6 +89,12 @@ pub struct InFlight {
     pub(crate) phase: Phase,
     pub(crate) state: State,
     pub(crate) pieces: PieceList,
+    /// Since when it has waited for room, in nanoseconds of the monotonic clock.
+    pub(crate) waiting_since_ns: Option<u64>,
+    /// How often it has looked for room without waiting.
+    pub(crate) looks: u32,
+    /// The LSN that has to be durable before the guest is told.
+    pub(crate) durable: Option<Lsn>,
 }
 
 impl Default for InFlight {
@@ -94,6 +104,9 @@ impl Default for InFlight {
             phase: Phase::default(),
             state: State::Idle,
             pieces: PieceList::EMPTY,
+            waiting_since_ns: None,
+            looks: 0,
+            durable: None,
         }
     }
 }
@@ -104,6 +117,13 @@ impl InFlight {
     #[must_use]
     pub fn pieces(&self) -> &[Piece] {
         self.pieces.as_slice()
+    }
+
+    /// After a finished request with FUA: what has to be durable before the guest is told, for
+    /// [`super::Capture::wait_durable`].
+    #[must_use]
+    pub fn sync_wait(&self) -> Option<SyncWait> {
+        self.durable.map(SyncWait::new)
     }
 
     /// Whether the request has begun and not finished (parked ones too).

@@ -17,7 +17,7 @@ use super::types::{
     CDP_NONBLOCK, cdp_capture, cdp_options, cdp_request, cdp_status,
 };
 use crate::control::{Identity, socket_path};
-use crate::engine::{Begin, Capture, InFlight, MAX_WRITE_BYTES, Mode, Outcome, Phase, Request};
+use crate::engine::{Begin, Capture, InFlight, MAX_WRITE_BYTES, Mode, Outcome, Phase, Request, SyncWait};
 
 /// In a live handle; wiped by `cdp_close`, so that most uses after it are refused.
 const HANDLE_MAGIC: u64 = u64::from_le_bytes(*b"cdp-hndl");
@@ -182,7 +182,8 @@ unsafe fn handle_of<'a>(capture: *const cdp_capture) -> Result<&'a cdp_capture, 
 
 /// Begins a write of the `iovcnt` parts of `iov` at `offset`: copies the data and says in `*out_iov` and
 /// `*out_iovcnt` what to write to the disk, which is the copy while the disk is captured. That memory is valid until
-/// the request ends. Blocks while an overlapping request is in flight, or answers `-EAGAIN` with CDP_NONBLOCK. At most
+/// the request ends. Blocks while an overlapping request is in flight, and while the ring is full where the disk's
+/// policy is to wait; or answers `-EAGAIN` with CDP_NONBLOCK. At most
 /// CDP_MAX_WRITE_BYTES. After 0, `cdp_end` must follow.
 ///
 /// # Safety
@@ -330,7 +331,7 @@ unsafe fn begin<'a>(
         handle.device.leave(phase);
         return Err(Failure::new(
             libc::EAGAIN,
-            "an overlapping request is in flight; end it, then try again",
+            "an overlapping request is in flight, or the ring is full and the policy is to wait; try again later",
         ));
     }
     Ok(begun)
@@ -348,8 +349,17 @@ fn enter(capture: &Capture, what: &Request, may_wait: bool, in_flight: &mut InFl
     true
 }
 
+/// With sync mode on, blocks until a flush, or a request with FUA, is durable at the server.
+fn wait_durable(capture: &Capture, wait: Option<SyncWait>) {
+    let Some(mut wait) = wait else { return };
+    let waiter = Waiter::default();
+    while capture.wait_durable(&mut wait, waiter.token()) == Begin::Wait {
+        waiter.wait();
+    }
+}
+
 /// Ends a request with the disk's answer: 0 or more, it is done; `-ENOTSUP`, nothing was changed; another negative
-/// errno, it failed. Call it before the guest is told.
+/// errno, it failed. Call it before the guest is told. With CDP_FUA and sync mode on it blocks as `cdp_flush` does.
 ///
 /// # Safety
 /// `capture` is NULL or the handle that the request began with, `request` NULL or a request that has begun.
@@ -375,6 +385,7 @@ pub unsafe extern "C" fn cdp_end(
         // SAFETY: null, or alive until the request leaves `device` below.
         if let Some(current) = unsafe { begun.capture.as_ref() } {
             current.finish(&mut begun.in_flight, outcome);
+            wait_durable(current, begun.in_flight.sync_wait());
         }
         if let (Some(disk_bytes), Outcome::Succeeded) = (begun.resize, outcome) {
             handle.device.set_disk_bytes(disk_bytes);
@@ -384,7 +395,8 @@ pub unsafe extern "C" fn cdp_end(
     })
 }
 
-/// Marks the beginning of a guest's flush: everything that the guest saw end before has a smaller LSN.
+/// Marks the beginning of a guest's flush: everything that the guest saw end before has a smaller LSN. With sync mode on
+/// it blocks until all that is durable at the server, or the policy's time is over.
 ///
 /// # Safety
 /// NULL or a live handle.
@@ -396,7 +408,7 @@ pub unsafe extern "C" fn cdp_flush(capture: *mut cdp_capture) -> c_int {
         let (phase, current) = handle.device.enter();
         // SAFETY: null, or alive while we count in `device`.
         if let Some(current) = unsafe { current.as_ref() } {
-            current.flush();
+            wait_durable(current, current.flush());
         }
         handle.device.leave(phase);
         Ok(())

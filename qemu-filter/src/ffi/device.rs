@@ -231,6 +231,11 @@ impl Host for Device {
             })
     }
 
+    /// Attach and detach release who waits themselves; nothing else of the caller's waits for its requests.
+    fn must_go(&self, _device: &str, _waited: Duration) -> bool {
+        false
+    }
+
     fn detach(&self, _device: &str) -> Result<(), String> {
         self.end_capture()
     }
@@ -241,6 +246,7 @@ impl Device {
     pub(super) fn end_capture(&self) -> Result<(), String> {
         let mut attached = self.attached.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(Attached { capture, resync }) = attached.as_mut() else { return Ok(()) };
+        capture.release_waiters();
         self.exchange(None)?;
         capture.detach();
         if let Some(resync) = resync.take() {

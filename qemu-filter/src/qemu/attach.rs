@@ -6,6 +6,7 @@
 
 use std::ffi::c_void;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use super::background::Background;
 use super::devices::{self, ContextLock};
@@ -15,6 +16,9 @@ use super::types::{AioContext, BlockBackend, BlockDriverState, Notifier};
 use super::{Glue, glue, mainloop, proof};
 use crate::control::DiskInfo;
 use crate::engine::Capture;
+
+/// How long requests wait where QEMU does not tell whether it waits for them.
+const LONGEST_BLIND_WAIT: Duration = Duration::from_secs(10);
 
 /// A device whose capture was switched on.
 struct Attached {
@@ -247,6 +251,18 @@ unsafe extern "C" fn on_context(context: *mut AioContext, slot: *mut c_void) {
 /// 7.2: the device leaves its context; it is drained until [`on_context`] comes.
 unsafe extern "C" fn on_context_lost(_slot: *mut c_void) {}
 
+/// Whether QEMU waits for a protected device's requests, so that none of them may wait for the agent. Without a way to
+/// tell (7.2), nobody waits for long.
+pub(crate) fn must_go(glue: &Glue, device: &str, waited: Duration) -> bool {
+    let blk = attached().iter().find(|attached| attached.device == device && !attached.gone).map(|a| a.blk);
+    match (blk, glue.symbols.blk_in_drain) {
+        // SAFETY: live as long as it is attached, in the main thread.
+        (Some(blk), Some(in_drain)) => unsafe { in_drain(blk) },
+        (Some(_), None) => waited > LONGEST_BLIND_WAIT,
+        (None, _) => true,
+    }
+}
+
 /// Switches capture of a device off. Its background coroutine leaves some time later.
 ///
 /// # Errors
@@ -258,6 +274,8 @@ pub(crate) fn detach(glue: &Glue, device: &str) -> Result<Arc<Background>, Strin
         list.remove(position.ok_or_else(|| format!("'{device}' is not protected"))?)
     };
     if !entry.gone {
+        // Draining waits for all requests.
+        entry.slot.with_capture(Capture::release_waiters);
         // It must not read on while the device is being drained.
         entry.background.stop(glue);
         let is_last = attached().iter().all(|attached| attached.gone);
@@ -310,6 +328,7 @@ pub(crate) unsafe extern "C" fn on_removal(notifier: *mut Notifier, blk: *mut c_
         },
     };
     unwatch(glue, blk, slot);
+    slot.with_capture(Capture::release_waiters);
     // SAFETY: live, in the main thread.
     unsafe { (glue.symbols.blk_drain)(blk) };
     end_capture(slot);

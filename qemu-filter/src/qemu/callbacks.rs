@@ -316,10 +316,10 @@ unsafe extern "C" fn co_copy_range_to(
 }
 
 fn record_flush(node: *mut BlockDriverState) {
-    if let Some((_, user)) = user(node)
+    if let Some((glue, user)) = user(node)
         && let Some(capture) = user.capture()
     {
-        capture.flush();
+        write::wait_durable(glue, capture, capture.flush());
     }
 }
 

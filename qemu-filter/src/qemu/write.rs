@@ -5,7 +5,7 @@ use std::ffi::c_int;
 use super::Glue;
 use super::slots::User;
 use super::types::{QemuIoVector, flags};
-use crate::engine::{Begin, Capture, InFlight, Kind, MAX_WRITE_BYTES, Outcome, Request, WaitToken};
+use crate::engine::{Begin, Capture, InFlight, Kind, MAX_WRITE_BYTES, Outcome, Request, SyncWait, WaitToken};
 use crate::ffi::copy;
 
 /// Longest part of a write that is captured as one request, in bytes.
@@ -127,7 +127,19 @@ fn captured_part(
     };
     let outcome = if answer >= 0 { Outcome::Succeeded } else { Outcome::Failed };
     capture.finish(&mut in_flight, outcome);
+    wait_durable(glue, capture, in_flight.sync_wait());
     answer
+}
+
+/// With sync mode on, waits until a flush, or a write with FUA, is durable at the server.
+pub(crate) fn wait_durable(glue: &Glue, capture: &Capture, wait: Option<SyncWait>) {
+    let Some(mut wait) = wait else { return };
+    // SAFETY: takes nothing; every flush and write runs in a coroutine.
+    let token = WaitToken(unsafe { (glue.symbols.qemu_coroutine_self)() } as usize);
+    while capture.wait_durable(&mut wait, token) == Begin::Wait {
+        // SAFETY: we are in a coroutine, and the engine wakes it with the token.
+        unsafe { (glue.symbols.qemu_coroutine_yield)() };
+    }
 }
 
 /// Copies the guest's data into the request's pieces and makes `list` a scatter list of them; `None` when the
@@ -173,10 +185,11 @@ pub(crate) fn range(
     begin(glue, capture, kind, offset, length, &mut in_flight);
     let answer = issue();
     capture.finish(&mut in_flight, outcome(answer));
+    wait_durable(glue, capture, in_flight.sync_wait());
     answer
 }
 
-/// Waits until no request in flight overlaps.
+/// Waits until no request in flight overlaps and, where the policy says so, for room in the ring.
 fn begin(glue: &Glue, capture: &Capture, kind: Kind, offset: i64, length: i64, in_flight: &mut InFlight) {
     let request = Request { kind, offset: offset as u64, length: length as u64 };
     // SAFETY: takes nothing; every request runs in a coroutine.
