@@ -254,6 +254,32 @@ fn a_check_that_is_stopped_goes_on_where_it_was_and_finds_the_same() {
     assert_eq!((nothing.damage, nothing.checked), (vec![], Some((Lsn::FIRST, before))));
 }
 
+/// After a failed durability step Linux calls the pages clean, though they never reached the disk. Opening the journal
+/// again reads them back from the cache; had it trusted them, the next step would have had nothing to write and
+/// succeeded, and a power cut would have taken what was acknowledged.
+#[test]
+fn what_a_failed_durability_step_left_in_the_cache_is_written_again_before_it_counts() {
+    let random = &mut Random::new(41);
+    let mut kept = 0;
+    for good in 0..40 {
+        let (model, frames) = frames(random, 12);
+        let storage = MemStorage::new();
+        let store = try_open(Arc::new(storage.clone())).expect("open");
+        store.open_or_create(DISK, DISK_BYTES).expect("makes the disk");
+        storage.fail_sync_after(good);
+        let Err((durable, _)) = drive(&store, &frames) else { continue };
+        let disk = store.open_or_create(DISK, DISK_BYTES).expect("opens again");
+        let promised = disk.durable_lsn();
+        assert!(promised >= durable, "after {good}: what was acknowledged is there");
+        kept += u32::from(promised > durable);
+        let crashed = storage.crash(|_| 0);
+        let disk = open(&crashed).disk(DISK).expect("the disk");
+        assert!(disk.durable_lsn() >= promised, "after {good}: {} of {promised}", disk.durable_lsn());
+        check_point(&disk, &model, promised, random);
+    }
+    assert!(kept > 5, "the cache had more than was durable: {kept}");
+}
+
 #[test]
 fn readers_see_whole_versions_while_a_writer_appends_and_seals() {
     let random = &mut Random::new(13);

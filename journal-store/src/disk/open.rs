@@ -113,6 +113,8 @@ pub(crate) fn open(env: &Arc<Env>, disk: DiskId, writable: bool) -> Result<Arc<D
     opener.state.disk_bytes = manifest.disk_bytes;
     opener.state.last_epoch = Epoch(0);
     if writable {
+        // The manifest's name may be in the cache only, after a failure or a kill between rename and durability step.
+        env.storage.sync_dir(&opener.dir).map_err(StoreError::io("sync", &opener.dir))?;
         opener.remove_orphans(&manifest)?;
     }
     let mut segments = Vec::with_capacity(manifest.segments.len());
@@ -362,6 +364,7 @@ impl Opener<'_> {
             self.see(&*data, &data_path, live, entry, data_end)
         };
         let found = self.source(live, None, &bytes).scan(&mut see)?;
+        let (meta_sure, data_sure) = found.sure;
         let tail = |file, path, end| Tail { file, path, end, fresh: true };
         let tails = (tail(data, data_path, found.data_end), tail(meta, meta_path.clone(), found.meta_end));
         self.state.stats.stored_data_bytes += found.data_end;
@@ -369,8 +372,8 @@ impl Opener<'_> {
         let Some(index) = self.take_scanned(live, &meta_path, found) else { return Ok(None) };
         let usable = self.writable && self.state.damage.is_none();
         if usable {
-            settle(&tails.0)?;
-            settle(&tails.1)?;
+            settle(&tails.0, data_sure)?;
+            settle(&tails.1, meta_sure)?;
         }
         Ok(Some((SegmentIndex::Live(index), usable.then_some(tails))))
     }
@@ -423,13 +426,27 @@ impl Opener<'_> {
 }
 
 /// Cuts what is behind the end off a file, and makes the rest durable: before this only the page cache may have had it.
-fn settle(tail: &Tail) -> Result<(), StoreError> {
+///
+/// What is not known to be durable, from `sure` on, is written again. After a durability step that failed the page cache
+/// calls pages clean that never reached the disk: another step would write nothing, succeed, and make a promise that a
+/// power cut breaks. Writing the same bytes makes the pages dirty again.
+fn settle(tail: &Tail, sure: u64) -> Result<(), StoreError> {
     let length = tail.file.len().map_err(StoreError::io("read the length of", &tail.path))?;
     if length != tail.end {
         tail.file.set_len(tail.end).map_err(StoreError::io("cut", &tail.path))?;
     }
+    let mut position = sure;
+    while position < tail.end {
+        let length = usize::try_from(tail.end - position).unwrap_or(usize::MAX).min(SETTLE_BYTES);
+        let bytes = files::read_some(&*tail.file, &tail.path, position, length)?;
+        tail.file.write_at(&bytes, position).map_err(StoreError::io("write", &tail.path))?;
+        position = position.saturating_add(length as u64);
+    }
     tail.file.sync().map_err(StoreError::io("sync", &tail.path))
 }
+
+/// Written again at a time, in bytes.
+const SETTLE_BYTES: usize = 1 << 20;
 
 fn read_bookmarks(env: &Env, disk: DiskId, dir: &Path, state: &mut State) -> Result<(), StoreError> {
     let path = dir.join(files::BOOKMARKS);

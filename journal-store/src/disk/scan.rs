@@ -20,6 +20,8 @@ pub(super) struct Scanned {
     pub(super) meta_end: u64,
     /// Where the data of the last good entry ends, in this segment's data file.
     pub(super) data_end: u64,
+    /// Up to where the two files (metadata, data) are known to be durable; the rest may be in the page cache only.
+    pub(super) sure: (u64, u64),
     /// What stands behind the last good entry and should not, if history from there on is unknown.
     pub(super) damage: Option<String>,
 }
@@ -52,22 +54,23 @@ impl Source<'_> {
             raw_bytes: 0,
             meta_end: start,
             data_end: start,
+            sure: (start, start),
             damage: None,
         };
+        let place = |position| Place { disk: self.disk, segment: self.segment, position };
+        let floor = self.sealed.unwrap_or_else(|| durable_floor(self.rest(start), &place(start)));
         loop {
             let expected = found.last.map_or(self.first_lsn, |last| last.lsn.next());
             if self.sealed.is_some_and(|last| expected > last) {
                 return Ok(found);
             }
-            let after = Place { disk: self.disk, segment: self.segment, position: found.meta_end };
-            let (place, seen) = see_next(self.rest(found.meta_end), &after, expected);
+            let (place, seen) = see_next(self.rest(found.meta_end), &place(found.meta_end), expected);
             let entry = if let MetaSeen::Valid(entry) = &seen { Some(entry) } else { None };
-            let data = see_data(entry, found.data_end)?;
-            let standing = match (entry, data) {
-                (Some(_), DataState::Valid) => Standing::Tail,
-                _ if self.sealed.is_some() => Standing::Durable,
-                _ if durable_floor(self.rest(place.position), &place) >= expected => Standing::Durable,
-                _ => Standing::Tail,
+            let standing = if floor >= expected { Standing::Durable } else { Standing::Tail };
+            let data = match (entry, standing) {
+                // It was durable, so it is kept whatever its data looks like now; so opening does not read all data.
+                (Some(_), Standing::Durable) => DataState::Valid,
+                _ => see_data(entry, found.data_end)?,
             };
             match (decide(seen.state(), data, standing), entry) {
                 // Data that is damaged is found again, and reported, by whoever reads it.
@@ -75,6 +78,9 @@ impl Source<'_> {
                     if let Err(error) = found.keep(entry, &place, self.last_epoch) {
                         found.damage = Some(error.to_string());
                         return Ok(found);
+                    }
+                    if standing == Standing::Durable {
+                        found.sure = (found.meta_end, found.data_end);
                     }
                 }
                 (Action::EndOfLog | Action::CutHere, _) => return Ok(found),

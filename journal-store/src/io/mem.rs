@@ -35,6 +35,8 @@ struct State {
     pending_names: Vec<NameChange>,
     dirs: BTreeSet<PathBuf>,
     locked: BTreeSet<PathBuf>,
+    /// Durability steps of files still to succeed before one fails; `None`: none fails.
+    syncs_left: Option<u64>,
 }
 
 /// Files in memory. Clones share them.
@@ -110,8 +112,16 @@ impl MemStorage {
             pending_names: Vec::new(),
             dirs: state.dirs.clone(),
             locked: BTreeSet::new(),
+            syncs_left: None,
         };
         Self { state: Arc::new(Mutex::new(crashed)) }
+    }
+
+    /// The durability step of a file after `good` more fails, as on a disk that could not write: what it should have made
+    /// durable stays readable, is never made durable by a later step, and is gone after a crash. So does Linux: the pages
+    /// are called clean once the failure was reported.
+    pub fn fail_sync_after(&self, good: u64) {
+        self.state().syncs_left = Some(good);
     }
 
     /// All files with their contents, as a program would read them now.
@@ -210,7 +220,13 @@ impl File for MemFile {
 
     fn sync(&self) -> io::Result<()> {
         let mut state = self.storage.state();
+        let fails = state.syncs_left == Some(0);
+        state.syncs_left = if fails { None } else { state.syncs_left.map(|left| left.saturating_sub(1)) };
         let inode = state.inode(self.inode)?;
+        if fails {
+            inode.pending.clear();
+            return Err(io::Error::other("injected failure"));
+        }
         for change in std::mem::take(&mut inode.pending) {
             apply(&mut inode.durable, &change);
         }
