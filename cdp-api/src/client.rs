@@ -11,6 +11,7 @@ use crate::point_spec::PointSpec;
 use crate::problem::{Kind, Problem};
 use crate::types::{
     Bookmark, CreateBookmark, Disk, DiskSummary, Extents, Points, Protection, ProtectionState, ResolvedPoint,
+    Verification,
 };
 
 /// Longest wait for an answer. Switching protection may wait for the agent, which has its own, shorter limit.
@@ -133,6 +134,22 @@ impl Client {
     pub fn resolve(&self, disk: &str, at: &PointSpec) -> Result<ResolvedPoint, ClientError> {
         let missing = || self.answer("points", "the resolved point is missing");
         self.points_at(disk, at)?.resolved.ok_or_else(missing)
+    }
+
+    /// Begins a check of everything that the disk's journal holds, unless one is under way.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn start_verification(&self, disk: &str) -> Result<Verification, ClientError> {
+        self.json(self.http.post(self.disk_url(disk, "/verify")))
+    }
+
+    /// The last check of the disk's journal.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn verification(&self, disk: &str) -> Result<Verification, ClientError> {
+        self.json(self.http.get(self.disk_url(disk, "/verify")))
     }
 
     /// Names a point: now, or one that exists.

@@ -31,6 +31,7 @@ pub use error::PointSpecError;
 pub use point_spec::PointSpec;
 pub use problem::{Kind, Problem};
 pub use types::{
-    Bookmark, CreateBookmark, Disk, DiskSummary, Extent, ExtentKind, Extents, Fault, FaultKind, Gap, Journal,
-    PointKind, Points, Protection, ProtectionPhase, ProtectionState, RecoverableRange, ResolvedPoint,
+    Bookmark, CreateBookmark, DamagedPart, Disk, DiskSummary, Extent, ExtentKind, Extents, Fault, FaultKind,
+    Gap, Journal, PointKind, Points, Protection, ProtectionPhase, ProtectionState, RecoverableRange,
+    ResolvedPoint, Verification, VerificationState,
 };

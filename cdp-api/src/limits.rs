@@ -6,6 +6,9 @@ pub const MAX_DATA_BYTES: u64 = 16 << 20;
 /// Most extents in one answer of `extents`; the answer then says where to go on.
 pub const MAX_EXTENTS: usize = 10_000;
 
+/// Most damaged parts that one verification lists; more say the same: this volume is to be replaced.
+pub const MAX_DAMAGED_PARTS: usize = 10_000;
+
 /// Longest bookmark name, in bytes of UTF-8. The same as the journal's (a test of the server compares them).
 pub const MAX_BOOKMARK_BYTES: usize = 255;
 

@@ -43,6 +43,62 @@ pub struct Fault {
     pub since: String,
 }
 
+/// A check of everything that a disk's journal holds.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize, ToSchema)]
+pub struct Verification {
+    /// The disk's UUID.
+    pub disk: String,
+    /// How far it is.
+    pub state: VerificationState,
+    /// When it began, RFC 3339.
+    pub started: String,
+    /// Bytes of stored data that are checked.
+    pub done_bytes: u64,
+    /// Bytes of stored data that there are to check.
+    pub total_bytes: u64,
+    /// First record that was checked; 0 when there was none.
+    pub first_lsn: u64,
+    /// Last record that was checked; 0 when there was none. What came later is not looked at.
+    pub last_lsn: u64,
+    /// What is damaged, by LSN; complete once `state` is `done`.
+    pub damage: Vec<DamagedPart>,
+    /// Whether there is more damage than the list holds.
+    pub more_damage: bool,
+}
+
+/// How far a [`Verification`] is.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum VerificationState {
+    /// It waits for another disk's check to end: one disk is checked at a time.
+    Waiting,
+    /// It reads.
+    Running,
+    /// It has read everything.
+    Done,
+}
+
+/// A part of a disk's journal that is not what was written.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize, ToSchema)]
+pub struct DamagedPart {
+    /// What kind of bytes: `data`, `records`, `index`, `manifest`, `bookmarks`, `header`, `unused`, `unreadable`, `missing`.
+    pub kind: String,
+    /// The file, on the server.
+    pub file: String,
+    /// Where in the file the damaged part begins, in bytes.
+    pub offset: u64,
+    /// First record that the part speaks of.
+    pub first_lsn: u64,
+    /// Last record that the part speaks of; the largest number there is when everything from the first on is.
+    pub last_lsn: u64,
+    /// Whether points cannot be restored because of it.
+    pub loses_points: bool,
+    /// What is wrong.
+    pub detail: String,
+    /// What to do about it.
+    pub hint: String,
+}
+
 /// Kind of a [`Fault`]. A client must take a kind it does not know for [`FaultKind::IoError`].
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use clap::Parser;
 use serde::Deserialize;
 
+use crate::drill::Drill;
 use crate::error::ServerError;
 use crate::limits::Patience;
 
@@ -39,6 +40,9 @@ pub struct Args {
     /// File with the token that agents must know; without it every agent that can connect is taken
     #[arg(long, env = "CDP_TOKEN_FILE", value_name = "FILE")]
     pub token_file: Option<PathBuf>,
+    /// Makes the store fail on purpose, for a drill, such as disk-full-after=64MiB; see docs/operating/drills.md
+    #[arg(long, env = "CDP_DRILL", value_name = "SPEC")]
+    pub drill: Option<Drill>,
 }
 
 /// The TOML file. Every setting is optional; unknown ones are refused, so that a misspelt one is noticed.
@@ -65,6 +69,8 @@ pub struct Config {
     pub http: SocketAddr,
     /// Token that agents must know.
     pub token: Option<String>,
+    /// What fails on purpose. Never in the file: a drill is not to outlive its command line.
+    pub drill: Option<Drill>,
     /// How long it waits for peers; no flag changes it.
     pub patience: Patience,
 }
@@ -80,6 +86,7 @@ impl Config {
             listen: any,
             http: any,
             token: None,
+            drill: None,
             patience: Patience::DEFAULT,
         }
     }
@@ -103,7 +110,7 @@ impl Config {
         let listen = address(args.listen.or(file.listen), DEFAULT_LISTEN)?;
         let http = address(args.http.or(file.http), DEFAULT_HTTP)?;
         let token = args.token_file.or(file.token_file).map(|path| read_token(&path)).transpose()?;
-        Ok(Self { store, catalog, listen, http, token, patience: Patience::DEFAULT })
+        Ok(Self { store, catalog, listen, http, token, drill: args.drill, patience: Patience::DEFAULT })
     }
 }
 

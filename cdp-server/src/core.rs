@@ -5,11 +5,14 @@ use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use journal_format::DiskId;
-use journal_store::{Store, StoreError};
+use journal_store::io::RealStorage;
+use journal_store::{Store, StoreConfig, StoreError};
 use tokio::sync::Semaphore;
 
 use crate::catalog::Catalog;
+use crate::checks::Checks;
 use crate::config::Config;
+use crate::drill;
 use crate::error::ServerError;
 use crate::faults::Faults;
 use crate::fleet::Fleet;
@@ -30,6 +33,9 @@ pub(crate) struct Core {
     /// Bounds how many bytes of disk contents are on their way to REST clients.
     pub(crate) answers: Arc<Semaphore>,
     pub(crate) patience: Patience,
+    /// What fails on purpose, as the operator wrote it.
+    pub(crate) drill: Option<String>,
+    pub(crate) checks: Checks,
     pub(crate) token: Option<String>,
     store_dir: PathBuf,
 }
@@ -39,7 +45,8 @@ impl Core {
     pub(crate) fn open(config: &Config) -> Result<Self, ServerError> {
         let io = |e| ServerError::io("create", config.store.display().to_string(), e);
         std::fs::create_dir_all(&config.store).map_err(io)?;
-        let store = Store::open(&config.store)?;
+        let storage = drill::storage(Arc::new(RealStorage), config.drill.as_ref());
+        let store = Store::open_with(&config.store, storage, StoreConfig::default())?;
         let (catalog, faults) = (Catalog::open(&config.catalog)?, Faults::default());
         for id in store.disks() {
             let Some(disk) = store.disk(id) else { continue };
@@ -65,6 +72,8 @@ impl Core {
             readers,
             answers,
             patience: config.patience,
+            drill: config.drill.as_ref().map(ToString::to_string),
+            checks: Checks::default(),
             token,
             store_dir,
         })

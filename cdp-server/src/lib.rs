@@ -15,10 +15,12 @@
 #![forbid(unsafe_code)]
 
 pub mod catalog;
+mod checks;
 pub mod config;
 mod core;
 mod data;
 mod describe;
+pub mod drill;
 pub mod error;
 mod faults;
 mod fleet;

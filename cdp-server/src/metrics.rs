@@ -70,11 +70,14 @@ pub(crate) struct Sample {
 ///
 /// # Errors
 /// Never in practice: writing to a `String` does not fail.
-pub(crate) fn encode(samples: &[Sample], agents: usize) -> Result<String, core::fmt::Error> {
+pub(crate) fn encode(samples: &[Sample], agents: usize, drill: bool) -> Result<String, core::fmt::Error> {
     let mut registry = Registry::with_prefix("cdp");
     let connected = Gauge::<i64>::default();
     connected.set(i64::try_from(agents).unwrap_or(i64::MAX));
     registry.register("agents", "Connected agents", connected);
+    let drilled = Gauge::<i64>::default();
+    drilled.set(i64::from(drill));
+    registry.register("drill", "1 while the store fails on purpose (--drill)", drilled);
     register_gauges(&mut registry, samples);
     register_counters(&mut registry, samples);
     let mut text = String::new();

@@ -12,7 +12,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 #[command(
     name = "cdpctl",
     version,
-    after_help = "Exit codes: 0 done; 1 failed; 2 wrong usage; 3 the point is in a gap or out of range."
+    after_help = "Exit codes: 0 done; 1 failed; 2 wrong usage; 3 the point is in a gap or out of range; 4 verify found damage."
 )]
 pub(crate) struct Args {
     /// Address of the server
@@ -66,6 +66,14 @@ pub(crate) enum Command {
         /// Also show what this point resolves to
         #[arg(long, value_name = "POINT", allow_hyphen_values = true)]
         at: Option<String>,
+    },
+    /// Have the server read and check everything that it keeps of a disk, or of all disks
+    ///
+    /// Says what is damaged: file, place, records, and what to do. Ends with 4 when something is.
+    Verify {
+        /// UUID or vm/device; all disks when absent
+        #[arg(value_parser = parse_disk)]
+        disk: Option<String>,
     },
     /// Name a point of a disk: now, or one that exists
     Bookmark {

@@ -4,12 +4,13 @@
 //! through [`cdp_api::Client`].
 //!
 //! Exit codes: 0 done; 1 failed (server not reached, no such disk, agent away, …); 2 wrong usage, also a text that is
-//! no point in time; 3 the point cannot be restored (in a gap or out of range).
+//! no point in time; 3 the point cannot be restored (in a gap or out of range); 4 a check found damage.
 
 #![forbid(unsafe_code)]
 
 mod args;
 mod output;
+mod verify;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -24,11 +25,12 @@ use crate::output::Output;
 const FAILED: u8 = 1;
 const USAGE: u8 = 2;
 const NOT_RESTORABLE: u8 = 3;
+const DAMAGED: u8 = 4;
 
 fn main() -> ExitCode {
     let args = Args::parse();
     match run(&args) {
-        Ok(text) => print(&text),
+        Ok((text, code)) => print(&text, code),
         Err(Failure::Api(error)) => report(&error),
         Err(Failure::Usage(problem)) => {
             complain(&problem.detail, &problem.hint);
@@ -48,14 +50,14 @@ impl From<ClientError> for Failure {
     }
 }
 
-/// Carries out the command; returns what goes to standard output.
-fn run(args: &Args) -> Result<String, Failure> {
+/// Carries out the command; returns what goes to standard output, and the exit code.
+fn run(args: &Args) -> Result<(String, ExitCode), Failure> {
     let point = |text: &Option<String>| -> Result<Option<PointSpec>, Failure> {
         text.as_deref().map(parse_point).transpose().map_err(Failure::Usage)
     };
     let output = Output::new(args.output_format);
     let client = Client::new(&args.server)?;
-    Ok(match &args.command {
+    let text = match &args.command {
         Command::Disk(DiskCommand::List) => output.disks(&client.disks()?),
         Command::Disk(DiskCommand::Show { disk }) => output.disk(&client.disk(disk)?),
         Command::Protect { disk } => output.protection(disk, &client.set_protection(disk, true)?),
@@ -64,19 +66,26 @@ fn run(args: &Args) -> Result<String, Failure> {
             Some(at) => output.points(&client.points_at(disk, &at)?),
             None => output.points(&client.points(disk)?),
         },
+        Command::Verify { disk } => {
+            let checks = verify::run(&client, disk.as_deref())?;
+            let damaged = checks.iter().any(|check| !check.damage.is_empty());
+            return Ok((output.checks(&checks), ExitCode::from(if damaged { DAMAGED } else { 0 })));
+        }
         Command::Bookmark { disk, name, at } => {
             let at = point(at)?;
             output.bookmark(&client.create_bookmark(disk, name, at.as_ref())?)
         }
-    })
+    };
+    Ok((text, ExitCode::SUCCESS))
 }
 
-fn print(text: &str) -> ExitCode {
+/// Prints the result; ends with `code` if that works.
+fn print(text: &str, code: ExitCode) -> ExitCode {
     let mut out = std::io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) => code,
         // The reader of a pipe may have seen enough.
-        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => code,
         Err(error) => {
             complain(&format!("cannot write: {error}"), "check where standard output goes");
             ExitCode::from(FAILED)

@@ -1,6 +1,6 @@
 //! Results as text or JSON.
 
-use cdp_api::{Bookmark, Disk, DiskSummary, Journal, Points, ProtectionState};
+use cdp_api::{Bookmark, DamagedPart, Disk, DiskSummary, Journal, Points, ProtectionState, Verification};
 use serde::Serialize;
 
 use crate::args::Format;
@@ -27,7 +27,11 @@ impl Output {
     pub(crate) fn disks(self, disks: &[DiskSummary]) -> String {
         self.show(&disks, |disks| {
             let head = ["DISK", "SIZE", "WANTED", "STATE", "NEWEST POINT", "UUID"].map(str::to_owned);
-            table(std::iter::once(head).chain(disks.iter().map(disk_row)))
+            let faults = disks.iter().filter_map(|disk| Some((disk, disk.fault.as_ref()?)));
+            let faults = faults.map(|(disk, fault)| {
+                format!("\n{} ({}): {}\nhint: {}\n", name(disk), disk.id, fault.message, fault.hint)
+            });
+            table(std::iter::once(head).chain(disks.iter().map(disk_row))) + &faults.collect::<String>()
         })
     }
 
@@ -46,9 +50,31 @@ impl Output {
         self.show(points, points_text)
     }
 
+    pub(crate) fn checks(self, checks: &[Verification]) -> String {
+        self.show(&checks, |checks| checks.iter().map(check_text).collect())
+    }
+
     pub(crate) fn bookmark(self, bookmark: &Bookmark) -> String {
         self.show(bookmark, |b| format!("bookmark {}: lsn {}, {}\n", b.name, b.lsn, b.time))
     }
+}
+
+fn check_text(check: &Verification) -> String {
+    let damage = match check.damage.len() {
+        0 => "no damage".to_owned(),
+        n => format!("{n}{} damaged parts", if check.more_damage { " and more" } else { "" }),
+    };
+    let (disk, first, last) = (&check.disk, check.first_lsn, check.last_lsn);
+    let head = format!("{disk}: {} checked, lsn {first} to {last}: {damage}\n", bytes(check.done_bytes));
+    head + &check.damage.iter().map(part_text).collect::<String>()
+}
+
+fn part_text(part: &DamagedPart) -> String {
+    let last = if part.last_lsn == u64::MAX { "the end".to_owned() } else { part.last_lsn.to_string() };
+    format!(
+        "  {}: {} at byte {}, lsn {} to {last}: {}\n    hint: {}\n",
+        part.kind, part.file, part.offset, part.first_lsn, part.detail, part.hint
+    )
 }
 
 fn on_off(on: bool) -> &'static str {
@@ -79,6 +105,11 @@ fn disk_text(disk: &Disk) -> String {
     ];
     if !summary.protection.reason.is_empty() {
         lines.push(("reason", summary.protection.reason.clone()));
+    }
+    if let Some(fault) = &summary.fault {
+        let kind = fault.kind.as_str();
+        lines.push(("fault", format!("{kind} since {}: {}", fault.since, fault.message)));
+        lines.push(("hint", fault.hint.clone()));
     }
     lines.extend(summary.newest.as_ref().map(|point| ("newest point", point.to_string())));
     lines.extend(disk.journal.iter().flat_map(journal_lines));

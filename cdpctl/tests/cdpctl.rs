@@ -170,3 +170,27 @@ fn protection_is_switched_through_the_agent() {
     let state = fixture.json(&["unprotect", "vm/disk0"]);
     assert_eq!((state["enabled"].as_bool(), state["phase"].as_str()), (Some(false), Some("off")));
 }
+
+#[test]
+fn verify_checks_all_disks_and_ends_with_4_when_something_is_damaged() {
+    let (fixture, mut agent, mut capture) = Fixture::with_journal();
+    let frame = capture.write(8192, &[0xab; 4096]).frame();
+    agent.ship(&frame, Lsn(4));
+    let text = fixture.text(&["verify"]);
+    assert!(text.contains("lsn 1 to 4: no damage"), "{text}");
+    let path = fixture._dir.path().join("disks").join(DISK.to_string()).join("data-000001.seg");
+    let mut bytes = std::fs::read(&path).expect("reads");
+    let at = bytes.iter().rposition(|byte| *byte == 0xab).expect("the data of the last write");
+    bytes[at] ^= 1;
+    std::fs::write(&path, bytes).expect("writes");
+    let output = fixture.run(&["verify", "vm/disk0"]);
+    let text = String::from_utf8(output.stdout.clone()).expect("UTF-8");
+    assert_eq!(output.status.code(), Some(4), "{text}{}", stderr(&output));
+    assert!(text.contains("data-000001.seg at byte") && text.contains("lsn 4 to 4"), "{text}");
+    let output = fixture.run(&["verify", "--output-format", "json"]);
+    assert_eq!(output.status.code(), Some(4));
+    let checks: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    assert_eq!(checks[0]["damage"][0]["kind"], "data");
+    let list = fixture.text(&["disk", "list"]);
+    assert!(list.contains("damaged") && list.contains("hint: "), "{list}");
+}

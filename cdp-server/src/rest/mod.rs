@@ -11,6 +11,7 @@ mod points;
 pub(crate) mod problem;
 mod protection;
 mod service;
+mod verify;
 
 use std::sync::Arc;
 
@@ -47,6 +48,7 @@ fn documented() -> OpenApiRouter<Arc<Core>> {
         .routes(routes!(bookmarks::create))
         .routes(routes!(contents::extents))
         .routes(routes!(contents::data))
+        .routes(routes!(verify::start, verify::show))
         .routes(routes!(service::health))
         .routes(routes!(service::metrics))
 }
@@ -82,6 +84,7 @@ fn two_segments() -> Router<Arc<Core>> {
         .route(&below("bookmarks"), axum::routing::post(bookmarks::create))
         .route(&below("extents"), get(contents::extents))
         .route(&below("data"), get(contents::data))
+        .route(&below("verify"), get(verify::show).post(verify::start))
 }
 
 /// Runs what blocks on catalog or store, off the async runtime.

@@ -23,6 +23,9 @@ pub(crate) struct Health {
     status: String,
     /// How many disks have a fault; GET /v1/disks says which and why.
     faults: usize,
+    /// The drill that is under way (`--drill`); absent when nothing fails on purpose.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    drill: Option<String>,
     /// The server's version.
     version: String,
     /// Connected agents.
@@ -40,7 +43,8 @@ pub(crate) async fn health(State(core): State<Arc<Core>>) -> Result<Json<Health>
         let version = env!("CARGO_PKG_VERSION").to_owned();
         let faults = core.faults.count();
         let status = if faults == 0 { "ok" } else { "degraded" }.to_owned();
-        Ok(Json(Health { status, faults, version, agents: core.fleet.agents() }))
+        let (drill, agents) = (core.drill.clone(), core.fleet.agents());
+        Ok(Json(Health { status, faults, drill, version, agents }))
     })
     .await
 }
@@ -57,7 +61,7 @@ pub(crate) async fn metrics(State(core): State<Arc<Core>>) -> Result<Response, A
             samples.push(Sample { disk: describe::disk(core, &row)?, ingested: core.counters.of(row.id) });
         }
         let failed = |_| Problem::new(Kind::Internal, "the metrics do not encode", "report it as a bug");
-        Ok(metrics::encode(&samples, core.fleet.agents()).map_err(failed)?)
+        Ok(metrics::encode(&samples, core.fleet.agents(), core.drill.is_some()).map_err(failed)?)
     })
     .await?;
     Ok(([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], text).into_response())

@@ -56,6 +56,12 @@ impl Agent {
         self.send_bytes(&[zerocopy::IntoBytes::as_bytes(&header), frame].concat());
     }
 
+    /// Sends a frame to a server that may be gone.
+    pub(crate) fn try_send_frame(&mut self, frame: &[u8]) -> std::io::Result<()> {
+        let header = MessageHeader::new(MessageType::Frame, frame.len()).expect("fits");
+        self.try_send(&[zerocopy::IntoBytes::as_bytes(&header), frame].concat())
+    }
+
     pub(crate) fn send_bytes(&mut self, bytes: &[u8]) {
         self.stream.write_all(bytes).expect("the server reads");
     }
@@ -111,6 +117,31 @@ impl Agent {
         let opened: wire::DiskOpened = self.expect();
         assert_eq!(opened.refused, "");
         opened
+    }
+
+    /// As [`Agent::with_disk`], of a server that may be gone.
+    pub(crate) fn try_with_disk(server: SocketAddr) -> Option<Self> {
+        let stream = TcpStream::connect(server).ok()?;
+        stream.set_read_timeout(Some(Duration::from_secs(20))).ok()?;
+        let mut agent = Self { stream };
+        agent.try_send(&wire::encode(&hello()).expect("encodes")).ok()?;
+        agent.receive()?;
+        agent.try_send(&wire::encode(&inventory(DISK, "vm", "disk0")).expect("encodes")).ok()?;
+        Some(agent)
+    }
+
+    /// As [`Agent::open`]; `None` when the server is gone or refuses.
+    pub(crate) fn try_open(&mut self, resume: Option<Epoch>) -> Option<wire::DiskOpened> {
+        let resume_epoch = resume.map_or(0, |epoch| epoch.0);
+        let request = wire::OpenDisk { disk: DISK.0.to_vec(), disk_bytes: DISK_BYTES, resume_epoch };
+        self.try_send(&wire::encode(&request).expect("encodes")).ok()?;
+        loop {
+            let (kind, body) = self.receive()?;
+            if kind == MessageType::DiskOpened {
+                let opened: wire::DiskOpened = wire::decode(&body).expect("decodes");
+                return opened.refused.is_empty().then_some(opened);
+            }
+        }
     }
 
     /// Sends a frame, and waits until everything in it is durable.

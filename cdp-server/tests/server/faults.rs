@@ -1,10 +1,11 @@
 //! What the server says and does when its store fails.
 
-use cdp_api::{FaultKind, Kind};
+use cdp_api::{FaultKind, Kind, VerificationState};
 use journal_format::Lsn;
+use journal_format::wire::{self, MessageType};
 
 use crate::agent::{Agent, Capture, DISK};
-use crate::{Fixture, now_ns, problem};
+use crate::{Fixture, eventually, now_ns, problem};
 
 /// A disk with three records.
 fn with_journal(fixture: &Fixture) -> (Agent, Capture) {
@@ -42,11 +43,139 @@ fn a_disk_whose_journal_cannot_be_opened_is_listed_with_the_reason() {
     // The file is put back: the next opening finds everything.
     std::fs::write(&manifest, good).expect("writes");
     let mut agent = Agent::with_disk(fixture.data());
-    agent.send(&journal_format::wire::OpenDisk {
-        disk: DISK.0.to_vec(),
-        disk_bytes: 1 << 20,
-        resume_epoch: 0,
-    });
-    assert_eq!(agent.expect::<journal_format::wire::DiskOpened>().durable_lsn, 3);
+    agent.send(&wire::OpenDisk { disk: DISK.0.to_vec(), disk_bytes: 1 << 20, resume_epoch: 0 });
+    assert_eq!(agent.expect::<wire::DiskOpened>().durable_lsn, 3);
+    assert_eq!(fixture.client.disk("vm/disk0").expect("known").summary.fault, None);
+}
+
+/// Ships frames as a real agent does: what is refused is kept, the disk opened again, and sent again.
+fn ship_stubbornly(agent: &mut Agent, capture: &mut Capture, frames: usize) -> u32 {
+    let (mut unacked, mut refusals) = (Vec::<(u64, Vec<u8>)>::new(), 0);
+    for n in 0..frames {
+        let frame = capture.write((n as u64 * 4096) % (1 << 20), &[n as u8; 4096]).frame();
+        agent.send_frame(&frame);
+        unacked.push((capture.last().0, frame));
+        while !unacked.is_empty() {
+            match agent.receive().expect("the connection stays") {
+                (MessageType::Ack, body) => {
+                    let durable = wire::decode::<wire::Ack>(&body).expect("decodes").durable_lsn;
+                    unacked.retain(|(last, _)| *last > durable);
+                }
+                (MessageType::Refused, _) => {
+                    refusals += 1;
+                    let durable = eventually(|| agent.try_open(Some(capture.epoch))).durable_lsn;
+                    unacked.retain(|(last, _)| *last > durable);
+                    unacked.iter().for_each(|(_, frame)| agent.send_frame(frame));
+                }
+                _ => {}
+            }
+        }
+    }
+    refusals
+}
+
+#[test]
+fn whatever_write_or_durability_step_fails_nothing_is_lost_and_the_disk_goes_on() {
+    let drills =
+        ["write-error-every=37", "fsync-error-after=20", "fsync-error-after=30", "write-error-every=5"];
+    for drill in drills {
+        let fixture = Fixture::start_with(|config| config.drill = Some(drill.parse().expect("a drill")));
+        let mut agent = Agent::with_disk(fixture.data());
+        let opened = eventually(|| agent.try_open(None));
+        let mut capture = Capture::new(&opened, now_ns() - 1_000_000_000);
+        capture.begin();
+        let refusals = ship_stubbornly(&mut agent, &mut capture, 60);
+        assert!(refusals > 0, "{drill}: something failed");
+        let disk = fixture.client.disk("vm/disk0").expect("known");
+        assert_eq!(disk.summary.fault, None, "{drill}: it is over once frames are acknowledged");
+        let last = capture.last().0;
+        assert_eq!(disk.journal.expect("one").durable_lsn, last, "{drill}");
+        assert_eq!(
+            fixture.client.data("vm/disk0", last, 0, 1 << 20).expect("reads"),
+            capture.image,
+            "{drill}"
+        );
+        let health = reqwest::blocking::get(fixture.url("/healthz")).expect("answers").text().expect("text");
+        assert!(health.contains(drill), "a drill is no secret: {health}");
+    }
+}
+
+#[test]
+fn a_read_that_fails_is_an_error_and_never_wrong_bytes() {
+    let drill = "read-error-every=11";
+    let fixture = Fixture::start_with(|config| config.drill = Some(drill.parse().expect("a drill")));
+    let mut agent = Agent::with_disk(fixture.data());
+    let mut capture = Capture::new(&eventually(|| agent.try_open(None)), now_ns() - 1_000_000_000);
+    capture.begin();
+    ship_stubbornly(&mut agent, &mut capture, 40);
+    let (mut read, mut failed) = (0, 0);
+    // More than the frame cache would ever ask the disk for twice, at many points.
+    for lsn in 3..capture.last().0 {
+        match fixture.client.data("vm/disk0", lsn, 0, 1 << 20) {
+            Ok(bytes) => {
+                let written = usize::try_from(lsn - 2).expect("small") * 4096;
+                assert_eq!(bytes[..written], capture.image[..written], "lsn {lsn}");
+                assert!(bytes[written..].iter().all(|byte| *byte == 0), "lsn {lsn}");
+                read += 1;
+            }
+            Err(error) => {
+                assert_eq!(error.problem().map(|problem| problem.kind), Some(Kind::StoreFailed), "{error}");
+                failed += 1;
+            }
+        }
+    }
+    assert!(read > 0 && failed > 0, "{read} read, {failed} failed");
+}
+
+#[test]
+fn a_check_finds_a_flipped_byte_and_the_disk_has_a_fault_until_it_is_whole() {
+    let fixture = Fixture::start();
+    let (mut agent, mut capture) = with_journal(&fixture);
+    let frame = capture.write(8192, &[0xab; 4096]).frame();
+    agent.ship(&frame, Lsn(4));
+    assert_eq!(problem(fixture.client.verification("vm/disk0")).kind, Kind::NotFound);
+    let checked = |fixture: &Fixture| {
+        fixture.client.start_verification("vm/disk0").expect("begins");
+        eventually(|| {
+            let check = fixture.client.verification("vm/disk0").ok()?;
+            (check.state == VerificationState::Done).then_some(check)
+        })
+    };
+    let clean = checked(&fixture);
+    assert_eq!((clean.damage.len(), clean.first_lsn, clean.last_lsn), (0, 1, 4));
+    assert!(clean.done_bytes > 0 && clean.done_bytes == clean.total_bytes);
+
+    let path = fixture.dir.path().join("disks").join(DISK.to_string()).join("data-000001.seg");
+    let good = std::fs::read(&path).expect("reads");
+    let at = good.iter().rposition(|byte| *byte == 0xab).expect("the data of the last write");
+    let mut bad = good.clone();
+    bad[at] ^= 1;
+    std::fs::write(&path, bad).expect("writes");
+    let check = checked(&fixture);
+    let [part] = &check.damage[..] else { panic!("one part: {check:?}") };
+    assert_eq!((part.kind.as_str(), part.first_lsn, part.last_lsn, part.loses_points), ("data", 4, 4, true));
+    assert!(part.file.ends_with("data-000001.seg") && part.offset <= at as u64 && !part.hint.is_empty());
+    let fault = fixture.client.disk("vm/disk0").expect("known").summary.fault.expect("a fault");
+    assert_eq!(fault.kind, FaultKind::Damaged);
+    let refused = problem(fixture.client.data("vm/disk0", 4, 8192, 4096));
+    assert_eq!(refused.kind, Kind::Damaged);
+    assert!(
+        refused.detail.contains("data-000001.seg") && refused.detail.contains("LSN 4"),
+        "{}",
+        refused.detail
+    );
+    assert_eq!(
+        fixture.client.data("vm/disk0", 3, 0, 4096).expect("reads"),
+        vec![5; 4096],
+        "the rest is readable"
+    );
+    // Taking frames does not make it whole; putting the file back does.
+    let frame = capture.write(0, &[1; 512]).frame();
+    agent.ship(&frame, Lsn(5));
+    assert!(fixture.client.disk("vm/disk0").expect("known").summary.fault.is_some());
+    let mut mended = std::fs::read(&path).expect("reads");
+    mended[at] ^= 1;
+    std::fs::write(&path, mended).expect("writes");
+    assert_eq!(checked(&fixture).damage, []);
     assert_eq!(fixture.client.disk("vm/disk0").expect("known").summary.fault, None);
 }

@@ -2,12 +2,13 @@
 
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
 use journal_format::Lsn;
 use journal_format::wire::{self, MessageType};
 
-use crate::agent::{Agent, Capture};
-use crate::now_ns;
+use crate::agent::{Agent, Capture, DISK_BYTES};
+use crate::{eventually, now_ns};
 
 struct Program(Child);
 
@@ -109,37 +110,173 @@ fn a_second_server_on_the_same_store_refuses_to_start() {
     assert_eq!(second.status.code(), Some(1));
 }
 
+/// A store in a small file system of its own, in a mount namespace that ends with the program.
+fn start_in_a_small_file_system(store: &std::path::Path) -> (Program, String, std::net::SocketAddr) {
+    let script =
+        "mount -t tmpfs -o size=24m cdp-test \"$0\" && head -c 8M /dev/zero >\"$0/ballast\" && exec \"$@\"";
+    let mut unshare = Command::new("unshare");
+    let is_root =
+        std::fs::metadata("/proc/self").is_ok_and(|me| std::os::unix::fs::MetadataExt::uid(&me) == 0);
+    unshare.arg(if is_root { "-m" } else { "-rm" }).args(["sh", "-c", script]).arg(store);
+    unshare.arg(env!("CARGO_BIN_EXE_cdp-server"));
+    start_as(unshare, store)
+}
+
 #[test]
-fn a_full_disk_stops_acknowledgements_of_the_disk_and_nothing_else() {
+fn a_full_file_system_is_said_and_all_goes_on_by_itself_when_there_is_room() {
     let dir = tempfile::tempdir().expect("a directory");
-    // A limit on the size of files stands for a full disk: writes over it fail, as the signal is ignored.
-    let limited = "trap '' XFSZ; ulimit -f 2048; exec \"$@\"";
-    let mut shell = Command::new("sh");
-    shell.args(["-c", limited, "sh"]).arg(env!("CARGO_BIN_EXE_cdp-server"));
-    let (_program, http, data) = start_as(shell, dir.path());
+    let (program, http, data) = start_in_a_small_file_system(dir.path());
     let mut agent = Agent::with_disk(data);
     let mut capture = Capture::new(&agent.open(None), now_ns() - 1_000_000_000);
     let frame = capture.begin().write(0, &[3; 512]).frame();
     agent.ship(&frame, Lsn(3));
+    let mut frames = Vec::new();
     let refused = loop {
-        let frame = capture.write(0, &[4; 1 << 20]).frame();
+        let frame = capture.write(0, &[capture.last().0 as u8; 1 << 20]).frame();
         agent.send_frame(&frame);
+        frames.push((capture.last(), frame));
         match agent.receive().expect("the connection stays") {
-            (MessageType::Ack, _) => assert!(capture.last().0 < 20, "the limit is 2 MiB or less"),
-            (kind, body) => {
-                assert_eq!(kind, MessageType::Refused);
-                break wire::decode::<wire::Refused>(&body).expect("decodes");
-            }
+            (MessageType::Ack, _) => assert!(frames.len() < 24, "the file system has 24 MiB"),
+            (MessageType::Refused, body) => break wire::decode::<wire::Refused>(&body).expect("decodes"),
+            (kind, _) => panic!("{kind:?}"),
         }
     };
     assert!(!refused.message.is_empty() && refused.retry_ms > 0);
     let client = cdp_api::Client::new(&http).expect("a client");
+    let fault = client.disk("vm/disk0").expect("known").summary.fault.expect("a fault");
+    assert_eq!(fault.kind, cdp_api::FaultKind::DiskFull, "{fault:?}");
+    assert!(!fault.hint.is_empty());
+    assert!(metrics(&http).lines().any(|line| line.starts_with("cdp_fault{") && line.ends_with(" 1.0")));
     assert_eq!(
         client.data("vm/disk0", 3, 0, 512).expect("reads"),
         vec![3; 512],
         "what is there stays readable"
     );
+
     // It may be tried again, and is refused again, for as long as there is no room.
-    let durable = agent.open(Some(capture.epoch)).durable_lsn;
+    let durable = eventually(|| agent.try_open(Some(capture.epoch))).durable_lsn;
     assert!((3..capture.last().0).contains(&durable), "only what is durable counts: {durable}");
+    frames.retain(|(last, _)| last.0 > durable);
+    agent.send_frame(&frames[0].1);
+    assert_eq!(agent.receive().map(|(kind, _)| kind), Some(MessageType::Refused));
+
+    // The namespace is the program's; this is the way into it.
+    let ballast = format!("/proc/{}/root{}/ballast", program.0.id(), dir.path().display());
+    std::fs::remove_file(ballast).expect("the ballast is there");
+    assert_eq!(eventually(|| agent.try_open(Some(capture.epoch))).durable_lsn, durable);
+    for (last, frame) in &frames {
+        agent.ship(frame, *last);
+    }
+    eventually(|| client.disk("vm/disk0").ok()?.summary.fault.is_none().then_some(()));
+    assert_eq!(client.data("vm/disk0", capture.last().0, 0, DISK_BYTES).expect("reads"), capture.image);
+}
+
+fn metrics(http: &str) -> String {
+    reqwest::blocking::get(format!("{http}/metrics")).expect("answers").text().expect("text")
+}
+
+/// A killed server has lost nothing that it acknowledged, however often and whenever it is killed. `CDP_KILLS` says how
+/// often; the last line says how long opening took.
+#[test]
+fn whenever_it_is_killed_under_load_nothing_acknowledged_is_missing() {
+    let kills = std::env::var("CDP_KILLS").ok().and_then(|n| n.parse().ok()).unwrap_or(12_u64);
+    let dir = tempfile::tempdir().expect("a directory");
+    let mut load = Load::default();
+    let (mut slowest, mut chance) = (Duration::ZERO, 88_172_645_463_325_252_u64);
+    for round in 0..kills {
+        let begun = Instant::now();
+        let (program, _, data) = start(dir.path());
+        slowest = slowest.max(begun.elapsed());
+        chance = chance.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(round);
+        let wait = Duration::from_millis(20 + (chance >> 33) % 300);
+        let killer = std::thread::spawn(move || {
+            std::thread::sleep(wait);
+            drop(program);
+        });
+        load.run(data);
+        killer.join().expect("no panic");
+    }
+    let (_program, http, data) = start(dir.path());
+    let mut agent = Agent::with_disk(data);
+    let durable = agent.open(Some(load.epoch())).durable_lsn;
+    assert!(durable >= load.acked, "{} was acknowledged, {durable} is there", load.acked);
+    let client = cdp_api::Client::new(&http).expect("a client");
+    assert_eq!(client.data("vm/disk0", durable, 0, DISK_BYTES).expect("reads"), load.image(durable));
+    assert!(client.points("vm/disk0").expect("points").gaps.iter().all(|gap| gap.to_lsn.is_some()));
+    assert!(load.acked > kills, "there was a load: {} records", load.acked);
+    println!("{kills} kills, {} records acknowledged, none missing; slowest start {slowest:?}", load.acked);
+}
+
+/// An agent that writes as fast as it gets answers, and remembers what it was told.
+#[derive(Default)]
+struct Load {
+    capture: Option<Capture>,
+    /// Frames by their last LSN, from the first on: what the agent's outbox and spool would hold.
+    frames: Vec<(u64, Vec<u8>)>,
+    writes: Vec<(u64, u64, Vec<u8>)>,
+    acked: u64,
+}
+
+impl Load {
+    fn epoch(&self) -> journal_format::Epoch {
+        self.capture.as_ref().expect("it has begun").epoch
+    }
+
+    /// Writes until the server is gone.
+    fn run(&mut self, data: std::net::SocketAddr) {
+        let Some(mut agent) = Agent::try_with_disk(data) else { return };
+        let Some(opened) = agent.try_open(self.capture.as_ref().map(|capture| capture.epoch)) else { return };
+        assert!(
+            opened.durable_lsn >= self.acked,
+            "{} was acknowledged, {} is there",
+            self.acked,
+            opened.durable_lsn
+        );
+        let mut capture = self.capture.take().unwrap_or_else(|| {
+            let mut capture = Capture::new(&opened, now_ns() - 3_600_000_000_000);
+            capture.begin();
+            capture
+        });
+        assert_eq!(capture.epoch.0, opened.epoch, "nobody else opened the disk");
+        let again: Vec<_> =
+            self.frames.iter().filter(|(last, _)| *last > opened.durable_lsn).cloned().collect();
+        let mut alive = again.iter().all(|(_, frame)| agent.try_send_frame(frame).is_ok());
+        while alive {
+            for _ in 0..4 {
+                let (lsn, mix) = (capture.next.0, capture.next.0.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+                let bytes = vec![lsn as u8; 512 << (mix % 7)];
+                let offset = (mix >> 20) % (DISK_BYTES - bytes.len() as u64);
+                capture.write(offset, &bytes);
+                self.writes.push((capture.last().0, offset, bytes));
+                let frame = capture.frame();
+                self.frames.push((capture.last().0, frame.clone()));
+                alive &= agent.try_send_frame(&frame).is_ok();
+            }
+            alive &= self.take_acks(&mut agent, capture.last().0);
+        }
+        self.capture = Some(capture);
+    }
+
+    /// Until everything is acknowledged; `false` when the server is gone.
+    fn take_acks(&mut self, agent: &mut Agent, last: u64) -> bool {
+        while self.acked < last {
+            match agent.receive() {
+                Some((MessageType::Ack, body)) => {
+                    self.acked = wire::decode::<wire::Ack>(&body).expect("decodes").durable_lsn;
+                }
+                Some(_) => {}
+                None => return false,
+            }
+        }
+        true
+    }
+
+    fn image(&self, lsn: u64) -> Vec<u8> {
+        let mut image = vec![0; usize::try_from(DISK_BYTES).expect("small")];
+        for (_, offset, bytes) in self.writes.iter().take_while(|(at, ..)| *at <= lsn) {
+            let start = usize::try_from(*offset).expect("small");
+            image[start..start + bytes.len()].copy_from_slice(bytes);
+        }
+        image
+    }
 }
