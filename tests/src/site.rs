@@ -146,8 +146,8 @@ impl Site {
     /// # Panics
     /// When the bookmark is refused.
     pub fn bookmark(&self, disk: &str, name: &str) -> u64 {
-        let mark =
-            self.client.create_bookmark(disk, name, None).unwrap_or_else(|e| panic!("bookmark: {e:?}"));
+        let refused = |e| panic!("bookmark: {e:?}; the gaps are {:?}", self.points(disk).gaps);
+        let mark = self.client.create_bookmark(disk, name, None).unwrap_or_else(refused);
         self.wait_for_durable(disk, mark.lsn);
         mark.lsn
     }

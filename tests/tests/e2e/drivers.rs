@@ -8,6 +8,7 @@ use cdp_api::PointSpec;
 use cdp_tests::load::{Load, Request};
 use cdp_tests::qemu::Qemu;
 use cdp_tests::site::{Site, Via};
+use cdp_tests::wait_for;
 use serde_json::{Value, json};
 
 const DISK_BYTES: u64 = 8 << 20;
@@ -172,6 +173,8 @@ fn a_disk_is_restored_with_the_size_it_had() {
 
     disk.qemu.qmp.run("block_resize", json!({"node-name": "disk", "size": 2 * DISK_BYTES}));
     disk.image.resize(2 * DISK_BYTES as usize, 0);
+    // What is behind the old end is read back, in a gap; until it ends no bookmark is taken.
+    wait_for("the new part to be read", || site.client().create_bookmark(&disk.disk, "grown", None).ok());
     let end = 2 * DISK_BYTES as usize;
     disk.qemu.io(&[format!("write -P 77 {} 64k", end - (64 << 10))]);
     disk.image[end - (64 << 10)..].fill(77);
