@@ -77,7 +77,7 @@ fn ship_stubbornly(agent: &mut Agent, capture: &mut Capture, frames: usize) -> u
 #[test]
 fn whatever_write_or_durability_step_fails_nothing_is_lost_and_the_disk_goes_on() {
     let drills =
-        ["write-error-every=37", "fsync-error-after=20", "fsync-error-after=30", "write-error-every=5"];
+        ["write-error-every=37", "fsync-error-after=20", "fsync-error-after=30", "write-error-every=11"];
     for drill in drills {
         let fixture = Fixture::start_with(|config| config.drill = Some(drill.parse().expect("a drill")));
         let mut agent = Agent::with_disk(fixture.data());
