@@ -85,7 +85,7 @@ pub struct Point {
     /// What the record was.
     pub kind: PointKind,
     /// Whether this is certainly the state that was asked for. `false` when an instant was asked for that lies after the
-    /// newest record (of the store, or of a capture session) and nobody vouches that nothing was written in between.
+    /// newest record and nobody vouches that nothing was written in between.
     pub exact: bool,
 }
 

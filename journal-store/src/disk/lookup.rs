@@ -14,7 +14,8 @@ impl DiskStore {
     ///
     /// `now` is the host's time, beyond which nothing can be asked for. `covered_until`, where the caller knows it, is
     /// the host time up to which everything captured is durable here: an instant between the newest record and it is
-    /// certainly the state after the newest record ([`Point::exact`]).
+    /// certainly the state after the newest record ([`Point::exact`]). An instant between the last record of an epoch and
+    /// the first of the next lies in the gap that the next one begins with.
     ///
     /// # Errors
     /// `Point` with the nearest restorable points when this one is not; `Io` or `Damaged` when its record cannot be read.
@@ -62,11 +63,11 @@ impl DiskStore {
         let lsn = self.newest_at(state, stamp)?;
         self.check_restorable(state, lsn)?;
         let point = self.point(state, lsn)?;
-        // Between a session's last record and the next session nobody watched the disk.
-        let watched = match lsn == state.durable_lsn {
-            true => covered_until.is_some_and(|covered| stamp <= covered),
-            false => !state.timeline.is_epoch_start(lsn.next()),
-        };
+        if stamp > point.stamp && lsn < state.durable_lsn && state.timeline.is_epoch_start(lsn.next()) {
+            // Between two epochs nobody watched the disk: the instant lies in the gap that the next one begins with.
+            self.check_restorable(state, lsn.next())?;
+        }
+        let watched = lsn < state.durable_lsn || covered_until.is_some_and(|covered| stamp <= covered);
         Ok(Point { exact: watched || stamp <= point.stamp, ..point })
     }
 
