@@ -23,13 +23,19 @@ struct TimedStream {
 
 impl Read for TimedStream {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        let left = self.deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(io::ErrorKind::TimedOut.into());
+        loop {
+            let left = self.deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            // A timeout of less than a microsecond would be set as 0, which means none.
+            self.stream.set_read_timeout(Some(left.max(Duration::from_millis(1))))?;
+            match (&*self.stream).read(buf) {
+                // A process that was stopped and goes on finds its wait ended.
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                result => return result,
+            }
         }
-        // A timeout of less than a microsecond would be set as 0, which means none.
-        self.stream.set_read_timeout(Some(left.max(Duration::from_millis(1))))?;
-        (&*self.stream).read(buf)
     }
 }
 
