@@ -2,7 +2,8 @@
 //! temporary directory, on free ports and private sockets, and looks at them only from outside.
 //!
 //! *Owns* starting and stopping programs ([`process`], [`site`], [`qemu`], [`guest`]), the independent witness ([`witness`]), loads
-//! ([`load`], [`nbd`], [`vhost`]), and what `/proc` says of a process ([`procfs`]).
+//! ([`load`], [`nbd`], [`vhost`]), writers that remember what they wrote and when ([`ledger`]), a network that fails
+//! ([`network`]), and what `/proc` says of a process ([`procfs`]).
 //!
 //! *Must not know* the insides of server, agent, filter or store: it uses the REST API, the command lines, and the
 //! documented formats.
@@ -14,8 +15,10 @@
 
 pub mod guest;
 pub mod journal;
+pub mod ledger;
 pub mod load;
 pub mod nbd;
+pub mod network;
 pub mod process;
 pub mod procfs;
 pub mod programs;

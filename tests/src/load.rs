@@ -60,6 +60,21 @@ pub enum Request {
     Flush,
 }
 
+impl Request {
+    /// The same, `by` bytes further on.
+    #[must_use]
+    pub fn moved(mut self, by: u64) -> Self {
+        match &mut self {
+            Self::Write { offset, .. }
+            | Self::Pattern { offset, .. }
+            | Self::Zero { offset, .. }
+            | Self::Discard { offset, .. } => *offset += by,
+            Self::Flush => {}
+        }
+        self
+    }
+}
+
 /// A source of random requests for a disk of a given size.
 #[derive(Debug)]
 pub struct Load {
@@ -107,13 +122,14 @@ impl Load {
         }
     }
 
-    /// Mostly small, sometimes up to [`MAX_WRITE_BYTES`].
+    /// Mostly small, sometimes up to [`MAX_WRITE_BYTES`] or a quarter of the disk.
     fn length(&mut self) -> u64 {
         let most = match self.random.within(0..10) {
             0..6 => 16 << 10,
             6..9 => 128 << 10,
             _ => MAX_WRITE_BYTES,
         };
+        let most = most.min(self.disk_bytes / 4);
         self.random.within(1..most / self.grain + 1) * self.grain
     }
 

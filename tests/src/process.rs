@@ -96,6 +96,22 @@ impl Process {
         assert!(good, "{} did not end cleanly: {status}\n{}", self.name, self.log());
     }
 
+    /// Stops it in its tracks until [`Process::thaw`]: it is there, and does nothing.
+    ///
+    /// # Panics
+    /// When it is gone.
+    pub fn freeze(&self) {
+        self.signal(Signal::SIGSTOP);
+    }
+
+    /// Lets it go on.
+    ///
+    /// # Panics
+    /// When it is gone.
+    pub fn thaw(&self) {
+        self.signal(Signal::SIGCONT);
+    }
+
     /// Kills it without warning and waits until it is gone.
     pub fn kill(&mut self) {
         let _ = self.child.kill();

@@ -7,6 +7,7 @@ use std::process::{Command, Output};
 use cdp_api::{Client, DiskSummary, PointSpec, Points, ProtectionPhase};
 use tempfile::TempDir;
 
+use crate::network::Network;
 use crate::process::Process;
 use crate::programs::program;
 use crate::wait_for;
@@ -30,6 +31,8 @@ pub struct Site {
     http: String,
     data: String,
     client: Client,
+    /// What is between agent and server, if anything is.
+    network: Option<Network>,
     restores: std::cell::Cell<u32>,
     directory: TempDir,
 }
@@ -41,12 +44,35 @@ impl Site {
     /// When one does not come up.
     #[must_use]
     pub fn start() -> Self {
+        Self::start_with(false)
+    }
+
+    /// The same, with a [`Network`] between agent and server.
+    ///
+    /// # Panics
+    /// When one does not come up.
+    #[must_use]
+    pub fn start_with_network() -> Self {
+        Self::start_with(true)
+    }
+
+    fn start_with(with_network: bool) -> Self {
         let directory = tempfile::Builder::new().prefix("cdp-e2e-").tempdir().expect("temporary directory");
         let mut server = start_server(directory.path(), "127.0.0.1:0", "127.0.0.1:0");
         let (http, data) = (server.ready("http"), server.ready("data"));
-        let agent = start_agent(directory.path(), &data);
+        let network = with_network.then(|| Network::to(&data));
+        let agent = start_agent(directory.path(), &network.as_ref().map_or(data.clone(), Network::address));
         let client = Client::new(&format!("http://{http}")).expect("client");
-        Self { server, agent, http, data, client, restores: std::cell::Cell::new(0), directory }
+        Self { server, agent, http, data, client, network, restores: std::cell::Cell::new(0), directory }
+    }
+
+    /// What is between agent and server.
+    ///
+    /// # Panics
+    /// When the site was started without.
+    #[must_use]
+    pub fn network(&self) -> &Network {
+        self.network.as_ref().expect("a site with a network")
     }
 
     /// The directory for everything of this test.
@@ -87,7 +113,8 @@ impl Site {
     /// # Panics
     /// When it does not come up.
     pub fn restart_agent(&mut self) {
-        self.agent = start_agent(self.directory.path(), &self.data);
+        let server = self.network.as_ref().map_or(self.data.clone(), Network::address);
+        self.agent = start_agent(self.directory.path(), &server);
     }
 
     /// Waits until a disk of that VM is known, and that it can be written to (while QEMU sets up an export it cannot, for
