@@ -5,6 +5,7 @@
 //! lengths and checksums made right, because no fuzzer guesses a checksum and the checks behind it must hold too. What a
 //! decoder accepts must come out of the encoder again, byte for byte.
 
+use journal_format::durable_mark::{DurableMark, MARK_BYTES, MARK_MAGIC, RawDurableMark};
 use journal_format::index::{IndexHeader, IndexShape, Source};
 use journal_format::layout::Field;
 use journal_format::manifest::{MANIFEST_SEGMENT_BYTES, Manifest, ManifestHeader};
@@ -30,6 +31,7 @@ pub const BODIES: &[(&str, Body)] = &[
     ("index", index),
     ("manifest", manifest),
     ("bookmarks", bookmarks),
+    ("durable_mark", durable_mark),
     ("wire", wire),
     ("codec", codec),
     ("text", text),
@@ -270,6 +272,22 @@ pub fn bookmarks(input: &[u8]) {
     for bytes in [input, &repaired] {
         if let Ok((disk, list)) = bookmarks::parse(bytes) {
             assert_eq!(bookmarks::encode(disk, &list).unwrap(), bytes);
+        }
+    }
+}
+
+/// Durable marks.
+pub fn durable_mark(input: &[u8]) {
+    let mut repaired = input.to_vec();
+    let layout = RawDurableMark::LAYOUT;
+    put(&mut repaired, layout, "magic", &MARK_MAGIC);
+    put(&mut repaired, layout, "version", &1_u16.to_le_bytes());
+    put(&mut repaired, layout, "reserved_a", &[0; 6]);
+    put(&mut repaired, layout, "reserved_b", &[0; 20]);
+    seal(&mut repaired, MARK_BYTES);
+    for bytes in [input, &repaired] {
+        if let Ok(mark) = DurableMark::parse(bytes) {
+            assert!(bytes.starts_with(&mark.encode()));
         }
     }
 }

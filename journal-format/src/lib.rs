@@ -25,6 +25,7 @@
 pub mod bookmarks;
 #[cfg(feature = "codec")]
 pub mod codec;
+pub mod durable_mark;
 pub mod error;
 pub mod frame;
 pub mod history;

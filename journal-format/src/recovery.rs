@@ -220,20 +220,25 @@ pub fn see_meta<'a>(bytes: &'a [u8], place: &Place, expected: Lsn) -> MetaSeen<'
 }
 
 /// Finds the next metadata entry and looks at it. `after` is where the entry before it ended (or the end of the header
-/// page), `bytes` is the rest of the file from there on. The entry is at the next aligned position, or, if that holds
-/// nothing, on the next page. Returns the place that was looked at last.
+/// page), `bytes` is the rest of the file from there on. The entry is at the next aligned position, or, if it is not there, on
+/// the next page. Returns the place that it says something about.
+///
+/// Bytes between the two that should be zero and are not do no harm: an LSN is written once between two recoveries, and
+/// a recovery cuts off what it does not keep, so a whole entry with the expected LSN is the one that was meant.
 #[must_use]
 pub fn see_next<'a>(bytes: &'a [u8], after: &Place, expected: Lsn) -> (Place, MetaSeen<'a>) {
-    let mut looked = (*after, MetaSeen::Absent);
-    for position in [next_entry(after.position), next_commit(after.position)] {
+    let look = |position: u64| {
         let skip = usize::try_from(position.saturating_sub(after.position)).unwrap_or(usize::MAX);
         let place = Place { position, ..*after };
-        looked = (place, see_meta(bytes.get(skip..).unwrap_or(&[]), &place, expected));
-        if looked.1.state() != MetaState::Absent {
-            break;
-        }
+        (place, see_meta(bytes.get(skip..).unwrap_or(&[]), &place, expected))
+    };
+    let near = look(next_entry(after.position));
+    if near.1.state() == MetaState::Valid {
+        return near;
     }
-    looked
+    let far = look(next_commit(after.position));
+    // Of two places that hold no entry, the one that holds something is the one to tell of.
+    if far.1.state() == MetaState::Valid || near.1.state() == MetaState::Absent { far } else { near }
 }
 
 /// Looks at the data of `entry`, or without an entry at what lies where the next data entry would be. `bytes` is the data

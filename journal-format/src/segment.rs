@@ -189,6 +189,14 @@ impl SegmentMeta {
         })
     }
 
+    /// Whether the header at the start of `page` is as it was written, whatever it says. If it is not, it has rotted, and
+    /// nothing that it says counts; entries say themselves where they belong.
+    #[must_use]
+    pub fn is_whole(page: &[u8]) -> bool {
+        SegmentHeader::ref_from_prefix(page)
+            .is_ok_and(|(header, _)| header.header_crc.get() == header_crc(header.as_bytes()))
+    }
+
     /// Whether this is the file that its name says: a file copied or restored to the wrong place is refused here.
     ///
     /// # Errors

@@ -7,7 +7,7 @@ use std::path::Path;
 use journal_format::layout::Field;
 use journal_format::recovery::CASES;
 use journal_format::wire::{MessageHeader, MessageType};
-use journal_format::{FrameHeader, GapReason, bookmarks, index, manifest, record, segment};
+use journal_format::{FrameHeader, GapReason, bookmarks, durable_mark, index, manifest, record, segment};
 
 /// Every struct that is written to a disk or sent over a socket.
 const STRUCTS: &[(&str, &[Field])] = &[
@@ -26,6 +26,7 @@ const STRUCTS: &[(&str, &[Field])] = &[
     ("RawLiveSegment", manifest::RawLiveSegment::LAYOUT),
     ("BookmarksHeader", bookmarks::BookmarksHeader::LAYOUT),
     ("RawBookmark", bookmarks::RawBookmark::LAYOUT),
+    ("RawDurableMark", durable_mark::RawDurableMark::LAYOUT),
     ("MessageHeader", MessageHeader::LAYOUT),
 ];
 

@@ -7,8 +7,11 @@ mod bodies;
 mod common;
 
 use common::*;
+use journal_format::durable_mark::DurableMark;
 use journal_format::wire::{self, MESSAGE_HEADER_BYTES};
-use journal_format::{Frame, bookmarks, codec};
+use journal_format::{Frame, Lsn, bookmarks, codec};
+
+const MARK: DurableMark = DurableMark { disk: DISK, durable_lsn: Lsn(77) };
 
 /// xorshift64*: enough to spread inputs, and the same everywhere.
 struct Random(u64);
@@ -42,6 +45,7 @@ fn sample(target: &str) -> Vec<u8> {
         "index" => sample_index(),
         "manifest" => sample_manifest().encode().unwrap(),
         "bookmarks" => bookmarks::encode(DISK, &[bookmark(9, "before upgrade"), bookmark(3, "ä")]).unwrap(),
+        "durable_mark" => MARK.encode().to_vec(),
         "wire" => sample_inventory(),
         "codec" => {
             let packed = codec::compress(&[7; 3000], 1).1.unwrap();
@@ -109,6 +113,7 @@ fn every_sample_is_accepted() {
     assert!(journal_format::index::IndexShape::check(&sample("index")).is_ok());
     assert!(journal_format::manifest::Manifest::parse(&sample("manifest")).is_ok());
     assert!(bookmarks::parse(&sample("bookmarks")).is_ok());
+    assert!(DurableMark::parse(&sample("durable_mark")).is_ok());
     assert!(wire::decode::<wire::Inventory>(&sample("wire")[MESSAGE_HEADER_BYTES..]).is_ok());
 }
 

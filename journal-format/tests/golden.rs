@@ -6,11 +6,12 @@ mod common;
 use std::path::Path;
 
 use common::*;
+use journal_format::durable_mark::DurableMark;
 use journal_format::index::IndexShape;
 use journal_format::manifest::Manifest;
 use journal_format::segment::{DataEntry, MetaEntry, SegmentMeta};
 use journal_format::wire::{self, MESSAGE_HEADER_BYTES, MessageHeader};
-use journal_format::{Codec, Frame, FrameMeta, Op, bookmarks, codec, frame};
+use journal_format::{Codec, Frame, FrameMeta, Lsn, Op, bookmarks, codec, frame};
 
 /// Reads a golden file. `CDP_WRITE_GOLDEN=1` writes those that are missing, for a new version.
 fn golden(name: &str, now: &[u8]) -> Vec<u8> {
@@ -20,6 +21,8 @@ fn golden(name: &str, now: &[u8]) -> Vec<u8> {
     }
     std::fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
+
+const MARK: DurableMark = DurableMark { disk: DISK, durable_lsn: Lsn(77) };
 
 fn sample_marks() -> Vec<bookmarks::Bookmark> {
     vec![bookmark(9, "before upgrade"), bookmark(3, "ä")]
@@ -37,6 +40,7 @@ fn what_is_written_today_is_what_version_1_wrote() {
         ("index.bin", sample_index()),
         ("manifest.bin", sample_manifest().encode().unwrap()),
         ("bookmarks.bin", bookmarks::encode(DISK, &sample_marks()).unwrap()),
+        ("durable-mark.bin", MARK.encode().to_vec()),
         ("message.bin", wire::encode(&wire::Ping { number: 77 }).unwrap()),
     ];
     for (name, now) in files {
@@ -57,6 +61,7 @@ fn what_version_1_wrote_is_read() {
     assert_eq!(IndexShape::check(&index).unwrap().open(&index).frames().count(), 2);
     assert_eq!(Manifest::parse(&read("manifest.bin")).unwrap(), sample_manifest());
     assert_eq!(bookmarks::parse(&read("bookmarks.bin")).unwrap(), (DISK, sample_marks()));
+    assert_eq!(DurableMark::parse(&read("durable-mark.bin")).unwrap(), MARK);
     let message = read("message.bin");
     MessageHeader::parse(&message).unwrap();
     assert_eq!(wire::decode::<wire::Ping>(&message[MESSAGE_HEADER_BYTES..]).unwrap().number, 77);

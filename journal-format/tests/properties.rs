@@ -4,6 +4,7 @@ mod common;
 
 use common::*;
 use journal_format::bookmarks::{self, Bookmark};
+use journal_format::durable_mark::DurableMark;
 use journal_format::index::{IndexBuilder, IndexShape, Source, chunk_of};
 use journal_format::limits::{INDEX_CHUNK_BYTES, MAX_DISK_BYTES, WIDE_EXTENT_BYTES};
 use journal_format::manifest::{LiveSegment, Manifest, Sealed};
@@ -175,6 +176,13 @@ fn every_damage_to_an_index_is_refused() {
 #[test]
 fn every_damage_to_a_manifest_is_refused() {
     refuses_damage(&sample_manifest().encode().unwrap(), |bytes| Manifest::parse(bytes).is_ok());
+}
+
+#[test]
+fn every_damage_to_a_durable_mark_is_refused() {
+    let mark = DurableMark { disk: DISK, durable_lsn: Lsn(77) };
+    assert_eq!(DurableMark::parse(&mark.encode()), Ok(mark));
+    refuses_damage(&mark.encode(), |bytes| DurableMark::parse(bytes).is_ok());
 }
 
 #[test]

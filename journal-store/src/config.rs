@@ -7,6 +7,8 @@ use crate::limits;
 pub struct StoreConfig {
     /// A segment is sealed when its data file has grown to this, in bytes.
     pub segment_data_bytes: u64,
+    /// A segment is sealed when its metadata file has grown to this, in bytes.
+    pub segment_meta_bytes: u64,
     /// A segment is sealed when it holds this many records.
     pub segment_records: u64,
     /// Decompressed frames that are kept for the next read, in bytes, for the whole store.
@@ -19,6 +21,7 @@ impl Default for StoreConfig {
     fn default() -> Self {
         Self {
             segment_data_bytes: limits::SEGMENT_DATA_BYTES,
+            segment_meta_bytes: limits::SEGMENT_META_BYTES,
             segment_records: limits::SEGMENT_RECORDS,
             cache_bytes: limits::CACHE_BYTES,
             sync_threads: limits::SYNC_THREADS,

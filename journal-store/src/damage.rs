@@ -19,6 +19,8 @@ pub enum DamageKind {
     Manifest,
     /// The bookmarks.
     Bookmarks,
+    /// A durable mark.
+    Mark,
     /// The header page of a segment's file.
     Header,
     /// Bytes that nothing uses and that should be zero.
@@ -39,6 +41,7 @@ impl DamageKind {
             Self::Index => "index",
             Self::Manifest => "manifest",
             Self::Bookmarks => "bookmarks",
+            Self::Mark => "mark",
             Self::Header => "header",
             Self::Unused => "unused",
             Self::Unreadable => "unreadable",
@@ -73,7 +76,7 @@ impl DamageKind {
                 "restart the server, which names again what came as records; others must be set again, or put back a copy of \
                  the file"
             }
-            Self::Header | Self::Unused => {
+            Self::Mark | Self::Header | Self::Unused => {
                 "nothing is lost; check the volume's medium, and move the store if it goes on"
             }
             Self::Unreadable => "check the volume's medium; put back a copy of the file",

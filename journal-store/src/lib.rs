@@ -13,8 +13,9 @@
 //!
 //! ```text
 //! <root>/lock                      held while a process may write
-//! <root>/disks/<uuid>/manifest     which segments are live; replaced as a whole
-//! <root>/disks/<uuid>/bookmarks    named points; replaced as a whole
+//! <root>/disks/<uuid>/manifest     which segments are live; replaced as a whole; has a copy
+//! <root>/disks/<uuid>/bookmarks    named points; replaced as a whole; has a copy
+//! <root>/disks/<uuid>/durable      up to which LSN the disk is durable; tells rot from a tear
 //! <root>/disks/<uuid>/data-N.seg   data volume: frames' data as shipped
 //! <root>/disks/<uuid>/meta-N.seg   metadata volume: frames' records and where their data lies
 //! <root>/disks/<uuid>/index-N.idx  index of a sealed segment
@@ -28,6 +29,8 @@
 //! 3. Seal (inside `commit`, when the segment is large enough): write index, make it durable; make the next segment's
 //!    files, make them durable; make the folder durable; swap the manifest. A crash before the swap leaves orphans that
 //!    the next opening removes; after it, the new segment is in use.
+//!
+//! Why that is right, what opening does about it, and which test shows it: `docs/formats/durability.md`.
 //!
 //! After a write or a durability step has failed, what the disk holds is unknown: the disk's writer is *poisoned* and
 //! refuses everything until the disk is opened again ([`Store::open_or_create`]), which recovers. Views stay usable.

@@ -5,6 +5,10 @@ use journal_format::limits::{INDEX_CHUNK_BYTES, MAX_FRAME_BYTES, MAX_SEGMENT_BYT
 /// A segment is sealed when its data file has grown to this, in bytes. Recovery reads at most one unsealed segment.
 pub const SEGMENT_DATA_BYTES: u64 = 256 << 20;
 
+/// A segment is sealed when its metadata file has grown to this, in bytes: a slow disk that commits each record alone pays a
+/// page for it. Opening reads this file, and verifying holds it in memory.
+pub const SEGMENT_META_BYTES: u64 = 64 << 20;
+
 /// A segment is sealed when it holds this many records: bounds the index that is kept in memory (24 bytes a record).
 pub const SEGMENT_RECORDS: u64 = 256 << 10;
 

@@ -49,7 +49,6 @@ impl Store {
         let root = root.as_ref();
         let disks = files::disks_dir(root);
         storage.create_dir(&disks).map_err(StoreError::io("create", &disks))?;
-        storage.sync_dir(root).map_err(StoreError::io("sync", root))?;
         let path = root.join("lock");
         let lock = storage.lock(&path).map_err(|error| match error.kind() {
             std::io::ErrorKind::WouldBlock => StoreError::Locked { path: path.clone() },

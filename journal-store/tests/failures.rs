@@ -3,17 +3,17 @@
 
 mod support;
 
+use std::io::ErrorKind;
 use std::ops::ControlFlow;
-use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 
 use journal_format::Lsn;
-use journal_store::io::{FailMode, FailStorage, MemStorage, RealStorage};
+use journal_store::io::{Answer, Call, CallKind, Hook, HookStorage, MemStorage, RealStorage, Tearing};
 use journal_store::{Store, StoreError, StoreErrorKind};
 use support::{
-    DISK, DISK_BYTES, Made, Model, ROOT, Random, append, assert_same, check_point, config, open, read_all,
-    try_open, verify,
+    DISK, DISK_BYTES, FailAt, Failing, Made, Model, ROOT, Random, append, assert_same, check_point, config,
+    open, try_open, verify,
 };
 
 /// A model's frames, small enough that a few commits seal.
@@ -47,38 +47,64 @@ fn drive(store: &Store, frames: &[Made]) -> Result<(), (Lsn, StoreError)> {
     Ok(())
 }
 
+/// Calls that the run makes, of those that change something or of all.
+fn calls_of(frames: &[Made], reads_too: bool) -> u64 {
+    let memory = MemStorage::new();
+    let hook = FailAt::new(&memory, reads_too);
+    let storage = HookStorage::new(Arc::new(memory), hook.clone());
+    drive(&try_open(Arc::new(storage)).expect("open"), frames).expect("nothing fails");
+    hook.calls()
+}
+
 #[test]
 fn a_failure_at_any_step_loses_nothing_acknowledged_and_opening_again_goes_on() {
     let random = &mut Random::new(5);
     let (model, frames) = frames(random, 12);
-    let calls = {
-        let failing = FailStorage::new(Arc::new(MemStorage::new()));
-        drive(&try_open(Arc::new(failing.clone())).expect("open"), &frames).expect("nothing fails");
-        failing.calls()
-    };
+    let calls = calls_of(&frames, false);
     assert!(calls > 60, "the run seals and replaces files: {calls} calls");
     for n in 1..=calls {
-        for mode in [FailMode::Once, FailMode::FromThenOn] {
-            fail_once(n, mode, &model, &frames, random);
+        // A failing medium, and a full volume.
+        for (failing, kind) in
+            [(Failing::Once, ErrorKind::Other), (Failing::FromThenOn, ErrorKind::StorageFull)]
+        {
+            fail(n, (failing, kind, false), &model, &frames, random);
         }
     }
 }
 
-fn fail_once(n: u64, mode: FailMode, model: &Model, frames: &[Made], random: &mut Random) {
-    let what = format!("call {n} fails, {mode:?}");
+#[test]
+fn a_read_that_fails_at_any_step_is_an_error_and_nothing_else() {
+    let random = &mut Random::new(6);
+    let (model, frames) = frames(random, 12);
+    for n in 1..=calls_of(&frames, true) {
+        fail(n, (Failing::Once, ErrorKind::Other, true), &model, &frames, random);
+    }
+}
+
+fn fail(
+    n: u64,
+    (failing, kind, reads_too): (Failing, ErrorKind, bool),
+    model: &Model,
+    frames: &[Made],
+    random: &mut Random,
+) {
+    let what = format!("call {n} fails, {failing:?}, {kind:?}");
     let memory = MemStorage::new();
-    let failing = FailStorage::new(Arc::new(memory.clone()));
-    failing.fail_at(n, mode);
-    let driven = try_open(Arc::new(failing.clone())).map(|store| (drive(&store, frames), store));
+    let hook = FailAt::new(&memory, reads_too);
+    let failing_storage = HookStorage::new(Arc::new(memory.clone()), hook.clone());
+    hook.fail_at(n, failing, kind);
+    let driven = try_open(Arc::new(failing_storage.clone())).map(|store| (drive(&store, frames), store));
     let (acknowledged, store) = match driven {
         Err(error) => {
             assert_eq!(error.kind(), StoreErrorKind::Io, "{what}: {error}");
             (Lsn::ZERO, None)
         }
+        // A nearest point that cannot be read is only not offered.
+        Ok((Ok(()), store)) if reads_too => (frames.last().map_or(Lsn::ZERO, |made| made.last), Some(store)),
         Ok((Ok(()), _)) => panic!("{what}, and nobody noticed"),
         Ok((Err((durable, error)), store)) => {
             assert_eq!(error.kind(), StoreErrorKind::Io, "{what}: {error}");
-            if let Some(disk) = store.disk(DISK) {
+            if let Some(disk) = store.disk(DISK).filter(|disk| !reads_too || disk.is_poisoned()) {
                 assert!(disk.is_poisoned(), "{what}: {error}");
                 let refused = append(&store, frames.last().expect("frame")).expect_err("poisoned");
                 assert_eq!(refused.kind(), StoreErrorKind::Poisoned, "{what}: {refused}");
@@ -88,15 +114,19 @@ fn fail_once(n: u64, mode: FailMode, model: &Model, frames: &[Made], random: &mu
         }
     };
     // The power fails right then: what was acknowledged is there.
-    let crashed = open(&memory.crash(|n| random.below(n as u64) as usize));
+    let crashed = open(&memory.crash(Tearing::Torn, |n| random.below(n as u64) as usize));
     let left = crashed.disk(DISK).map_or(Lsn::ZERO, |disk| disk.durable_lsn());
     assert!(left >= acknowledged, "{what}: {left} is left of {acknowledged}");
     // Or the volume works again: the same process opens the disk again and takes what is sent again.
-    failing.fail_at(0, FailMode::Once);
-    let store = store.unwrap_or_else(|| try_open(Arc::new(failing)).expect("open again"));
+    hook.fail_at(0, Failing::Once, kind);
+    let store = store.unwrap_or_else(|| try_open(Arc::new(failing_storage)).expect("open again"));
     let disk = store.open_or_create(DISK, DISK_BYTES).unwrap_or_else(|error| panic!("{what}: {error}"));
     let from = disk.durable_lsn();
     assert!(from >= acknowledged, "{what}");
+    // What it tells now is durable now, also what only the page cache had after a durability step had failed.
+    let crashed = open(&memory.crash(Tearing::Whole, |_| 0)).disk(DISK).expect("disk");
+    assert!(crashed.durable_lsn() >= from, "{what}: {} is left of {from}", crashed.durable_lsn());
+    assert_eq!(crashed.known_damage(), [], "{what}");
     frames
         .iter()
         .filter(|made| made.last > from)
@@ -112,72 +142,6 @@ fn some_store(random: &mut Random) -> (Model, MemStorage) {
     let storage = MemStorage::new();
     drive(&open(&storage), &frames).expect("nothing fails");
     (model, storage)
-}
-
-#[test]
-fn a_flipped_byte_anywhere_is_noticed_or_harmless() {
-    let random = &mut Random::new(7);
-    let (model, storage) = some_store(random);
-    let files = storage.files();
-    let segments = files.keys().filter(|path| path.extension().is_some_and(|e| e == "idx")).count();
-    assert!(segments >= 2, "only {segments} sealed segments");
-    let whole = open(&storage).disk(DISK).expect("disk").durable_lsn();
-    let lsns = [whole, Lsn(whole.0 / 2), Lsn(whole.0 / 5)];
-    let images = lsns.map(|lsn| model.image(lsn));
-    let (mut noticed, mut harmless) = (0, 0);
-    for path in files.keys() {
-        // The first bytes of a file matter most; of the rest, some.
-        let length = files[path].len() as u64;
-        let offsets = (0..12).map(|i| i * 7).chain((0..25).map(|_| random.below(length.max(1))));
-        for offset in offsets.filter(|offset| *offset < length).collect::<Vec<_>>() {
-            let what = format!("{} at {offset}", path.display());
-            let mut damaged = files.clone();
-            damaged.get_mut(path).expect("file")[offset as usize] ^= 1 << random.below(8);
-            let told =
-                [true, false].map(|writable| see_damage(&damaged, writable, whole, &lsns, &images, &what));
-            // A writer makes a damaged index again; then nothing is damaged any more.
-            let mended = path.extension().is_some_and(|extension| extension == "idx");
-            assert!(told[0] || !told[1] || mended, "{what}: only the reader noticed");
-            *(if told[1] { &mut noticed } else { &mut harmless }) += 1;
-        }
-    }
-    assert!(noticed > 100, "{noticed} noticed, {harmless} harmless");
-}
-
-/// Opens the damaged files, reads, verifies. Whether anything was noticed; panics on wrong data.
-fn see_damage(
-    files: &std::collections::BTreeMap<PathBuf, Vec<u8>>,
-    writable: bool,
-    whole: Lsn,
-    lsns: &[Lsn; 3],
-    images: &[Vec<u8>; 3],
-    what: &str,
-) -> bool {
-    let storage: Arc<MemStorage> = Arc::new(MemStorage::with_files(files));
-    let store = match writable {
-        true => Store::open_with(ROOT, storage.clone(), config()),
-        false => Store::open_read_only_with(ROOT, storage.clone(), config()),
-    }
-    .expect("the store opens, whatever became of a disk");
-    let unchanged = writable || storage.files() == *files;
-    assert!(unchanged, "{what}: opened for reading, and changed");
-    let Some(disk) = store.disk(DISK) else {
-        assert_eq!(store.damaged().len(), 1, "{what}");
-        return true;
-    };
-    let mut noticed = disk.durable_lsn() < whole || !disk.known_damage().is_empty();
-    for (lsn, image) in lsns.iter().zip(images) {
-        match disk.view_in_gap(*lsn).and_then(|view| read_all(&view)) {
-            Ok(bytes) => assert_same(&bytes, image, what),
-            Err(StoreError::Damaged { disk, .. }) => {
-                assert_eq!(disk, DISK);
-                noticed = true;
-            }
-            Err(StoreError::Point(_)) if noticed => {}
-            Err(error) => panic!("{what}: {error}"),
-        }
-    }
-    noticed | !verify(&disk).is_empty()
 }
 
 #[test]
@@ -254,6 +218,27 @@ fn a_check_that_is_stopped_goes_on_where_it_was_and_finds_the_same() {
     assert_eq!((nothing.damage, nothing.checked), (vec![], Some((Lsn::FIRST, before))));
 }
 
+/// Lets one durability step of a file fail, and everything else succeed.
+#[derive(Debug)]
+struct SyncFails {
+    memory: MemStorage,
+    /// Steps that still succeed before it.
+    good: Mutex<Option<u64>>,
+}
+
+impl Hook for SyncFails {
+    fn before(&self, call: &Call<'_>) -> Answer {
+        let mut good = self.good.lock().expect("lock");
+        let (CallKind::Sync, Some(left)) = (call.kind, *good) else { return Answer::Go };
+        *good = left.checked_sub(1);
+        if good.is_some() {
+            return Answer::Go;
+        }
+        self.memory.forget(call.path);
+        Answer::Fail(ErrorKind::Other.into())
+    }
+}
+
 /// After a failed durability step Linux calls the pages clean, though they never reached the disk. Opening the journal
 /// again reads them back from the cache; had it trusted them, the next step would have had nothing to write and
 /// succeeded, and a power cut would have taken what was acknowledged.
@@ -263,16 +248,18 @@ fn what_a_failed_durability_step_left_in_the_cache_is_written_again_before_it_co
     let mut kept = 0;
     for good in 0..40 {
         let (model, frames) = frames(random, 12);
-        let storage = MemStorage::new();
-        let store = try_open(Arc::new(storage.clone())).expect("open");
+        let memory = MemStorage::new();
+        let hook = Arc::new(SyncFails { memory: memory.clone(), good: Mutex::new(None) });
+        let storage = HookStorage::new(Arc::new(memory.clone()), hook.clone());
+        let store = try_open(Arc::new(storage)).expect("open");
         store.open_or_create(DISK, DISK_BYTES).expect("makes the disk");
-        storage.fail_sync_after(good);
+        *hook.good.lock().expect("lock") = Some(good);
         let Err((durable, _)) = drive(&store, &frames) else { continue };
         let disk = store.open_or_create(DISK, DISK_BYTES).expect("opens again");
         let promised = disk.durable_lsn();
         assert!(promised >= durable, "after {good}: what was acknowledged is there");
         kept += u32::from(promised > durable);
-        let crashed = storage.crash(|_| 0);
+        let crashed = memory.crash(Tearing::Whole, |_| 0);
         let disk = open(&crashed).disk(DISK).expect("the disk");
         assert!(disk.durable_lsn() >= promised, "after {good}: {} of {promised}", disk.durable_lsn());
         check_point(&disk, &model, promised, random);

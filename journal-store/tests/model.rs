@@ -6,7 +6,7 @@ mod support;
 use std::sync::Arc;
 
 use journal_format::{ByteRange, GapReason, Lsn, Op, Record, Stamp};
-use journal_store::io::MemStorage;
+use journal_store::io::{MemStorage, Tearing};
 use journal_store::{DiskStore, PointError, PointSpec, Store, StoreError};
 use support::{DISK, DISK_BYTES, Model, Random, append, check_point, open, verify};
 
@@ -87,7 +87,7 @@ impl Run {
 
     /// The power fails; what was not durable may be lost, kept or torn.
     fn crash(&mut self, random: &mut Random) {
-        let storage = self.storage.crash(|n| random.below(n as u64) as usize);
+        let storage = self.storage.crash(Tearing::Torn, |n| random.below(n as u64) as usize);
         self.replace(storage);
         let durable = self.disk().durable_lsn();
         assert!(durable >= self.committed, "{durable} was left of {}", self.committed);

@@ -13,7 +13,7 @@ use journal_format::{Frame, Lsn, Record, SegmentNumber};
 use super::DiskStore;
 use crate::cache::Cache;
 use crate::error::StoreError;
-use crate::files;
+use crate::files::{self, Header};
 use crate::io::{Access, File};
 use crate::segment::Segment;
 
@@ -65,9 +65,16 @@ impl DiskStore {
             return Ok(file);
         }
         let path = self.path(SegmentKind::Data, segment);
-        let file = self.storage().open(&path, Access::Read).map_err(StoreError::io("open", &path))?;
-        files::check_header(&*file, &path, SegmentKind::Data, self.id, segment)?
-            .map_err(|error| StoreError::damaged(self.id, &path, (Lsn::ZERO, Lsn::MAX), error))?;
+        let damaged = |detail| StoreError::damaged(self.id, &path, (Lsn::ZERO, Lsn::MAX), detail);
+        let file = self.storage().open(&path, Access::Read).map_err(|error| match error.kind() {
+            std::io::ErrorKind::NotFound => damaged("the file is missing".to_owned()),
+            _ => StoreError::io("open", &path)(error),
+        })?;
+        if let Header::Wrong(detail) =
+            files::check_header(&*file, &path, SegmentKind::Data, self.id, segment)?
+        {
+            return Err(damaged(detail));
+        }
         self.files.put(segment, Arc::clone(&file), 1);
         Ok(file)
     }

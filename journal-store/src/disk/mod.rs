@@ -5,6 +5,7 @@
 
 mod data;
 mod lookup;
+mod mark;
 mod open;
 mod scan;
 mod seal;
@@ -94,6 +95,8 @@ struct State {
     bookmarks_damage: Option<Damage>,
     /// History from this LSN on is unknown, if so.
     damage: Option<Damage>,
+    /// What opening found damaged without losing anything: it was made again, or it will be.
+    noted: Vec<Damage>,
     stats: Stats,
 }
 
@@ -134,11 +137,12 @@ impl DiskStore {
         self.state().stats
     }
 
-    /// What opening found damaged, apart from frames' data, which only [`DiskStore::verify`] and reading look at.
+    /// What opening found damaged, whether it was mended or not. Frames' data is looked at only by [`DiskStore::verify`]
+    /// and by reading it.
     #[must_use]
     pub fn known_damage(&self) -> Vec<Damage> {
         let state = self.state();
-        state.damage.iter().chain(&state.bookmarks_damage).cloned().collect()
+        state.damage.iter().chain(&state.bookmarks_damage).chain(&state.noted).cloned().collect()
     }
 
     /// Whether a write has failed, so that the disk must be opened again before it takes frames.

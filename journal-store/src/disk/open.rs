@@ -8,18 +8,19 @@ use journal_format::index::{IndexFrame, IndexShape};
 use journal_format::manifest::{LiveSegment, Manifest, Sealed};
 use journal_format::recovery::{DataState, see_data};
 use journal_format::segment::{
-    DATA_ENTRY_BYTES, MetaEntry, Place, SEGMENT_HEADER_PAGE_BYTES, SegmentKind, next_entry,
+    DATA_ENTRY_BYTES, MetaEntry, PAGE_BYTES, Place, SEGMENT_HEADER_PAGE_BYTES, SegmentKind, next_entry,
 };
 use journal_format::{DiskId, Epoch, Lsn, Op, SegmentNumber, Stamp};
 
-use super::scan::{Scanned, Source};
-use super::seal::{load_index, make_segment, write_manifest};
+use super::mark::{self, Mark};
+use super::scan::{Scanned, Source, Unproven};
+use super::seal::{load_index, make_segment, put_manifest};
 use super::writer::{Event, Last, Pending, Tail, Writer, bookmarks_of};
 use super::{DiskStore, Env, State, Stats, data, segment_path};
 use crate::damage::{Damage, DamageKind};
 use crate::error::StoreError;
-use crate::files::{self, OwnFile};
-use crate::io::{Access, Bytes, File};
+use crate::files::{self, Header, OwnFile};
+use crate::io::{Access, Bytes, File, Storage};
 use crate::segment::{Segment, SegmentIndex};
 use crate::timeline::Timeline;
 use journal_format::bookmarks::Bookmark;
@@ -70,7 +71,7 @@ pub(crate) fn exists(env: &Env, disk: DiskId) -> Result<bool, StoreError> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(false),
         Err(error) => return Err(StoreError::io("list", &dir)(error)),
     };
-    if names.iter().any(|name| name == files::MANIFEST) {
+    if names.iter().any(|name| name == files::MANIFEST || *name == files::copy_of(files::MANIFEST)) {
         return Ok(true);
     }
     for name in names.iter().filter(|name| matches!(files::parse_name(name), Some(OwnFile::Segment(..)))) {
@@ -90,33 +91,28 @@ pub(crate) fn exists(env: &Env, disk: DiskId) -> Result<bool, StoreError> {
     Ok(false)
 }
 
-/// Makes a disk of which nothing is recorded, durably.
+/// Makes a disk of which nothing is recorded. Opening it makes it durable.
 pub(crate) fn create(env: &Env, disk: DiskId, disk_bytes: u64) -> Result<(), StoreError> {
     let (storage, dir) = (&*env.storage, files::disk_dir(&env.root, disk));
-    let disks = files::disks_dir(&env.root);
     storage.create_dir(&dir).map_err(StoreError::io("create", &dir))?;
-    storage.sync_dir(&disks).map_err(StoreError::io("sync", &disks))?;
     let mut manifest = Manifest::new(disk, disk_bytes);
     let (segment, first_lsn) = (manifest.next_segment, Lsn::FIRST);
     make_segment(storage, &dir, disk, segment, first_lsn)?;
-    storage.sync_dir(&dir).map_err(StoreError::io("sync", &dir))?;
+    files::sync_dir(storage, &dir)?;
     manifest.segments.push(LiveSegment { segment, first_lsn, sealed: None });
     manifest.next_segment = segment.next();
-    write_manifest(storage, &dir, &manifest)
+    put_manifest(storage, &dir, &manifest)
 }
 
 /// Opens and recovers a disk.
 pub(crate) fn open(env: &Arc<Env>, disk: DiskId, writable: bool) -> Result<Arc<DiskStore>, StoreError> {
     let dir = files::disk_dir(&env.root, disk);
-    let mut opener = Opener { env, disk, writable, state: State::new(), last: Last::default(), dir };
+    // The mark is read before what it speaks of, so that a writer beside us cannot make it say too much.
+    let durable = mark::read(&*env.storage, &dir, disk)?;
+    let mut opener = Opener { env, disk, writable, state: State::new(), last: Last::default(), durable, dir };
     let manifest = opener.read_manifest()?;
     opener.state.disk_bytes = manifest.disk_bytes;
     opener.state.last_epoch = Epoch(0);
-    if writable {
-        // The manifest's name may be in the cache only, after a failure or a kill between rename and durability step.
-        env.storage.sync_dir(&opener.dir).map_err(StoreError::io("sync", &opener.dir))?;
-        opener.remove_orphans(&manifest)?;
-    }
     let mut segments = Vec::with_capacity(manifest.segments.len());
     let mut tails = None;
     for live in &manifest.segments {
@@ -147,6 +143,8 @@ struct Opener<'a> {
     writable: bool,
     state: State,
     last: Last,
+    /// What the durable mark says.
+    durable: Lsn,
 }
 
 impl State {
@@ -161,6 +159,7 @@ impl State {
             bookmarks: Vec::new(),
             bookmarks_damage: None,
             damage: None,
+            noted: Vec::new(),
             stats: Stats::default(),
         }
     }
@@ -177,18 +176,51 @@ impl Opener<'_> {
         Ok((file, bytes))
     }
 
-    fn read_manifest(&self) -> Result<Manifest, StoreError> {
+    /// Reads the manifest. With leave to write, makes it and its copy the same, removes what it does not name, and makes
+    /// the folder durable as it is.
+    fn read_manifest(&mut self) -> Result<Manifest, StoreError> {
         let path = self.dir.join(files::MANIFEST);
-        let (_, bytes) = self.read_file(&path, Access::Read)?;
-        let damaged = |detail: String| StoreError::damaged(self.disk, &path, (Lsn::FIRST, Lsn::MAX), detail);
-        let manifest = Manifest::parse(&bytes).map_err(|error| damaged(error.to_string()))?;
-        if manifest.disk != self.disk {
-            return Err(damaged("it is the manifest of another disk".into()));
+        let everything = (Lsn::FIRST, Lsn::MAX);
+        let damaged = |detail: String| StoreError::damaged(self.disk, &path, everything, detail);
+        let parse = |bytes: &[u8]| parse_manifest(bytes, self.disk);
+        let pair = files::read_pair(&*self.env.storage, &self.dir, files::MANIFEST, parse)?
+            .ok_or_else(|| damaged("the manifest is missing".into()))?
+            .map_err(damaged)?;
+        let manifest = pair.value;
+        if pair.from_copy {
+            self.check_newest(&manifest)?;
         }
-        if manifest.segments.last().is_none_or(|live| live.sealed.is_some()) {
-            return Err(damaged("it names no active segment".into()));
+        if let Some((place, detail)) = pair.damage {
+            let damage = Damage::new(self.disk, (&place, 0), everything, DamageKind::Manifest, detail);
+            self.state.noted.push(damage);
+        }
+        if self.writable {
+            if pair.differ {
+                put_manifest(&*self.env.storage, &self.dir, &manifest)?;
+            }
+            self.remove_orphans(&manifest)?;
+            // A process that died between a rename and this left names that are not durable yet.
+            files::sync_dir(&*self.env.storage, &self.dir)?;
         }
         Ok(manifest)
+    }
+
+    /// Refuses a manifest that was taken from its copy if there are segments that it does not know: then it is an old one.
+    fn check_newest(&self, manifest: &Manifest) -> Result<(), StoreError> {
+        for name in self.env.storage.list(&self.dir).map_err(StoreError::io("list", &self.dir))? {
+            let Some(OwnFile::Segment(SegmentKind::Meta, number)) = files::parse_name(&name) else {
+                continue;
+            };
+            let path = self.dir.join(&name);
+            let file = self.env.storage.open(&path, Access::Read).map_err(StoreError::io("open", &path))?;
+            let length = file.len().map_err(StoreError::io("read the length of", &path))?;
+            if number >= manifest.next_segment && length > SEGMENT_HEADER_PAGE_BYTES as u64 {
+                let detail = "the manifest cannot be read, and its copy is older than the newest segment";
+                let path = self.dir.join(files::MANIFEST);
+                return Err(StoreError::damaged(self.disk, &path, (Lsn::FIRST, Lsn::MAX), detail));
+            }
+        }
+        Ok(())
     }
 
     /// Removes what a crash left behind and the manifest does not name.
@@ -236,7 +268,8 @@ impl Opener<'_> {
         match loaded {
             Ok((shape, bytes)) if fits(&shape) => self.take_sealed(live, shape, bytes),
             // The index holds nothing that the records do not say too.
-            _ => self.rebuild_sealed(live, sealed),
+            Ok(_) => self.rebuild_sealed(live, sealed, "the index does not fit the manifest"),
+            Err(why) => self.rebuild_sealed(live, sealed, &why),
         }
     }
 
@@ -250,6 +283,11 @@ impl Opener<'_> {
             let index = shape.open(&bytes);
             (index.frames().collect(), index.marks().collect())
         };
+        // The size at the begin of an epoch is the one at the segment's end, if nothing changes it in between.
+        let last_epoch = frames.last().map(|frame| frame.epoch);
+        let resized =
+            marks.iter().rev().find(|mark| matches!(mark.op, Op::Resize { .. })).map(|mark| mark.lsn);
+        let sure = |frame: &IndexFrame| Some(frame.epoch) == last_epoch && resized < Some(frame.first_lsn);
         let mut marks = marks.into_iter().peekable();
         for frame in frames {
             let mut events = Vec::new();
@@ -258,6 +296,14 @@ impl Opener<'_> {
                     Ok(disk_bytes) => {
                         let (epoch, lsn, stamp) = (frame.epoch, frame.first_lsn, frame.first_stamp);
                         events.push(Event::Epoch { epoch, lsn, stamp, disk_bytes });
+                    }
+                    Err(StoreError::Damaged { path, detail, .. }) if sure(&frame) => {
+                        let (lsns, place) =
+                            ((frame.first_lsn, frame.last_lsn()), (&*path, frame.meta_position));
+                        let damage = Damage::new(self.disk, place, lsns, DamageKind::Records, detail);
+                        self.state.noted.push(damage);
+                        let (epoch, lsn, stamp) = (frame.epoch, frame.first_lsn, frame.first_stamp);
+                        events.push(Event::Epoch { epoch, lsn, stamp, disk_bytes: shape.disk_bytes() });
                     }
                     Err(StoreError::Damaged { path, detail, .. }) => {
                         self.state.damage = Some(self.damage(
@@ -293,32 +339,35 @@ impl Opener<'_> {
         &mut self,
         live: &LiveSegment,
         sealed: &Sealed,
+        why: &str,
     ) -> Result<Option<SegmentIndex>, StoreError> {
         let path = segment_path(&self.dir, SegmentKind::Meta, live.segment);
         let (_, meta) = self.read_file(&path, Access::Read)?;
         let source = self.source(live, Some(sealed.last_lsn), &meta);
         let found = source.scan(&mut |_, _| Ok(DataState::Valid))?;
         let whole = found.damage.is_none();
+        let lsns = (live.first_lsn, sealed.last_lsn);
+        let name = files::segment_file(SegmentKind::Index, live.segment);
+        let index_path = self.dir.join(&name);
+        self.state.noted.push(Damage::new(self.disk, (&index_path, 0), lsns, DamageKind::Index, why));
         let Some(index) = self.take_scanned(live, &path, found) else { return Ok(None) };
         if !whole || !self.writable {
             return Ok(Some(SegmentIndex::Live(index)));
         }
         let bytes = index.finish().map_err(StoreError::unwritable(self.disk))?;
-        let name = files::segment_file(SegmentKind::Index, live.segment);
-        files::replace(&*self.env.storage, &self.dir, &name, &bytes)?;
-        let path = self.dir.join(name);
-        match load_index(&*self.env.storage, &path, self.disk, live.segment)? {
+        files::put(&*self.env.storage, &self.dir, &name, &bytes)?;
+        files::sync_dir(&*self.env.storage, &self.dir)?;
+        match load_index(&*self.env.storage, &index_path, self.disk, live.segment)? {
             Ok((shape, bytes)) => Ok(Some(SegmentIndex::Sealed(shape, bytes))),
-            Err(detail) => {
-                Err(StoreError::damaged(self.disk, &path, (live.first_lsn, sealed.last_lsn), detail))
-            }
+            Err(detail) => Err(StoreError::damaged(self.disk, &index_path, lsns, detail)),
         }
     }
 
     fn source<'b>(&self, live: &LiveSegment, sealed: Option<Lsn>, meta: &'b [u8]) -> Source<'b> {
         let (disk, segment, first_lsn, last_epoch) =
             (self.disk, live.segment, live.first_lsn, self.last.epoch);
-        Source { disk, segment, first_lsn, sealed, last_epoch, meta }
+        let durable = sealed.unwrap_or(self.durable);
+        Source { disk, segment, first_lsn, sealed, durable, last_epoch, meta }
     }
 
     /// Takes in what a scan found; `None` if that is no record at all.
@@ -354,9 +403,14 @@ impl Opener<'_> {
         let (meta, meta_path, meta_header) = open(SegmentKind::Meta)?;
         for (path, header) in [(&data_path, data_header), (&meta_path, meta_header)] {
             // Headers were durable before the manifest named the files.
-            if let Err(error) = header {
-                self.state.damage = Some(self.damage((path, 0), live.first_lsn, DamageKind::Header, error));
-                return Ok(None);
+            let damage = |detail| self.damage((path, 0), live.first_lsn, DamageKind::Header, detail);
+            match header {
+                Header::Good => {}
+                Header::Rotten(detail) => self.state.noted.push(damage(detail)),
+                Header::Wrong(detail) => {
+                    self.state.damage = Some(damage(detail));
+                    return Ok(None);
+                }
             }
         }
         let bytes = files::read_all(&*meta, &meta_path)?;
@@ -364,7 +418,7 @@ impl Opener<'_> {
             self.see(&*data, &data_path, live, entry, data_end)
         };
         let found = self.source(live, None, &bytes).scan(&mut see)?;
-        let (meta_sure, data_sure) = found.sure;
+        let unproven = found.unproven.clone();
         let tail = |file, path, end| Tail { file, path, end, fresh: true };
         let tails = (tail(data, data_path, found.data_end), tail(meta, meta_path.clone(), found.meta_end));
         self.state.stats.stored_data_bytes += found.data_end;
@@ -372,10 +426,44 @@ impl Opener<'_> {
         let Some(index) = self.take_scanned(live, &meta_path, found) else { return Ok(None) };
         let usable = self.writable && self.state.damage.is_none();
         if usable {
-            settle(&tails.0, data_sure)?;
-            settle(&tails.1, meta_sure)?;
+            self.write_again(live, &bytes, &unproven, &tails)?;
+            settle(&tails.0, unproven.is_empty())?;
+            settle(&tails.1, unproven.is_empty())?;
         }
         Ok(Some((SegmentIndex::Live(index), usable.then_some(tails))))
+    }
+
+    /// Writes the entries again of which it is not known that they were durable, with the same bytes. After a failed
+    /// durability step the system may hold bytes that no disk has and that it takes for clean: another step alone would
+    /// pass them over and succeed. The unused bytes before them, which a power cut may have left as anything, become zero.
+    fn write_again(
+        &self,
+        live: &LiveSegment,
+        meta: &[u8],
+        unproven: &[Unproven],
+        (data_tail, meta_tail): &(Tail, Tail),
+    ) -> Result<(), StoreError> {
+        let changed = |tail: &Tail| {
+            let error = std::io::Error::other("two reads gave different bytes; open the disk again");
+            StoreError::io("read", &tail.path)(error)
+        };
+        for Unproven { meta_from, meta_at, data_from } in unproven {
+            let place = Place { disk: self.disk, segment: live.segment, position: *meta_at };
+            let rest = usize::try_from(*meta_at).ok().and_then(|at| meta.get(at..)).unwrap_or(&[]);
+            let entry = MetaEntry::parse(rest, &place).map_err(|_| changed(meta_tail))?;
+            if let Some(at) = entry.header.data {
+                let length = DATA_ENTRY_BYTES.saturating_add(entry.header.data_bytes as usize);
+                let bytes = files::read_some(&*data_tail.file, &data_tail.path, at.position, length)?;
+                let place = Place { position: at.position, ..place };
+                if see_data(&bytes, &place, Some(&entry)) != DataState::Valid {
+                    return Err(changed(data_tail));
+                }
+                write_behind_zeroes(data_tail, *data_from, at.position, &bytes)?;
+            }
+            let bytes = rest.get(..entry.header.entry_bytes() as usize).unwrap_or(rest);
+            write_behind_zeroes(meta_tail, *meta_from, *meta_at, bytes)?;
+        }
+        Ok(())
     }
 
     /// Looks at the data of an entry of the active segment.
@@ -402,11 +490,12 @@ impl Opener<'_> {
     }
 
     fn finish(self, manifest: Manifest, tails: Option<(Tail, Tail)>) -> Result<Arc<DiskStore>, StoreError> {
-        let Self { env, disk, dir, mut state, last, writable } = self;
-        read_bookmarks(env, disk, &dir, &mut state)?;
+        let Self { env, disk, dir, mut state, last, writable, .. } = self;
+        let differ = read_bookmarks(env, disk, &dir, &mut state)?;
         let writer = match (tails, state.segments.last()) {
             (Some((data, meta)), Some(segment)) => Some(Writer {
                 poison: None,
+                mark: new_mark(&*env.storage, &dir, disk, last.lsn)?,
                 manifest,
                 segment: Arc::clone(segment),
                 records: last.lsn.next().since(segment.first_lsn),
@@ -418,54 +507,82 @@ impl Opener<'_> {
             _ => None,
         };
         let store = DiskStore::new(Arc::clone(env), disk, dir, state, writer);
-        if store.name_bookmarks()? && writable && store.writer.is_some() {
+        if (store.name_bookmarks()? || differ) && writable && store.writer.is_some() {
             store.save_bookmarks()?;
+            if differ {
+                files::sync_dir(store.storage(), &store.dir)?;
+            }
         }
         Ok(Arc::new(store))
     }
 }
 
-/// Cuts what is behind the end off a file, and makes the rest durable: before this only the page cache may have had it.
-///
-/// What is not known to be durable, from `sure` on, is written again. After a durability step that failed the page cache
-/// calls pages clean that never reached the disk: another step would write nothing, succeed, and make a promise that a
-/// power cut breaks. Writing the same bytes makes the pages dirty again.
-fn settle(tail: &Tail, sure: u64) -> Result<(), StoreError> {
+/// Writes `bytes` at `position`, and zeroes from `from` up to there.
+fn write_behind_zeroes(tail: &Tail, from: u64, position: u64, bytes: &[u8]) -> Result<(), StoreError> {
+    // Less than a page: that is how far entries are apart.
+    let gap = position.checked_sub(from).filter(|gap| *gap < PAGE_BYTES).unwrap_or(0);
+    let all = [&vec![0; gap as usize], bytes].concat();
+    tail.file.write_at(&all, position - gap).map_err(StoreError::io("write", &tail.path))
+}
+
+/// Cuts what is behind the end off a file and makes it durable as it is, unless it is so and `proven` to be durable.
+fn settle(tail: &Tail, proven: bool) -> Result<(), StoreError> {
     let length = tail.file.len().map_err(StoreError::io("read the length of", &tail.path))?;
+    if length == tail.end && proven {
+        return Ok(());
+    }
     if length != tail.end {
         tail.file.set_len(tail.end).map_err(StoreError::io("cut", &tail.path))?;
-    }
-    let mut position = sure;
-    while position < tail.end {
-        let length = usize::try_from(tail.end - position).unwrap_or(usize::MAX).min(SETTLE_BYTES);
-        let bytes = files::read_some(&*tail.file, &tail.path, position, length)?;
-        tail.file.write_at(&bytes, position).map_err(StoreError::io("write", &tail.path))?;
-        position = position.saturating_add(length as u64);
     }
     tail.file.sync().map_err(StoreError::io("sync", &tail.path))
 }
 
-/// Written again at a time, in bytes.
-const SETTLE_BYTES: usize = 1 << 20;
+/// Opens the mark and has both of its places say what opening has just made durable.
+fn new_mark(storage: &dyn Storage, dir: &Path, disk: DiskId, durable: Lsn) -> Result<Mark, StoreError> {
+    let mut mark = Mark::open(storage, dir, disk)?;
+    mark.write(durable)?;
+    mark.write(durable)?;
+    Ok(mark)
+}
 
-fn read_bookmarks(env: &Env, disk: DiskId, dir: &Path, state: &mut State) -> Result<(), StoreError> {
-    let path = dir.join(files::BOOKMARKS);
-    let file = match env.storage.open(&path, Access::Read) {
-        Ok(file) => file,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(StoreError::io("open", &path)(error)),
-    };
-    let detail = match journal_format::bookmarks::parse(&files::read_all(&*file, &path)?) {
-        Ok((owner, bookmarks)) if owner == disk => {
-            state.bookmarks = bookmarks;
-            return Ok(());
-        }
-        Ok(_) => "it holds another disk's bookmarks".to_owned(),
-        Err(error) => error.to_string(),
-    };
+/// Reads a manifest that can be used for that disk; the error says what is wrong.
+pub(super) fn parse_manifest(bytes: &[u8], disk: DiskId) -> Result<Manifest, String> {
+    let manifest = Manifest::parse(bytes).map_err(|error| error.to_string())?;
+    if manifest.disk != disk {
+        return Err("it is the manifest of another disk".into());
+    }
+    if manifest.segments.last().is_none_or(|live| live.sealed.is_some()) {
+        return Err("it names no active segment".into());
+    }
+    Ok(manifest)
+}
+
+/// Reads the bookmarks of that disk; the error says what is wrong.
+pub(super) fn parse_bookmarks(bytes: &[u8], disk: DiskId) -> Result<Vec<Bookmark>, String> {
+    match journal_format::bookmarks::parse(bytes) {
+        Ok((owner, bookmarks)) if owner == disk => Ok(bookmarks),
+        Ok(_) => Err("it holds another disk's bookmarks".to_owned()),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+/// Reads the bookmarks. Returns whether the file must be written again, because it or its copy cannot be used.
+fn read_bookmarks(env: &Env, disk: DiskId, dir: &Path, state: &mut State) -> Result<bool, StoreError> {
     let lsns = (Lsn::FIRST, Lsn::MAX);
-    state.bookmarks_damage = Some(Damage::new(disk, (&path, 0), lsns, DamageKind::Bookmarks, detail));
-    Ok(())
+    let damage = |path: &Path, detail| Damage::new(disk, (path, 0), lsns, DamageKind::Bookmarks, detail);
+    let parse = |bytes: &[u8]| parse_bookmarks(bytes, disk);
+    match files::read_pair(&*env.storage, dir, files::BOOKMARKS, parse)? {
+        None => Ok(false),
+        Some(Ok(pair)) => {
+            state.bookmarks = pair.value;
+            state.noted.extend(pair.damage.map(|(path, detail)| damage(&path, detail)));
+            Ok(pair.differ)
+        }
+        Some(Err(detail)) => {
+            state.bookmarks_damage = Some(damage(&dir.join(files::BOOKMARKS), detail));
+            Ok(false)
+        }
+    }
 }
 
 impl DiskStore {

@@ -20,10 +20,21 @@ pub(super) struct Scanned {
     pub(super) meta_end: u64,
     /// Where the data of the last good entry ends, in this segment's data file.
     pub(super) data_end: u64,
-    /// Up to where the two files (metadata, data) are known to be durable; the rest may be in the page cache only.
-    pub(super) sure: (u64, u64),
+    /// The entries of which it is not known that they were durable.
+    pub(super) unproven: Vec<Unproven>,
     /// What stands behind the last good entry and should not, if history from there on is unknown.
     pub(super) damage: Option<String>,
+}
+
+/// A good entry that may be only in the page cache.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Unproven {
+    /// Where the metadata entry before it ends.
+    pub(super) meta_from: u64,
+    /// Where it begins.
+    pub(super) meta_at: u64,
+    /// Where the data entry before its own ends.
+    pub(super) data_from: u64,
 }
 
 /// A metadata file to scan.
@@ -32,8 +43,10 @@ pub(super) struct Source<'a> {
     pub(super) disk: DiskId,
     pub(super) segment: SegmentNumber,
     pub(super) first_lsn: Lsn,
-    /// Of a sealed segment, its last LSN: everything up to it is known to have been durable.
+    /// Of a sealed segment, its last LSN, where the walk ends.
     pub(super) sealed: Option<Lsn>,
+    /// Everything up to this LSN is known to have been durable, whatever the file says.
+    pub(super) durable: Lsn,
     /// Epoch of the record before the first.
     pub(super) last_epoch: Epoch,
     /// The whole file.
@@ -54,11 +67,11 @@ impl Source<'_> {
             raw_bytes: 0,
             meta_end: start,
             data_end: start,
-            sure: (start, start),
+            unproven: Vec::new(),
             damage: None,
         };
         let place = |position| Place { disk: self.disk, segment: self.segment, position };
-        let floor = self.sealed.unwrap_or_else(|| durable_floor(self.rest(start), &place(start)));
+        let durable = self.durable.max(durable_floor(self.rest(start), &place(start)));
         loop {
             let expected = found.last.map_or(self.first_lsn, |last| last.lsn.next());
             if self.sealed.is_some_and(|last| expected > last) {
@@ -66,21 +79,19 @@ impl Source<'_> {
             }
             let (place, seen) = see_next(self.rest(found.meta_end), &place(found.meta_end), expected);
             let entry = if let MetaSeen::Valid(entry) = &seen { Some(entry) } else { None };
-            let standing = if floor >= expected { Standing::Durable } else { Standing::Tail };
-            let data = match (entry, standing) {
-                // It was durable, so it is kept whatever its data looks like now; so opening does not read all data.
-                (Some(_), Standing::Durable) => DataState::Valid,
-                _ => see_data(entry, found.data_end)?,
-            };
+            let proven = entry.is_some_and(|entry| entry.frame.header().last_lsn() <= durable);
+            // Data that was durable is not read again: where it has rotted, whoever reads it is told.
+            let data = if proven { DataState::Valid } else { see_data(entry, found.data_end)? };
+            let standing = if expected <= durable { Standing::Durable } else { Standing::Tail };
             match (decide(seen.state(), data, standing), entry) {
-                // Data that is damaged is found again, and reported, by whoever reads it.
                 (Action::Keep | Action::RefuseData, Some(entry)) => {
+                    let (meta_from, data_from) = (found.meta_end, found.data_end);
                     if let Err(error) = found.keep(entry, &place, self.last_epoch) {
                         found.damage = Some(error.to_string());
                         return Ok(found);
                     }
-                    if standing == Standing::Durable {
-                        found.sure = (found.meta_end, found.data_end);
+                    if !proven {
+                        found.unproven.push(Unproven { meta_from, meta_at: place.position, data_from });
                     }
                 }
                 (Action::EndOfLog | Action::CutHere, _) => return Ok(found),

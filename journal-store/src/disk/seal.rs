@@ -34,12 +34,8 @@ pub(super) fn make_segment(
     Ok((make(SegmentKind::Data)?, make(SegmentKind::Meta)?))
 }
 
-/// Writes a manifest.
-pub(super) fn write_manifest(
-    storage: &dyn Storage,
-    dir: &Path,
-    manifest: &Manifest,
-) -> Result<(), StoreError> {
+/// Writes a manifest; it is certain after the folder has been made durable.
+pub(super) fn put_manifest(storage: &dyn Storage, dir: &Path, manifest: &Manifest) -> Result<(), StoreError> {
     let bytes = manifest.encode().map_err(StoreError::unwritable(manifest.disk))?;
     files::replace(storage, dir, files::MANIFEST, &bytes)
 }
@@ -71,18 +67,19 @@ impl DiskStore {
         let (storage, number, next) = (self.storage(), writer.segment.number, writer.manifest.next_segment);
         let index = self.encode_index(&writer.segment)?;
         let name = files::segment_file(SegmentKind::Index, number);
-        files::replace(storage, &self.dir, &name, &index)?;
+        files::put(storage, &self.dir, &name, &index)?;
         let first_lsn = writer.last.lsn.next();
         let (data, meta) = make_segment(storage, &self.dir, self.id, next, first_lsn)?;
         // The new names must be durable before the manifest can be seen that names them.
-        storage.sync_dir(&self.dir).map_err(StoreError::io("sync", &self.dir))?;
+        files::sync_dir(storage, &self.dir)?;
 
         let path = self.dir.join(name);
         let damaged =
             |detail| StoreError::damaged(self.id, &path, (writer.segment.first_lsn, writer.last.lsn), detail);
         let (shape, bytes) = load_index(storage, &path, self.id, number)?.map_err(damaged)?;
         let manifest = self.next_manifest(writer, &shape, index.len() as u64, first_lsn);
-        write_manifest(storage, &self.dir, &manifest)?;
+        put_manifest(storage, &self.dir, &manifest)?;
+        files::sync_dir(storage, &self.dir)?;
 
         *writer.segment.index_mut() = SegmentIndex::Sealed(shape, bytes);
         let fresh = SegmentIndex::Live(IndexBuilder::new(self.id, next));

@@ -10,15 +10,17 @@ use std::ops::{ControlFlow, RangeInclusive};
 use std::path::Path;
 use std::sync::Arc;
 
+use journal_format::durable_mark::MARK_POSITIONS;
 use journal_format::index::{IndexBuilder, IndexFrame, IndexShape};
-use journal_format::manifest::{Manifest, Sealed};
+use journal_format::manifest::Sealed;
 use journal_format::segment::{DATA_ENTRY_BYTES, MetaEntry, Place, SEGMENT_HEADER_PAGE_BYTES, SegmentKind};
 use journal_format::{Lsn, SegmentNumber, Stamp};
 
-use super::{DiskStore, State};
+use super::open::{parse_bookmarks, parse_manifest};
+use super::{DiskStore, State, mark};
 use crate::damage::{Damage, DamageKind};
 use crate::error::StoreError;
-use crate::files;
+use crate::files::{self, Header};
 use crate::io::Access;
 use crate::segment::Segment;
 
@@ -145,42 +147,57 @@ impl<'a> Check<'a> {
     }
 
     fn small_files(&mut self) {
+        // While nobody writes: bookmarks are shown before they are saved.
+        let writer = self.store.lock_writer();
         let (everything, disk) = ((Lsn::FIRST, Lsn::MAX), self.store.id);
-        let path = self.store.dir.join(files::MANIFEST);
-        if let Some(bytes) = self.load(&path, everything) {
-            match Manifest::parse(&bytes) {
-                Ok(manifest) if manifest.disk == disk => {
-                    let sealed =
-                        manifest.segments.iter().filter_map(|live| Some((live.segment, live.sealed?)));
-                    self.sealed = sealed.collect();
-                }
-                Ok(_) => self.found(
-                    &path,
-                    0,
-                    everything,
-                    DamageKind::Manifest,
-                    "it is the manifest of another disk",
-                ),
-                Err(error) => self.found(&path, 0, everything, DamageKind::Manifest, error),
-            }
+        let parse = |bytes: &[u8]| parse_manifest(bytes, disk);
+        if let Some(manifest) = self.pair(files::MANIFEST, DamageKind::Manifest, parse) {
+            let sealed = manifest.segments.iter().filter_map(|live| Some((live.segment, live.sealed?)));
+            self.sealed = sealed.collect();
         }
-        let path = self.store.dir.join(files::BOOKMARKS);
-        if self.state.bookmarks.is_empty() || self.state.bookmarks_damage.is_some() {
+        if !self.state.bookmarks.is_empty() && self.state.bookmarks_damage.is_none() {
+            let parse = |bytes: &[u8]| parse_bookmarks(bytes, disk);
+            let bookmarks = self.pair(files::BOOKMARKS, DamageKind::Bookmarks, parse).unwrap_or_default();
+            self.bookmarks = bookmarks.iter().map(|bookmark| (bookmark.lsn, bookmark.stamp)).collect();
+        }
+        // An opening for writing has written both marks; before it they may be torn.
+        if writer.is_err() {
             return;
         }
-        if let Some(bytes) = self.load(&path, everything) {
-            match journal_format::bookmarks::parse(&bytes) {
-                Ok((owner, bookmarks)) if owner == disk => {
-                    self.bookmarks =
-                        bookmarks.iter().map(|bookmark| (bookmark.lsn, bookmark.stamp)).collect();
+        let path = self.store.dir.join(files::DURABLE);
+        match mark::look(self.store.storage(), &self.store.dir, disk) {
+            Ok(marks) => {
+                for (mark, position) in marks.into_iter().zip(MARK_POSITIONS) {
+                    if let Err(detail) = mark {
+                        let detail = detail.unwrap_or_else(|| "the mark is missing".to_owned());
+                        self.found(&path, position, everything, DamageKind::Mark, detail);
+                    }
                 }
-                Ok(_) => {
-                    let detail = "it holds another disk's bookmarks";
-                    self.found(&path, 0, everything, DamageKind::Bookmarks, detail);
-                }
-                Err(error) => self.found(&path, 0, everything, DamageKind::Bookmarks, error),
             }
+            Err(error) => self.found(&path, 0, everything, DamageKind::Mark, error),
         }
+    }
+
+    /// Checks a small file and its copy, and returns what they say.
+    fn pair<T>(
+        &mut self,
+        name: &str,
+        kind: DamageKind,
+        parse: impl Fn(&[u8]) -> Result<T, String>,
+    ) -> Option<T> {
+        let (everything, path) = ((Lsn::FIRST, Lsn::MAX), self.store.dir.join(name));
+        match files::read_pair(self.store.storage(), &self.store.dir, name, parse) {
+            Ok(Some(Ok(pair))) => {
+                if let Some((path, detail)) = pair.damage {
+                    self.found(&path, 0, everything, kind, detail);
+                }
+                return Some(pair.value);
+            }
+            Ok(Some(Err(detail))) => self.found(&path, 0, everything, kind, detail),
+            Ok(None) => self.found(&path, 0, everything, kind, "the file is missing"),
+            Err(error) => self.found(&path, 0, everything, DamageKind::Unreadable, error),
+        }
+        None
     }
 
     fn segment(
@@ -223,8 +240,8 @@ impl<'a> Check<'a> {
                     continue;
                 }
             };
-            if let Err(error) = header {
-                self.found(&path, 0, lsns, DamageKind::Header, error);
+            if let Header::Rotten(detail) | Header::Wrong(detail) = header {
+                self.found(&path, 0, lsns, DamageKind::Header, detail);
             }
             let said = sealed.map(|sealed| match kind {
                 SegmentKind::Data => sealed.data_bytes,

@@ -10,6 +10,7 @@ use journal_format::segment::{
 use journal_format::{DiskId, Epoch, Frame, Lsn, Op, Record, Stamp, codec};
 
 use super::DiskStore;
+use super::mark::Mark;
 use crate::damage::Damage;
 use crate::error::StoreError;
 use crate::files;
@@ -97,6 +98,7 @@ pub(crate) struct Writer {
     pub(super) segment: Arc<Segment>,
     pub(super) data: Tail,
     pub(super) meta: Tail,
+    pub(super) mark: Mark,
     pub(super) last: Last,
     /// Records in the active segment.
     pub(super) records: u64,
@@ -260,7 +262,8 @@ impl DiskStore {
         bookmarks.push(bookmark.clone());
         let bytes = journal_format::bookmarks::encode(self.id, &bookmarks)
             .map_err(|error| StoreError::invalid(self.id, format!("the bookmark cannot be: {error}")))?;
-        let written = files::replace(self.storage(), &self.dir, files::BOOKMARKS, &bytes);
+        let written = files::replace(self.storage(), &self.dir, files::BOOKMARKS, &bytes)
+            .and_then(|()| files::sync_dir(self.storage(), &self.dir));
         writer.poison_on(written)?;
         self.state_mut().bookmarks = bookmarks;
         Ok(bookmark)
@@ -292,12 +295,17 @@ impl Commit<'_> {
         (writer.data.fresh, writer.meta.fresh) = (true, true);
         let pending = std::mem::take(&mut writer.pending);
         let bookmarked = disk.publish(writer, pending);
+        let marked = writer.mark.write(writer.last.lsn);
+        writer.poison_on(marked)?;
         if bookmarked {
             let saved = disk.save_bookmarks();
             writer.poison_on(saved)?;
         }
         let config = &disk.env.config;
-        if writer.data.end >= config.segment_data_bytes || writer.records >= config.segment_records {
+        if writer.data.end >= config.segment_data_bytes
+            || writer.meta.end >= config.segment_meta_bytes
+            || writer.records >= config.segment_records
+        {
             let sealed = disk.seal(writer);
             writer.poison_on(sealed)?;
         }
@@ -325,7 +333,8 @@ impl DiskStore {
         bookmarked
     }
 
-    /// Writes the bookmarks' file anew. A damaged one is left for a person to look at; the records have the names too.
+    /// Writes the bookmarks' file anew, for bookmarks that came as records: those are durable already, so nothing waits until
+    /// the new file is. A damaged one is left for a person to look at.
     pub(super) fn save_bookmarks(&self) -> Result<(), StoreError> {
         let state = self.state().clone();
         if state.bookmarks_damage.is_some() {

@@ -35,8 +35,6 @@ struct State {
     pending_names: Vec<NameChange>,
     dirs: BTreeSet<PathBuf>,
     locked: BTreeSet<PathBuf>,
-    /// Durability steps of files still to succeed before one fails; `None`: none fails.
-    syncs_left: Option<u64>,
 }
 
 /// Files in memory. Clones share them.
@@ -60,21 +58,67 @@ fn apply(contents: &mut Vec<u8>, change: &Change) {
     }
 }
 
-/// A part of a change that a power cut may have let through: nothing, all, or, of a write, some of its sectors.
-fn torn(change: &Change, choose: &mut impl FnMut(usize) -> usize) -> Vec<Change> {
-    match (choose(3), change) {
-        (0, _) => Vec::new(),
-        (1, Change::Write { position, bytes }) => {
-            let sectors = bytes.chunks(SECTOR_BYTES).enumerate();
-            let kept = sectors.filter(|_| choose(2) == 0);
-            kept.map(|(i, sector)| Change::Write {
-                position: position + i * SECTOR_BYTES,
-                bytes: sector.to_vec(),
-            })
-            .collect()
+/// How finely a power cut divides what is not durable.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Tearing {
+    /// Each write arrived or did not: few enough images to try them all.
+    Whole,
+    /// Of each write any sectors may have arrived, or a part that begins or ends at any byte.
+    Torn,
+}
+
+/// What a power cut may have let through of a change.
+fn arrived(change: &Change, tearing: Tearing, choose: &mut impl FnMut(usize) -> usize) -> Vec<Change> {
+    let Change::Write { position, bytes } = change else {
+        return if choose(2) == 0 { Vec::new() } else { vec![change.clone()] };
+    };
+    let part = |from: usize, to: usize| {
+        let part = bytes.get(from..to).unwrap_or_default().to_vec();
+        Change::Write { position: position.saturating_add(from), bytes: part }
+    };
+    match choose(if tearing == Tearing::Whole { 2 } else { 5 }) {
+        0 => Vec::new(),
+        1 => vec![change.clone()],
+        2 => vec![part(0, choose(bytes.len().max(1)))],
+        3 => vec![part(choose(bytes.len().max(1)), bytes.len())],
+        _ => {
+            // Sectors are those of the file, not of the write.
+            let mut from = 0;
+            let mut kept = Vec::new();
+            while from < bytes.len() {
+                let to = bytes.len().min(from + SECTOR_BYTES - (position + from) % SECTOR_BYTES);
+                if choose(2) == 0 {
+                    kept.push(part(from, to));
+                }
+                from = to;
+            }
+            kept
         }
-        (_, change) => vec![change.clone()],
     }
+}
+
+/// What a power cut may leave of a file's contents.
+fn contents_after(inode: &Inode, tearing: Tearing, choose: &mut impl FnMut(usize) -> usize) -> Vec<u8> {
+    let mut contents = inode.durable.clone();
+    let (durable, now) = (inode.durable.len(), inode.now.len());
+    if inode.pending.is_empty() {
+        return contents;
+    }
+    // The new length may have arrived without the data: then what is there is zero, or what the blocks held before.
+    match if now > durable { choose(3) } else { 0 } {
+        0 => {}
+        1 => contents.resize(now, 0),
+        _ => {
+            let old = if choose(2) == 0 { vec![0xdb] } else { inode.durable.clone() };
+            let stale = old.iter().copied().cycle().skip(durable % 64).take(now - durable);
+            contents.extend(stale);
+            contents.resize(now, 0);
+        }
+    }
+    for part in inode.pending.iter().flat_map(|change| arrived(change, tearing, choose)) {
+        apply(&mut contents, &part);
+    }
+    contents
 }
 
 impl MemStorage {
@@ -85,21 +129,19 @@ impl MemStorage {
     }
 
     /// A copy of what a power cut now could leave: everything durable, and of the rest whatever `choose` decides.
-    /// `choose(n)` returns a number below `n`; unsynced writes are lost, kept or torn by sectors, each on its own;
-    /// unsynced changes of names are lost or kept, each on its own (a rename as a whole).
+    /// `choose(n)` returns a number below `n`. Every unsynced write is lost, kept or torn on its own; a file that was
+    /// extended has its old length or the new one, with zeroes or old bytes where no data arrived; every unsynced change
+    /// of names is lost or kept on its own (a rename as a whole). A `choose` that always returns 0 loses everything.
     #[must_use]
-    pub fn crash(&self, mut choose: impl FnMut(usize) -> usize) -> Self {
+    pub fn crash(&self, tearing: Tearing, mut choose: impl FnMut(usize) -> usize) -> Self {
         let state = self.state();
         let mut inodes = Vec::with_capacity(state.inodes.len());
         for inode in &state.inodes {
-            let mut contents = inode.durable.clone();
-            for part in inode.pending.iter().flat_map(|change| torn(change, &mut choose)) {
-                apply(&mut contents, &part);
-            }
+            let contents = contents_after(inode, tearing, &mut choose);
             inodes.push(Inode { now: contents.clone(), durable: contents, pending: Vec::new() });
         }
         let mut names = state.durable_names.clone();
-        for (name, inode) in state.pending_names.iter().filter(|_| choose(2) == 0).flatten() {
+        for (name, inode) in state.pending_names.iter().filter(|_| choose(2) == 1).flatten() {
             match inode {
                 Some(inode) => names.insert(name.clone(), *inode),
                 None => names.remove(name),
@@ -112,16 +154,34 @@ impl MemStorage {
             pending_names: Vec::new(),
             dirs: state.dirs.clone(),
             locked: BTreeSet::new(),
-            syncs_left: None,
         };
         Self { state: Arc::new(Mutex::new(crashed)) }
     }
 
-    /// The durability step of a file after `good` more fails, as on a disk that could not write: what it should have made
-    /// durable stays readable, is never made durable by a later step, and is gone after a crash. So does Linux: the pages
-    /// are called clean once the failure was reported.
-    pub fn fail_sync_after(&self, good: u64) {
-        self.state().syncs_left = Some(good);
+    /// A copy as it is when the process dies and the system goes on: nothing is lost, and nothing more is durable.
+    #[must_use]
+    pub fn fork(&self) -> Self {
+        let state = self.state();
+        let forked = State {
+            inodes: state.inodes.clone(),
+            names: state.names.clone(),
+            durable_names: state.durable_names.clone(),
+            pending_names: state.pending_names.clone(),
+            dirs: state.dirs.clone(),
+            locked: BTreeSet::new(),
+        };
+        Self { state: Arc::new(Mutex::new(forked)) }
+    }
+
+    /// What a failed durability step may do to a file: what was not durable will never be, unless it is written again;
+    /// until a power cut it can still be read.
+    pub fn forget(&self, path: &Path) {
+        let mut state = self.state();
+        if let Ok(inode) = state.find(path)
+            && let Ok(inode) = state.inode(inode)
+        {
+            inode.pending.clear();
+        }
     }
 
     /// All files with their contents, as a program would read them now.
@@ -220,13 +280,7 @@ impl File for MemFile {
 
     fn sync(&self) -> io::Result<()> {
         let mut state = self.storage.state();
-        let fails = state.syncs_left == Some(0);
-        state.syncs_left = if fails { None } else { state.syncs_left.map(|left| left.saturating_sub(1)) };
         let inode = state.inode(self.inode)?;
-        if fails {
-            inode.pending.clear();
-            return Err(io::Error::other("injected failure"));
-        }
         for change in std::mem::take(&mut inode.pending) {
             apply(&mut inode.durable, &change);
         }
@@ -263,9 +317,18 @@ impl Storage for MemStorage {
         if path.parent().is_some_and(|dir| !state.dirs.contains(dir)) {
             return Err(io::ErrorKind::NotFound.into());
         }
-        let inode = state.inodes.len();
-        state.inodes.push(Inode::default());
-        state.change_names(vec![(path.to_owned(), Some(inode))]);
+        let inode = match state.find(path) {
+            Ok(inode) => {
+                state.change(inode, Change::SetLen(0))?;
+                inode
+            }
+            Err(_) => {
+                state.inodes.push(Inode::default());
+                let inode = state.inodes.len() - 1;
+                state.change_names(vec![(path.to_owned(), Some(inode))]);
+                inode
+            }
+        };
         drop(state);
         Ok(self.file(inode, Access::ReadWrite))
     }

@@ -1,19 +1,19 @@
 //! The seam through which all I/O of the store goes, and its implementations.
 //!
 //! [`RealStorage`] is the operating system's files. [`MemStorage`] keeps everything in memory and can say what a power
-//! cut would leave ([`MemStorage::crash`]). [`FailStorage`] wraps another one and fails at the N-th call.
+//! cut would leave ([`MemStorage::crash`]). [`HookStorage`] wraps another one and asks a [`Hook`] before each call.
 //!
 //! The contract is that of POSIX, no more: what was written may be lost or torn until [`File::sync`]; a name that was
 //! created, renamed or removed may be lost until [`Storage::sync_dir`]; a rename is atomic.
 
-mod fail;
+mod hook;
 mod map;
 mod mem;
 mod real;
 
-pub use fail::{FailMode, FailStorage};
+pub use hook::{Answer, Call, CallKind, Hook, HookStorage};
 pub use map::Bytes;
-pub use mem::MemStorage;
+pub use mem::{MemStorage, Tearing};
 pub use real::RealStorage;
 
 use std::fmt::Debug;
@@ -105,7 +105,7 @@ pub trait Storage: Send + Sync + Debug {
     /// `NotFound`, or what the operating system says.
     fn list(&self, dir: &Path) -> io::Result<Vec<String>>;
 
-    /// Makes a folder and those above it, unless they exist.
+    /// Makes a folder and those above it, unless they exist. When it returns the folder is durable, whoever made it.
     ///
     /// # Errors
     /// What the operating system says.

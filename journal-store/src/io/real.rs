@@ -42,6 +42,17 @@ impl File for RealFile {
     }
 }
 
+/// Makes the name of a folder durable.
+fn sync_parent(dir: &Path) -> io::Result<()> {
+    let parent = dir.parent().filter(|parent| *parent != Path::new(""));
+    match (parent, dir.has_root()) {
+        (Some(parent), _) => fs::File::open(parent)?.sync_all(),
+        (None, false) => fs::File::open(".")?.sync_all(),
+        // The root of the file system has no name.
+        (None, true) => Ok(()),
+    }
+}
+
 impl Storage for RealStorage {
     fn create(&self, path: &Path) -> io::Result<Arc<dyn File>> {
         let file = fs::File::options().read(true).write(true).create(true).truncate(true).open(path)?;
@@ -76,7 +87,22 @@ impl Storage for RealStorage {
     }
 
     fn create_dir(&self, dir: &Path) -> io::Result<()> {
-        fs::create_dir_all(dir)
+        let missing: Vec<&Path> =
+            dir.ancestors().take_while(|dir| !dir.is_dir() && *dir != Path::new("")).collect();
+        if missing.is_empty() {
+            // Whoever made it may have died before its name was durable. The folder above may be none of ours.
+            return match sync_parent(dir) {
+                Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Ok(()),
+                done => done,
+            };
+        }
+        for dir in missing.into_iter().rev() {
+            match fs::create_dir(dir) {
+                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+                _ => sync_parent(dir)?,
+            }
+        }
+        Ok(())
     }
 
     fn sync_dir(&self, dir: &Path) -> io::Result<()> {

@@ -3,13 +3,14 @@
 #![allow(missing_docs, unreachable_pub, reason = "test code")]
 
 use std::collections::BTreeMap;
+use std::io::ErrorKind;
 use std::ops::ControlFlow;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use journal_format::{
     ByteRange, DataSpan, DiskId, Epoch, Frame, FrameMeta, GapReason, Lsn, Op, Record, Stamp, codec, frame,
 };
-use journal_store::io::{MemStorage, Storage};
+use journal_store::io::{Answer, Call, CallKind, Hook, MemStorage, Storage};
 use journal_store::{Damage, DiskStore, Store, StoreConfig, StoreError, View};
 
 /// Chunks are 256 KiB and wide extents are over 1 MiB: the disk has room for both.
@@ -82,14 +83,24 @@ pub struct Model {
     generation: u64,
     gap_open: bool,
     names: u64,
+    first_bytes: u64,
+    /// Lengths of writes, in bytes.
+    longest: [u64; 4],
 }
 
 impl Model {
     pub fn new(disk: DiskId) -> Self {
+        Self::sized(disk, DISK_BYTES, [600, 5000, 70_000, 400_000])
+    }
+
+    /// A disk of another size, with writes up to these lengths.
+    pub fn sized(disk: DiskId, disk_bytes: u64, longest: [u64; 4]) -> Self {
         Self {
             disk,
+            first_bytes: disk_bytes,
+            longest,
             records: Vec::new(),
-            disk_bytes: DISK_BYTES,
+            disk_bytes,
             epoch: Epoch(0),
             stamp: 1000,
             generation: 0,
@@ -150,7 +161,7 @@ impl Model {
                 (op, Change::Zero(range.offset(), range.length()), None)
             }
             10 => {
-                self.disk_bytes = 512 * (1 + random.below(2 * DISK_BYTES / 512));
+                self.disk_bytes = 512 * (1 + random.below(2 * self.first_bytes / 512));
                 (Op::Resize { disk_bytes: self.disk_bytes }, Change::Resize(self.disk_bytes), None)
             }
             11 => {
@@ -177,7 +188,7 @@ impl Model {
     }
 
     fn random_write(&self, random: &mut Random, fill: bool) -> (Op, Change, Option<String>) {
-        let longest = [600, 5000, 70_000, 400_000][random.below(4) as usize];
+        let longest = self.longest[random.below(4) as usize];
         let range = self.random_range(random, longest);
         // Half of the writes compress. (Built from long copies: tests run unoptimised.)
         let kind = random.next();
@@ -228,12 +239,12 @@ impl Model {
         let upto = &self.records[..lsn.0 as usize];
         let size =
             |record: &ModelRecord| if let Change::Resize(size) = record.change { Some(size) } else { None };
-        upto.iter().rev().find_map(size).unwrap_or(DISK_BYTES)
+        upto.iter().rev().find_map(size).unwrap_or(self.first_bytes)
     }
 
     /// The disk after `lsn`, by replaying everything.
     pub fn image(&self, lsn: Lsn) -> Vec<u8> {
-        let mut image = vec![0; DISK_BYTES as usize];
+        let mut image = vec![0; self.first_bytes as usize];
         for record in &self.records[..lsn.0 as usize] {
             match &record.change {
                 Change::Write(at, bytes) => image[*at as usize..][..bytes.len()].copy_from_slice(bytes),
@@ -270,7 +281,13 @@ impl Model {
 
 /// Small segments, so that tests seal often; one thread, so that I/O has one order.
 pub fn config() -> StoreConfig {
-    StoreConfig { segment_data_bytes: 300_000, segment_records: 60, cache_bytes: 1 << 20, sync_threads: 1 }
+    StoreConfig {
+        segment_data_bytes: 300_000,
+        segment_meta_bytes: 1 << 20,
+        segment_records: 60,
+        cache_bytes: 1 << 20,
+        sync_threads: 1,
+    }
 }
 
 pub fn open(storage: &MemStorage) -> Store {
@@ -336,5 +353,59 @@ pub fn check_point(disk: &Arc<DiskStore>, model: &Model, lsn: Lsn, random: &mut 
         let mut part = vec![0; (1 + random.below(view.disk_bytes() - offset)) as usize];
         view.read(offset, &mut part).expect("read a part");
         assert_same(&part, &want[offset as usize..][..part.len()], &format!("{what} from {offset}"));
+    }
+}
+
+/// Which calls may fail.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Failing {
+    /// One call; later ones work.
+    Once,
+    /// From one call on everything that would change something, as on a volume that is full or went read-only.
+    FromThenOn,
+}
+
+/// Lets the N-th call fail, of those that change something or of all. A failed durability step loses what it should have made
+/// durable, though it can still be read.
+#[derive(Debug)]
+pub struct FailAt {
+    memory: MemStorage,
+    reads_too: bool,
+    state: Mutex<(u64, u64, Failing, ErrorKind)>,
+}
+
+impl FailAt {
+    pub fn new(memory: &MemStorage, reads_too: bool) -> Arc<Self> {
+        let state = Mutex::new((0, 0, Failing::Once, ErrorKind::Other));
+        Arc::new(Self { memory: memory.clone(), reads_too, state })
+    }
+
+    /// The `n`-th call from now on fails, counted from 1; 0 switches failures off.
+    pub fn fail_at(&self, n: u64, failing: Failing, kind: ErrorKind) {
+        *self.state.lock().expect("lock") = (0, n, failing, kind);
+    }
+
+    /// Calls since the last [`FailAt::fail_at`].
+    pub fn calls(&self) -> u64 {
+        self.state.lock().expect("lock").0
+    }
+}
+
+impl Hook for FailAt {
+    fn before(&self, call: &Call<'_>) -> Answer {
+        let mut state = self.state.lock().expect("lock");
+        if !self.reads_too && !call.kind.changes() {
+            return Answer::Go;
+        }
+        state.0 += 1;
+        let (calls, at, failing, kind) = *state;
+        let after = failing == Failing::FromThenOn && calls > at && call.kind.changes();
+        if at == 0 || (calls != at && !after) {
+            return Answer::Go;
+        }
+        if call.kind == CallKind::Sync {
+            self.memory.forget(call.path);
+        }
+        Answer::Fail(kind.into())
     }
 }
