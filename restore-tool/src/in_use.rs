@@ -57,7 +57,22 @@ pub(crate) fn claim(file: &File) -> io::Result<Result<(), String>> {
         return Ok(Err(in_use_by(&users(&meta, |fd| fd.locks))));
     }
     let writers = if is_device { users(&meta, |fd| fd.writes) } else { Vec::new() };
-    Ok(if writers.is_empty() { Ok(()) } else { Err(in_use_by(&writers)) })
+    if !writers.is_empty() {
+        return Ok(Err(in_use_by(&writers)));
+    }
+    Ok(loop_device_over(&meta).map_or(Ok(()), |device| {
+        Err(format!("it is behind the loop device {device}, which losetup --detach {device} takes away"))
+    }))
+}
+
+/// The loop device that a file is attached to: the kernel has it open, and no process.
+fn loop_device_over(file: &fs::Metadata) -> Option<String> {
+    let devices = fs::read_dir("/sys/block").into_iter().flatten().flatten();
+    devices.map(|entry| entry.path()).find_map(|device| {
+        let behind = fs::read_to_string(device.join("loop/backing_file")).ok()?;
+        let same = fs::metadata(behind.trim_end_matches('\n')).is_ok_and(|behind| is_same(&behind, file));
+        same.then(|| format!("/dev/{}", device.file_name().unwrap_or_default().to_string_lossy()))
+    })
 }
 
 /// Whether the lock was got. A filesystem that has no locks has none of QEMU's either.

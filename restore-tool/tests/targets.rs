@@ -9,6 +9,7 @@ use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use common::{DISK, DISK_BYTES, Journal, example, stderr};
@@ -145,6 +146,9 @@ impl LoopDevice {
         );
         let file = directory.join("device");
         fs::write(&file, vec![fill; bytes as usize]).expect("file");
+        // A losetup that looks for a free device opens the one that another has just taken, and is then a writer of it.
+        static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+        let _guard = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
         let output = as_root("losetup").args(["--find", "--show"]).arg(&file).output().expect("losetup runs");
         let path = String::from_utf8_lossy(&output.stdout).trim().to_owned();
         assert!(
@@ -217,6 +221,17 @@ fn a_block_device_that_is_too_small_is_refused() {
     assert_eq!(output.status.code(), Some(4), "{}", stderr(&output));
     assert!(stderr(&output).contains("at least as large"), "{}", stderr(&output));
     assert!(device.bytes().iter().all(|byte| *byte == 0), "a refused device was changed");
+}
+
+#[test]
+fn a_file_behind_a_loop_device_is_not_replaced() {
+    let journal = example();
+    let device = LoopDevice::new(journal.directory.path(), DISK_BYTES, 0xAA);
+    let output = journal.restore("latest", &device.file, &["--force"]);
+    assert_eq!(output.status.code(), Some(4), "{}", stderr(&output));
+    let name = device.path.to_str().expect("UTF-8");
+    assert!(stderr(&output).contains(&format!("losetup --detach {name}")), "{}", stderr(&output));
+    assert!(device.bytes().iter().all(|byte| *byte == 0xAA), "a refused file was changed");
 }
 
 #[test]
