@@ -48,7 +48,10 @@ impl Store {
     ) -> Result<Self, StoreError> {
         let root = root.as_ref();
         let disks = files::disks_dir(root);
-        storage.create_dir(&disks).map_err(StoreError::io("create", &disks))?;
+        // Each by itself: somebody else may have made the root, and not durably.
+        for dir in [root, &disks] {
+            storage.create_dir(dir).map_err(StoreError::io("create", dir))?;
+        }
         let path = root.join("lock");
         let lock = storage.lock(&path).map_err(|error| match error.kind() {
             std::io::ErrorKind::WouldBlock => StoreError::Locked { path: path.clone() },

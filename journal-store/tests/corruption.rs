@@ -297,3 +297,24 @@ fn bookmarks_that_cannot_be_read_are_said_to_be_so_and_records_still_have_theirs
         assert!(listed.iter().any(|mark| (&mark.name, mark.lsn) == (&name, lsn)), "{name}");
     }
 }
+
+/// What `docs/operating/running.md` tells an operator to do when the end of a journal is damaged.
+#[test]
+fn a_damaged_journal_that_is_set_aside_is_still_read_and_a_new_one_begins() {
+    let sample = Sample::new(3);
+    let path = sample.files.keys().rfind(|path| path.to_string_lossy().contains("/meta-")).expect("meta");
+    let files = sample.flipped(path, sample.files[path].len() - 1, 0);
+    let moved = files.into_iter().map(|(path, bytes)| {
+        (Path::new("/aside").join(path.strip_prefix(ROOT).expect("inside the store")), bytes)
+    });
+    let storage = Arc::new(MemStorage::with_files(&moved.collect()));
+    let aside = Store::open_read_only_with("/aside", storage.clone(), config()).expect("open");
+    let disk = aside.disk(DISK).expect("disk");
+    let last = disk.durable_lsn();
+    assert!(last > Lsn(20) && last < sample.last());
+    let bytes = disk.view_in_gap(last).and_then(|view| read_all(&view)).expect("read");
+    assert!(bytes == sample.images[last.0 as usize]);
+    let store = Store::open_with(ROOT, storage, config()).expect("open");
+    let disk = store.open_or_create(DISK, DISK_BYTES).expect("a new journal");
+    assert_eq!(disk.durable_lsn(), Lsn::ZERO);
+}

@@ -1,10 +1,13 @@
 //! One disk of a store.
 //!
-//! `open` recovers it, `writer` appends and makes durable, `seal` turns the active segment into a sealed one, `lookup`
+//! `open` recovers it (`manifest`, `active`, `bookmarks`, `mark`: its parts), `writer` appends and makes durable, `seal` turns the active segment into a sealed one, `lookup`
 //! finds records and resolves points, `data` reads frames, `verify` reads everything.
 
+mod active;
+mod bookmarks;
 mod data;
 mod lookup;
+mod manifest;
 mod mark;
 mod open;
 mod scan;
@@ -20,7 +23,8 @@ use journal_format::segment::SegmentKind;
 use journal_format::{DiskId, Epoch, Lsn, SegmentNumber, Stamp};
 
 pub(crate) use data::FrameCache;
-pub(crate) use open::{create, exists, open};
+pub(crate) use manifest::{create, exists};
+pub(crate) use open::open;
 pub use verify::{Verified, VerifyProgress};
 pub(crate) use writer::Commit;
 

@@ -16,7 +16,8 @@ use journal_format::manifest::Sealed;
 use journal_format::segment::{DATA_ENTRY_BYTES, MetaEntry, Place, SEGMENT_HEADER_PAGE_BYTES, SegmentKind};
 use journal_format::{Lsn, SegmentNumber, Stamp};
 
-use super::open::{parse_bookmarks, parse_manifest};
+use super::bookmarks::parse_bookmarks;
+use super::manifest::parse_manifest;
 use super::{DiskStore, State, mark};
 use crate::damage::{Damage, DamageKind};
 use crate::error::StoreError;

@@ -42,6 +42,12 @@ impl File for RealFile {
     }
 }
 
+/// Whether a folder cannot be made durable because it is no place where we could have made anything.
+fn is_not_ours(kind: io::ErrorKind) -> bool {
+    use io::ErrorKind::{InvalidInput, PermissionDenied, ReadOnlyFilesystem};
+    matches!(kind, PermissionDenied | ReadOnlyFilesystem | InvalidInput)
+}
+
 /// Makes the name of a folder durable.
 fn sync_parent(dir: &Path) -> io::Result<()> {
     let parent = dir.parent().filter(|parent| *parent != Path::new(""));
@@ -92,7 +98,7 @@ impl Storage for RealStorage {
         if missing.is_empty() {
             // Whoever made it may have died before its name was durable. The folder above may be none of ours.
             return match sync_parent(dir) {
-                Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Ok(()),
+                Err(error) if is_not_ours(error.kind()) => Ok(()),
                 done => done,
             };
         }
