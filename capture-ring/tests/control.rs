@@ -1,12 +1,12 @@
 //! The control protocol: every message survives the wire, and no bytes make either end panic, leak or believe.
 #![cfg(not(loom))]
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
 use capture_ring::control::{
-    Connection, DiskInfo, Hello, Listener, MESSAGE_HEADER_BYTES, Message, PROTOCOL_VERSION, Received, decode,
-    encode,
+    CaptureFds, Connection, DiskInfo, Fds, Hello, Listener, MESSAGE_HEADER_BYTES, Message, PROTOCOL_VERSION,
+    Received, decode, encode,
 };
 use capture_ring::limits::MAX_MESSAGE_BYTES;
 use capture_ring::{Bell, HostClock, Ring, RingConfig, RingErrorKind};
@@ -121,9 +121,25 @@ fn an_attach_brings_a_ring_a_clock_and_a_bell() {
     let (clock, clock_fd) = HostClock::create().expect("clock");
     let bell = Bell::create().expect("bell");
     let (agent, filter) = Connection::pair().expect("sockets");
-    agent.send_attach(7, "virtio0", ring_fd.as_fd(), clock_fd.as_fd(), bell.as_fd()).expect("sent");
-    let Received { message, fds: Some(fds) } = received(&filter) else { panic!("no descriptors") };
+    let dup = |fd: BorrowedFd<'_>| fd.try_clone_to_owned().expect("a duplicate");
+    let outbox = dup(ring_fd.as_fd());
+    let fds = CaptureFds {
+        ring: dup(ring_fd.as_fd()),
+        clock: dup(clock_fd.as_fd()),
+        bell: dup(bell.as_fd()),
+        outbox,
+    };
+    agent.send_attach(7, "virtio0", &fds).expect("sent");
+    let Received { message, fds: Fds::Capture(fds) } = received(&filter) else { panic!("no descriptors") };
     assert_eq!(message, Message::Attach { request: 7, device: "virtio0".to_owned() });
+    // What was attached is held, and what is held comes back to the next agent.
+    filter.send_held("virtio0", true, &fds).expect("sent");
+    let Received { message, fds: Fds::Capture(fds) } = received(&agent) else { panic!("no descriptors") };
+    assert_eq!(message, Message::Held { device: "virtio0".to_owned(), ended: true });
+    agent.send_hold(8, "virtio0", fds.outbox.as_fd()).expect("sent");
+    let Received { message, fds: Fds::Outbox(outbox) } = received(&filter) else { panic!("no descriptor") };
+    assert_eq!(message, Message::Hold { request: 8, device: "virtio0".to_owned() });
+    assert_eq!(Ring::open(outbox.as_fd()).expect("the same file").config(), &config);
     assert_eq!(Ring::open(fds.ring.as_fd()).expect("the ring").config(), &config);
     let before = clock.now();
     assert!(HostClock::open(fds.clock.as_fd()).expect("the clock").now() > before);

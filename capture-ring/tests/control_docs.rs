@@ -47,6 +47,9 @@ fn largest(name: &str) -> Message {
         "Detach" => Message::Detach { request: 1, device },
         "Resync" => Message::Resync { request: 1, device },
         "Result" => Message::Result { request: 1, ok: true, message: text(512) },
+        "Held" => Message::Held { device, ended: true },
+        "Hold" => Message::Hold { request: 1, device },
+        "Forget" => Message::Forget { device },
         "Fault" => Message::Fault { device, message: text(512) },
         other => panic!("control.md has a kind {other} that the code has not"),
     }
@@ -79,7 +82,7 @@ fn recipe(body: &str) -> Vec<u8> {
 #[test]
 fn control_md_and_the_code_have_the_same_messages() {
     let rows = rows();
-    assert_eq!(rows.iter().map(|row| row.0).collect::<Vec<_>>(), (1..=8).collect::<Vec<_>>());
+    assert_eq!(rows.iter().map(|row| row.0).collect::<Vec<_>>(), (1..=11).collect::<Vec<_>>());
     for (kind, name, body) in rows {
         let bytes = encode(&largest(&name)).expect("within limits");
         assert_eq!(bytes[..4], *b"CDPC");

@@ -4,12 +4,14 @@ use std::net::TcpStream;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
+use capture_ring::control::CaptureFds;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::error::AgentError;
 use crate::filters::FilterLink;
 use crate::limits::EVENT_QUEUE;
-use crate::session::{Event, FilterId, VmInfo};
+use crate::live::Loaded;
+use crate::session::{Adopt, Event, FilterId, Holding, VmInfo};
 
 /// Something for the hub.
 #[derive(Debug)]
@@ -18,6 +20,10 @@ pub enum Input {
     Event(Event),
     /// A filter connected and said hello.
     Filter(FilterId, Arc<FilterLink>, VmInfo),
+    /// A filter holds the descriptors of a former agent's capture.
+    Held(FilterId, Holding, CaptureFds),
+    /// What a filter holds was read, or why it cannot be used.
+    Loaded(Adopt, Result<Box<Loaded>, AgentError>),
     /// The attempt to connect to the server with this number ended.
     Connected(u64, std::io::Result<TcpStream>),
 }

@@ -4,17 +4,20 @@
 //! limits here, and goes to the hub's bounded queue; a filter that breaks a rule loses its connection. Commands are
 //! sent by the hub, which never waits for a filter: one that does not read is closed.
 
-use std::fs::{self, Permissions};
+use std::fs::{self, File, OpenOptions, Permissions, TryLockError};
+use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use capture_ring::control::{Connection, DiskInfo as WireDisk, Hello, Listener, Message, PROTOCOL_VERSION};
-use capture_ring::{RingError, RingErrorKind};
+use capture_ring::control::{
+    CaptureFds, Connection, DiskInfo as WireDisk, Fds, Hello, Listener, Message, PROTOCOL_VERSION,
+};
+use capture_ring::{Ring, RingError, RingErrorKind};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{Shutdown, shutdown};
 
@@ -23,7 +26,7 @@ use crate::error::AgentError;
 use crate::events::{Gone, Input, Sender};
 use crate::limits::{HELLO_TIMEOUT, MAX_DISKS_PER_FILTER, MAX_FILTERS};
 use crate::seam::process::ProcessHandle;
-use crate::session::{DiskInfo, Event, FilterId, VmInfo};
+use crate::session::{DiskInfo, Event, FilterId, Holding, VmInfo};
 
 /// A connected filter, as the hub sees it.
 #[derive(Debug)]
@@ -33,15 +36,30 @@ pub struct FilterLink {
 }
 
 impl FilterLink {
-    /// Asks to attach a device: descriptors of ring, clock and bell.
+    /// Asks to attach a device.
     ///
     /// # Errors
     /// When the filter does not take it; close the connection.
-    pub fn attach(&self, request: u64, device: &str, fds: [OwnedFd; 3]) -> Result<(), AgentError> {
+    pub fn attach(&self, request: u64, device: &str, fds: &CaptureFds) -> Result<(), AgentError> {
         self.check_writable()?;
-        let [ring, clock, bell] = &fds;
-        let sent = self.connection.send_attach(request, device, ring.as_fd(), clock.as_fd(), bell.as_fd());
-        sent.map_err(control_error)
+        self.connection.send_attach(request, device, fds).map_err(control_error)
+    }
+
+    /// Asks to hold a new outbox.
+    ///
+    /// # Errors
+    /// As [`FilterLink::attach`].
+    pub fn hold(&self, request: u64, device: &str, outbox: &OwnedFd) -> Result<(), AgentError> {
+        self.check_writable()?;
+        self.connection.send_hold(request, device, outbox.as_fd()).map_err(control_error)
+    }
+
+    /// Says that nothing of a device's ended capture is needed any more.
+    ///
+    /// # Errors
+    /// As [`FilterLink::attach`].
+    pub fn forget(&self, device: &str) -> Result<(), AgentError> {
+        self.send(&Message::Forget { device: device.to_owned() })
     }
 
     /// Asks to detach a device.
@@ -97,6 +115,8 @@ pub struct Filters {
     path: PathBuf,
     stopping: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
+    /// Held while this agent lives, however it ends.
+    _lock: File,
 }
 
 impl Filters {
@@ -108,6 +128,7 @@ impl Filters {
         let path = config.socket.clone();
         let fail = |detail: String| AgentError::Socket { path: path.clone(), detail };
         make_folder(&path).map_err(|error| fail(format!("cannot make its folder: {error}")))?;
+        let lock = lock(&path).map_err(&fail)?;
         let listener = Listener::bind(&path).map_err(|error| fail(with_source(&error)))?;
         set_access(config).map_err(fail)?;
         let listener = Arc::new(listener);
@@ -123,7 +144,7 @@ impl Filters {
             .name("cdp-accept".into())
             .spawn(move || acceptor.run())
             .map_err(AgentError::os("cannot start a thread"))?;
-        Ok(Self { listener, path, stopping, thread: Some(thread) })
+        Ok(Self { listener, path, stopping, thread: Some(thread), _lock: lock })
     }
 }
 
@@ -137,6 +158,33 @@ impl Drop for Filters {
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
+    }
+}
+
+/// Takes the lock beside the socket: two agents must not serve the same filters.
+fn lock(socket: &Path) -> Result<File, String> {
+    let mut path = socket.as_os_str().to_owned();
+    path.push(".lock");
+    let path = PathBuf::from(path);
+    let mut options = OpenOptions::new();
+    let file = options.read(true).write(true).create(true).truncate(false).mode(0o600).open(&path);
+    let mut file = file.map_err(|error| format!("cannot open {}: {error}", path.display()))?;
+    match file.try_lock() {
+        Ok(()) => {
+            let text = format!("{}\n", std::process::id());
+            // For people only.
+            let _ = file.set_len(0).and_then(|()| file.write_all(text.as_bytes()));
+            Ok(file)
+        }
+        Err(TryLockError::WouldBlock) => {
+            let mut pid = String::new();
+            let _ = file.read_to_string(&mut pid);
+            Err(format!(
+                "another agent (process {}) serves it; stop that one first, or give this one another --socket",
+                pid.trim()
+            ))
+        }
+        Err(TryLockError::Error(error)) => Err(format!("cannot lock {}: {error}", path.display())),
     }
 }
 
@@ -282,10 +330,23 @@ fn vm_info(hello: Hello) -> VmInfo {
 
 /// Reads until the connection ends (the error) or the hub does.
 fn read(filter: FilterId, connection: &Connection, events: &Sender) -> Result<Gone, RingError> {
-    let mut listed = Vec::new();
+    let (mut listed, mut held) = (Vec::new(), 0_usize);
     loop {
         let Some(received) = connection.recv(None)? else { continue };
         let event = match received.message {
+            Message::Held { device, ended } => {
+                let Fds::Capture(fds) = received.fds else { continue };
+                held = held.saturating_add(1);
+                if held > MAX_DISKS_PER_FILTER {
+                    continue;
+                }
+                let of = Ring::open(fds.ring.as_fd()).map(|ring| (ring.config().disk, ring.config().epoch));
+                let holding = Holding { device, ended, of: of.ok() };
+                if events.send(Input::Held(filter, holding, fds)).is_err() {
+                    return Ok(Gone);
+                }
+                continue;
+            }
             Message::Disks { disks, more } => {
                 listed.extend(disks.into_iter().map(disk_info));
                 listed.truncate(MAX_DISKS_PER_FILTER);
@@ -308,7 +369,9 @@ fn read(filter: FilterId, connection: &Connection, events: &Sender) -> Result<Go
             | Message::List
             | Message::Attach { .. }
             | Message::Detach { .. }
-            | Message::Resync { .. } => {
+            | Message::Resync { .. }
+            | Message::Hold { .. }
+            | Message::Forget { .. } => {
                 tracing::warn!(
                     ?filter,
                     "a filter sent a message that only an agent may send, or a second hello"

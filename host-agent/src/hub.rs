@@ -2,13 +2,14 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::net::{TcpStream, ToSocketAddrs};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
 use capture_ring::HostClock;
-use journal_format::{DiskId, Epoch, FormatError, wire};
+use capture_ring::control::CaptureFds;
+use journal_format::{DiskId, Epoch, FormatError, Lsn, wire};
 use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::eventfd::EventFd;
 
@@ -22,10 +23,12 @@ use crate::limits::{
     STOP_FLUSH, TICK,
 };
 use crate::link::Link;
-use crate::live::Live;
+use crate::live::{Live, Loaded};
 use crate::seam::batch::SendBatch;
 use crate::seam::plain::poll_timeout;
-use crate::session::{Action, Attach, Event, FilterId, Identity, Session, ToServer, VmInfo};
+use crate::session::{
+    Action, Adopt, Attach, Ending, Event, FilterId, Holding, Identity, Session, ToServer, VmInfo,
+};
 use crate::spool;
 
 /// The driver of the session.
@@ -50,6 +53,10 @@ pub struct Hub {
     /// Lost filters whose processes still hold rings.
     watched: Vec<(FilterId, Arc<FilterLink>)>,
     rings: HashMap<DiskId, Live>,
+    /// What filters hold, by filter and device, until the session decides about it.
+    held: HashMap<(FilterId, String), CaptureFds>,
+    /// The clocks of filters that a former agent's clock came back with: all disks of one process share one.
+    clocks: HashMap<FilterId, (HostClock, OwnedFd)>,
     queue: VecDeque<Event>,
     next_tick: Instant,
     next_status: Instant,
@@ -87,6 +94,8 @@ impl Hub {
             filters: HashMap::new(),
             watched: Vec::new(),
             rings: HashMap::new(),
+            held: HashMap::new(),
+            clocks: HashMap::new(),
             queue: VecDeque::new(),
             next_tick: now,
             next_status: now,
@@ -96,6 +105,10 @@ impl Hub {
 
     /// Runs until the agent was stopped and its outboxes are empty, or the time for that is over.
     pub fn run(mut self) {
+        for (disk, epoch, disk_bytes) in spool::left_behind(&self.config.spool) {
+            tracing::info!(%disk, epoch = epoch.0, "a former agent left frames in the spool");
+            self.handle(Event::SpoolLeft(disk, epoch, disk_bytes));
+        }
         loop {
             self.take_inputs();
             self.tick_if_due();
@@ -121,6 +134,8 @@ impl Hub {
             match input {
                 Input::Event(event) => self.handle(event),
                 Input::Filter(filter, link, info) => self.filter_joined(filter, link, info),
+                Input::Held(filter, holding, fds) => self.filter_holds(filter, holding, fds),
+                Input::Loaded(order, outcome) => self.loaded(&order, outcome),
                 Input::Connected(attempt, outcome) => self.connected(attempt, outcome),
             }
         }
@@ -131,6 +146,50 @@ impl Hub {
     fn filter_joined(&mut self, filter: FilterId, link: Arc<FilterLink>, info: VmInfo) {
         self.filters.insert(filter, link);
         self.handle(Event::FilterUp(filter, info));
+    }
+
+    fn filter_holds(&mut self, filter: FilterId, holding: Holding, fds: CaptureFds) {
+        let clock = HostClock::open(fds.clock.as_fd()).ok().zip(fds.clock.try_clone().ok());
+        if let Some(clock) = clock {
+            self.clock.raise_to(clock.0.last());
+            self.clocks.entry(filter).or_insert(clock);
+        }
+        self.held.insert((filter, holding.device.clone()), fds);
+        self.handle(Event::FilterHolds(filter, holding));
+    }
+
+    /// Reads what a filter holds, beside the hub: it may take a while.
+    fn adopt(&mut self, order: Adopt) {
+        let Some(fds) = self.held.remove(&(order.filter, order.device.clone())) else { return };
+        let (config, sender) = (self.config.clone(), self.sender.clone());
+        let (filter, request) = (order.filter, order.request);
+        let spawned = std::thread::Builder::new().name("cdp-adopt".into()).spawn(move || {
+            let outcome = Live::adopt(order.disk, order.epoch, fds, &config, &sender);
+            let _ = sender.send(Input::Loaded(order, outcome.map(Box::new)));
+        });
+        if let Err(error) = spawned {
+            let why = format!("cannot start a thread: {error}");
+            self.queue.push_back(Event::FilterResult(filter, request, why));
+        }
+    }
+
+    fn loaded(&mut self, order: &Adopt, outcome: Result<Box<Loaded>, AgentError>) {
+        if !self.session.awaits(order) {
+            return;
+        }
+        match outcome {
+            Ok(loaded) => {
+                let Loaded { live, outbox, acked, packed } = *loaded;
+                self.rings.insert(order.disk, live);
+                self.handle(Event::Loaded(order.disk, order.epoch, acked, packed));
+                self.ask(order.filter, order.request, |link| {
+                    link.hold(order.request, &order.device, &outbox)
+                });
+            }
+            Err(error) => {
+                self.handle(Event::FilterResult(order.filter, order.request, error.to_string()));
+            }
+        }
     }
 
     fn connected(&mut self, attempt: u64, outcome: std::io::Result<TcpStream>) {
@@ -182,7 +241,7 @@ impl Hub {
         let live: Vec<(DiskId, Epoch)> = self.session.live().collect();
         for (disk, epoch) in live {
             if let Some(live) = self.ring(disk, epoch).filter(|live| all || live.is_tracking()) {
-                let sample = live.sample(&self.clock);
+                let sample = live.sample();
                 self.handle(Event::Sampled(disk, epoch, sample));
             }
         }
@@ -233,7 +292,7 @@ impl Hub {
     fn wait(&mut self) {
         let timeout = self.next_tick.saturating_duration_since(Instant::now());
         let Some(link) = &mut self.link else {
-            let mut fds = [PollFd::new(std::os::fd::AsFd::as_fd(&*self.wake), PollFlags::POLLIN)];
+            let mut fds = [PollFd::new(self.wake.as_fd(), PollFlags::POLLIN)];
             // A failed or interrupted wait is an early return, which the loop expects anyway.
             let _ = poll(&mut fds, poll_timeout(timeout));
             return;
@@ -264,6 +323,10 @@ impl Hub {
         if matches!(event, Event::Stop) && self.stop_at.is_none() {
             tracing::info!("stopping: shipping what the outboxes hold");
             self.stop_at = Some(Instant::now() + STOP_FLUSH);
+        }
+        if let Event::FilterLost(filter) = &event {
+            self.clocks.remove(filter);
+            self.held.retain(|(holder, _), _| holder != filter);
         }
         if let Event::FilterLost(filter) = &event
             && let Some(link) = self.filters.remove(filter)
@@ -303,11 +366,28 @@ impl Hub {
             }
             Action::Watch(_) => self.next_tick = Instant::now(),
             Action::ReportSoon => (self.next_tick, self.next_status) = (Instant::now(), Instant::now()),
-            Action::EndRing(disk, epoch, ending) => match self.ring(disk, epoch) {
-                Some(live) => live.drain.end(ending),
-                // It could not be made.
-                None => self.queue.push_back(Event::Drained(disk, epoch, journal_format::Lsn::ZERO)),
-            },
+            Action::Adopt(order) => self.adopt(order),
+            Action::Resume(disk, epoch) => self.resume(disk, epoch),
+            Action::Abandon(disk, epoch) => {
+                if self.ring(disk, epoch).is_some() {
+                    self.rings.remove(&disk);
+                }
+            }
+            Action::Forget(filter, device) => {
+                self.held.remove(&(filter, device.clone()));
+                self.ask(filter, 0, |link| link.forget(&device));
+            }
+            Action::Recover(disk, epoch, durable) => self.recover(disk, epoch, durable),
+            Action::DropSpool(disk) => spool::discard(&self.config.spool, disk),
+            Action::EndRing(disk, epoch, ending) => {
+                if ending != Ending::AgentStops {
+                    self.resume(disk, epoch);
+                }
+                // Where there is no drain to answer, nothing was taken, or nothing can be.
+                if !self.ring(disk, epoch).is_some_and(|live| live.end(ending)) {
+                    self.queue.push_back(Event::Drained(disk, epoch, Lsn::ZERO));
+                }
+            }
             Action::Release(disk, epoch, lsn) => {
                 if let Some(live) = self.ring(disk, epoch) {
                     live.outbox.release(lsn);
@@ -320,7 +400,7 @@ impl Hub {
             }
             Action::Discard(disk, epoch) => {
                 if let Some(live) = self.ring(disk, epoch) {
-                    live.drain.discard();
+                    live.discard();
                 }
             }
             Action::DropCapture(disk, epoch) => {
@@ -329,6 +409,28 @@ impl Hub {
                     spool::discard(&self.config.spool, disk);
                     tracing::info!(%disk, epoch = epoch.0, "capture closed");
                 }
+            }
+        }
+    }
+
+    fn resume(&mut self, disk: DiskId, epoch: Epoch) {
+        let live = self.rings.get_mut(&disk).filter(|live| live.epoch == epoch);
+        if let Some(Err(error)) = live.map(Live::resume) {
+            self.queue.push_back(Event::RingFault(disk, epoch, error.to_string()));
+        }
+    }
+
+    fn recover(&mut self, disk: DiskId, epoch: Epoch, durable: Lsn) {
+        match Live::recover(disk, epoch, durable, &self.config, &self.sender) {
+            Ok(live) => {
+                tracing::info!(%disk, epoch = epoch.0, %durable, "shipping what is in the spool");
+                self.rings.insert(disk, live);
+            }
+            Err(error) => {
+                tracing::warn!(%disk, %error, %durable,
+                    "the spool does not go on where the server's journal ends; it is thrown away");
+                spool::discard(&self.config.spool, disk);
+                self.queue.push_back(Event::Drained(disk, epoch, durable));
             }
         }
     }
@@ -365,17 +467,18 @@ impl Hub {
     }
 
     fn attach(&mut self, order: &Attach) {
-        let made = Live::start(order, &self.clock, &self.config, &self.sender);
+        let (clock, clock_fd) =
+            self.clocks.get(&order.filter).map_or((&self.clock, &self.clock_fd), |(clock, fd)| (clock, fd));
+        let made = clock_fd
+            .try_clone()
+            .map_err(AgentError::os("cannot duplicate the clock"))
+            .and_then(|fd| Live::start(order, (clock, fd), &self.config, &self.sender));
         match made {
             Ok((live, fds)) => {
                 tracing::info!(disk = %order.disk, device = order.device, epoch = order.epoch.0,
                     first_lsn = order.first_lsn.0, "capture starts");
                 self.rings.insert(order.disk, live);
-                let clock_fd = self.clock_fd.try_clone();
-                self.ask(order.filter, order.request, |link| {
-                    let clock_fd = clock_fd.map_err(AgentError::os("cannot duplicate the clock"))?;
-                    link.attach(order.request, &order.device, [fds.ring, clock_fd, fds.bell])
-                });
+                self.ask(order.filter, order.request, |link| link.attach(order.request, &order.device, &fds));
             }
             Err(error) => {
                 tracing::error!(disk = %order.disk, %error, "cannot make a ring and an outbox");

@@ -21,9 +21,8 @@
 //!
 //! *When it stops* (SIGTERM): no disk is detached. Drains stop, what the outboxes hold is shipped for at most
 //! [`limits::STOP_FLUSH`], and the process ends. QEMU keeps its rings and goes on: they fill, the filter goes over to
-//! tracking, the guest notices nothing. When an agent is there again the filter connects to it, and each protected
-//! disk begins a new epoch with a full sync. (Rings and outboxes say in their headers what a later agent needs to
-//! adopt them instead.)
+//! tracking, the guest notices nothing. The agent that starts next goes on where this one stopped, however it ended
+//! (`docs/formats/outbox.md` has the argument why nothing is lost).
 
 pub mod agent;
 pub mod config;

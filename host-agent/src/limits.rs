@@ -48,6 +48,10 @@ pub const SPOOL_FILE_BYTES: u64 = 16 << 20;
 /// Smallest spool, in bytes: a few files of it, so that some can be freed while another is written.
 pub const MIN_SPOOL_BYTES: u64 = 64 << 20;
 
+/// How long after its start an agent waits for the filters that hold the rings of what is in the spool; a filter
+/// connects within 2 s.
+pub const SPOOL_GRACE: Duration = Duration::from_secs(10);
+
 /// Pause after a spool could not be written to.
 pub const SPOOL_RETRY: Duration = Duration::from_secs(5);
 

@@ -320,14 +320,15 @@ fn files(folder: &Path) -> Vec<(PathBuf, Epoch, Lsn)> {
     files
 }
 
-/// The epochs that former agents left frames of, the newest of each disk.
+/// The epochs that former agents left frames of, the newest of each disk, with the disk's size then.
 #[must_use]
-pub fn left_behind(place: &SpoolPlace) -> Vec<(DiskId, Epoch)> {
+pub fn left_behind(place: &SpoolPlace) -> Vec<(DiskId, Epoch, u64)> {
     let folders = fs::read_dir(&place.folder).into_iter().flatten().flatten();
     let newest = |folder: fs::DirEntry| {
         let disk: DiskId = folder.file_name().to_str()?.parse().ok()?;
-        let (_, epoch, _) = files(&folder.path()).pop()?;
-        Some((disk, epoch))
+        let (path, epoch, _) = files(&folder.path()).pop()?;
+        let (frame, _) = read_frame(&File::open(path).ok()?, HEADER_BYTES, disk, epoch).ok()?;
+        Some((disk, epoch, frame.disk_bytes))
     };
     folders.filter_map(newest).collect()
 }

@@ -306,7 +306,7 @@ fn garbage_from_the_server_costs_only_the_connection() {
 }
 
 #[test]
-fn a_filter_that_reconnects_is_captured_in_a_new_epoch() {
+fn a_filter_that_lost_its_ring_is_captured_in_a_new_epoch() {
     let bench = Bench::start(false);
     let id = bench.protect();
     scribble(&bench.filter.disk("virtio0"), 1, 10);
@@ -317,6 +317,24 @@ fn a_filter_that_reconnects_is_captured_in_a_new_epoch() {
     scribble(&disk, 2, 10);
     let journal = caught_up(&bench, &id, &disk);
     assert_eq!(journal.epoch, 2);
+    lsns_are_whole(&journal);
+    bench.agent.stop().unwrap();
+}
+
+#[test]
+fn a_filter_that_reconnects_goes_on_in_its_epoch() {
+    let bench = Bench::start(false);
+    let id = bench.protect();
+    let disk = bench.filter.disk("virtio0");
+    scribble(&disk, 1, 10);
+    bench.filter.hang_up();
+    scribble(&disk, 2, 10);
+    let _again = bench.filter.again(&bench.socket(), &["virtio0"]);
+    scribble(&disk, 3, 10);
+    let journal = caught_up(&bench, &id, &disk);
+    assert_eq!(journal.epoch, 1);
+    assert_eq!(bench.server.set_protection(&id, false).error, "");
+    assert!(!disk.is_attached(), "the new connection is the one that is asked");
     lsns_are_whole(&journal);
     bench.agent.stop().unwrap();
 }

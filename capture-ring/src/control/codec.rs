@@ -12,6 +12,9 @@ const KIND_DETACH: u16 = 5;
 const KIND_RESYNC: u16 = 6;
 const KIND_RESULT: u16 = 7;
 const KIND_FAULT: u16 = 8;
+const KIND_HELD: u16 = 9;
+const KIND_HOLD: u16 = 10;
+const KIND_FORGET: u16 = 11;
 
 /// Encodes a message. Texts for people are cut to their limit; names are not.
 ///
@@ -104,6 +107,16 @@ impl Writer {
                 self.name(device, text::DEVICE)?;
                 self.prose(message, text::MESSAGE)?;
                 Ok(KIND_FAULT)
+            }
+            Message::Held { device, ended } => {
+                self.name(device, text::DEVICE)?;
+                self.put(&[u8::from(*ended)]);
+                Ok(KIND_HELD)
+            }
+            Message::Hold { request, device } => self.command(KIND_HOLD, *request, device),
+            Message::Forget { device } => {
+                self.name(device, text::DEVICE)?;
+                Ok(KIND_FORGET)
             }
         }
     }
@@ -200,6 +213,9 @@ impl<'a> Reader<'a> {
             KIND_FAULT => {
                 Message::Fault { device: self.text(text::DEVICE)?, message: self.text(text::MESSAGE)? }
             }
+            KIND_HELD => Message::Held { device: self.text(text::DEVICE)?, ended: self.flag()? },
+            KIND_HOLD => Message::Hold { request: self.u64()?, device: self.text(text::DEVICE)? },
+            KIND_FORGET => Message::Forget { device: self.text(text::DEVICE)? },
             _ => return Err(bad("a control message of unknown kind; upgrade the older side")),
         })
     }

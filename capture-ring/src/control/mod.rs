@@ -3,8 +3,9 @@
 //!
 //! The filter connects (a `SOCK_SEQPACKET` Unix socket, so a message arrives whole or not at all) and says
 //! [`Message::Hello`] and [`Message::Disks`]; from then on the agent commands and the filter answers each command
-//! with [`Message::Result`]. File descriptors travel with [`Message::Attach`] only. Both ends check every length;
-//! after any error the connection is closed.
+//! with [`Message::Result`]. What the filter still holds from an agent before, it says first ([`Message::Held`]).
+//! File descriptors travel with [`Message::Attach`], [`Message::Held`] and [`Message::Hold`] only. Both ends check every
+//! length; after any error the connection is closed.
 
 mod codec;
 mod socket;
@@ -95,7 +96,7 @@ pub enum Message {
     },
     /// Agent to filter: say which disks there are.
     List,
-    /// Agent to filter: capture this device into the ring whose descriptors come along ([`AttachFds`]).
+    /// Agent to filter: capture this device into the ring whose descriptors come along ([`CaptureFds`]); hold them.
     Attach {
         /// Repeated by the result.
         request: u64,
@@ -132,17 +133,50 @@ pub enum Message {
         /// What happened.
         message: String,
     },
+    /// Filter to agent, between hello and disks: these descriptors ([`CaptureFds`]) came with an attach of an agent
+    /// before, and nobody has said that they are not needed any more.
+    Held {
+        /// Which device.
+        device: String,
+        /// The capture has ended: nothing will be published any more.
+        ended: bool,
+    },
+    /// Agent to filter: hold the outbox that comes along instead of the one that came with the attach.
+    Hold {
+        /// Repeated by the result.
+        request: u64,
+        /// Which device.
+        device: String,
+    },
+    /// Agent to filter: everything of an ended capture is in its place, let its descriptors go. No result.
+    Forget {
+        /// Which device.
+        device: String,
+    },
 }
 
-/// The descriptors that come with [`Message::Attach`], in this order.
+/// The descriptors that come with [`Message::Attach`] and [`Message::Held`], in this order.
 #[derive(Debug)]
-pub struct AttachFds {
+pub struct CaptureFds {
     /// The ring ([`crate::Ring::open`]).
     pub ring: OwnedFd,
     /// The host's clock ([`crate::HostClock::open`]).
     pub clock: OwnedFd,
     /// The consumer's eventfd ([`crate::Bell`]).
     pub bell: OwnedFd,
+    /// What the agent wants to have back if it dies; the filter neither reads nor maps it.
+    pub outbox: OwnedFd,
+}
+
+/// Descriptors as received.
+#[derive(Debug)]
+pub enum Fds {
+    /// With most messages.
+    None,
+    /// With [`Message::Attach`] and [`Message::Held`].
+    Capture(CaptureFds),
+    /// With [`Message::Hold`].
+    Outbox(OwnedFd),
 }
 
 /// A message as received.
@@ -150,6 +184,6 @@ pub struct AttachFds {
 pub struct Received {
     /// What it says.
     pub message: Message,
-    /// Present exactly for [`Message::Attach`].
-    pub fds: Option<AttachFds>,
+    /// What came along, always as the message needs it.
+    pub fds: Fds,
 }

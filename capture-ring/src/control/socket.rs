@@ -15,7 +15,7 @@ use nix::sys::socket::{
 };
 use nix::sys::time::{TimeVal, TimeValLike};
 
-use crate::control::{AttachFds, DiskInfo, Message, Received, decode, encode};
+use crate::control::{CaptureFds, DiskInfo, Fds, Message, Received, decode, encode};
 use crate::error::{RingError, RingErrorKind};
 use crate::limits::MAX_MESSAGE_BYTES;
 use crate::raw::own;
@@ -154,20 +154,28 @@ impl Connection {
         Ok(())
     }
 
-    /// Sends [`Message::Attach`] with the descriptors of a ring.
+    /// Sends [`Message::Attach`] with the descriptors of a capture.
     ///
     /// # Errors
     /// As [`Connection::send`].
-    pub fn send_attach(
-        &self,
-        request: u64,
-        device: &str,
-        ring: BorrowedFd<'_>,
-        clock: BorrowedFd<'_>,
-        bell: BorrowedFd<'_>,
-    ) -> Result<(), RingError> {
-        let fds = [ring.as_raw_fd(), clock.as_raw_fd(), bell.as_raw_fd()];
-        self.send_with(&Message::Attach { request, device: device.to_owned() }, &fds)
+    pub fn send_attach(&self, request: u64, device: &str, fds: &CaptureFds) -> Result<(), RingError> {
+        self.send_with(&Message::Attach { request, device: device.to_owned() }, &fds.raw())
+    }
+
+    /// Sends [`Message::Held`] with the descriptors that came with an attach.
+    ///
+    /// # Errors
+    /// As [`Connection::send`].
+    pub fn send_held(&self, device: &str, ended: bool, fds: &CaptureFds) -> Result<(), RingError> {
+        self.send_with(&Message::Held { device: device.to_owned(), ended }, &fds.raw())
+    }
+
+    /// Sends [`Message::Hold`] with an outbox.
+    ///
+    /// # Errors
+    /// As [`Connection::send`].
+    pub fn send_hold(&self, request: u64, device: &str, outbox: BorrowedFd<'_>) -> Result<(), RingError> {
+        self.send_with(&Message::Hold { request, device: device.to_owned() }, &[outbox.as_raw_fd()])
     }
 
     fn send_with(&self, message: &Message, fds: &[i32]) -> Result<(), RingError> {
@@ -211,7 +219,7 @@ impl Connection {
             return Err(RingError::new(RingErrorKind::Message, "a control message is longer than 64 KiB"));
         }
         let message = decode(bytes.get(..length).unwrap_or(&[]))?;
-        let fds = attach_fds(&message, fds)?;
+        let fds = sorted(&message, fds)?;
         Ok(Some(Received { message, fds }))
     }
 
@@ -249,15 +257,26 @@ impl Connection {
     }
 }
 
-/// The descriptors of an attach; nothing else may bring any.
-fn attach_fds(message: &Message, fds: Vec<OwnedFd>) -> Result<Option<AttachFds>, RingError> {
-    let wrong = RingError::new(RingErrorKind::Message, "a control message has a wrong number of descriptors");
-    if !matches!(message, Message::Attach { .. }) {
-        return if fds.is_empty() { Ok(None) } else { Err(wrong) };
+impl CaptureFds {
+    fn raw(&self) -> [i32; 4] {
+        [&self.ring, &self.clock, &self.bell, &self.outbox].map(AsRawFd::as_raw_fd)
     }
-    match <[OwnedFd; 3]>::try_from(fds) {
-        Ok([ring, clock, bell]) => Ok(Some(AttachFds { ring, clock, bell })),
-        Err(_) => Err(wrong),
+}
+
+/// The descriptors that a message brings, exactly as many as its kind needs.
+fn sorted(message: &Message, fds: Vec<OwnedFd>) -> Result<Fds, RingError> {
+    let wrong = RingError::new(RingErrorKind::Message, "a control message has a wrong number of descriptors");
+    match message {
+        Message::Attach { .. } | Message::Held { .. } => match <[OwnedFd; 4]>::try_from(fds) {
+            Ok([ring, clock, bell, outbox]) => Ok(Fds::Capture(CaptureFds { ring, clock, bell, outbox })),
+            Err(_) => Err(wrong),
+        },
+        Message::Hold { .. } => match <[OwnedFd; 1]>::try_from(fds) {
+            Ok([outbox]) => Ok(Fds::Outbox(outbox)),
+            Err(_) => Err(wrong),
+        },
+        _ if fds.is_empty() => Ok(Fds::None),
+        _ => Err(wrong),
     }
 }
 

@@ -47,7 +47,7 @@ impl Bench {
         let (clock, _) = HostClock::create().unwrap();
         let producer = Producer::new(Arc::clone(&ring), clock.clone(), Bell::create().unwrap());
         let packed = Packed { lsn: FIRST.prev(), stamp: Stamp::ZERO, disk_bytes: DISK_BYTES };
-        let (outbox, mut writer) = Outbox::create(DISK, EPOCH, outbox_bytes, packed).unwrap();
+        let (outbox, mut writer) = Outbox::create(DISK, EPOCH, outbox_bytes, packed, packed.lsn).unwrap();
         writer.die_after(die_after);
         let folder = tempfile::tempdir().unwrap();
         let bench = Self { ring, clock, producer, kept: keep(&outbox), folder, spool_bytes };

@@ -31,7 +31,7 @@ pub struct Adopted {
     pub writer: OutboxWriter,
     /// How far records were packed, into frames here or in the spool.
     pub packed: Packed,
-    /// The last LSN of the frames here; what is behind it and packed is in the spool.
+    /// The last LSN of all frames that were in the outbox; what is behind it and packed is in the spool.
     pub last: Lsn,
     /// Records that were taken out of the ring and are in no frame of the outbox, in order.
     pub staged: Vec<Record>,
@@ -59,7 +59,8 @@ pub fn adopt(
         stamp: Stamp(header.packed_stamp.get()),
         disk_bytes: header.packed_disk_bytes.get(),
     };
-    let (outbox, mut writer) = Outbox::create(disk, epoch, bytes.max(header.area_bytes.get()), word)?;
+    let gone = Lsn(header.last_lsn.get());
+    let (outbox, mut writer) = Outbox::create(disk, epoch, bytes.max(header.area_bytes.get()), word, gone)?;
     let last = copy_frames(kept, &header, disk, epoch, &mut writer)?;
     // The words are written after the frame that they speak of, wherever that went.
     let packed = [last, spooled]
@@ -67,7 +68,10 @@ pub fn adopt(
         .flatten()
         .fold(word, |most, other| if other.lsn >= most.lsn { other } else { most });
     writer.note(packed);
-    let last = last.map_or(packed.lsn, |last| last.lsn);
+    let last = last.map_or(gone, |last| last.lsn);
+    if last > packed.lsn {
+        return Err(bad("its frames reach further than what was packed"));
+    }
     let (staged, data, left) = read_staged(kept, &header, packed)?;
     Ok(Adopted { outbox, writer, packed, last, staged, data, left })
 }
@@ -100,7 +104,7 @@ fn read_header(kept: &File, disk: DiskId, epoch: Epoch) -> io::Result<Header> {
     if area > MAX_BUFFER_BYTES || !area.is_multiple_of(ENTRY_ALIGN) || Some(kept.metadata()?.len()) != size {
         return Err(bad("its size is impossible"));
     }
-    if header.packed_lsn.get() >= u64::MAX / 2 {
+    if header.packed_lsn.get().max(header.last_lsn.get()) >= u64::MAX / 2 {
         return Err(bad("its last LSN is impossible"));
     }
     Ok(header)

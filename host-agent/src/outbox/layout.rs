@@ -61,6 +61,7 @@ pub struct Header {
     pub(super) packed_disk_bytes: U64,
     pub(super) staged: U64,
     pub(super) freed: U64,
+    pub(super) last_lsn: U64,
 }
 
 impl Header {
@@ -212,7 +213,8 @@ mod tests {
                 packed_stamp,
                 packed_disk_bytes,
                 staged,
-                freed
+                freed,
+                last_lsn
             ),
             rows!(
                 RawEntry,

@@ -91,7 +91,8 @@ pub struct OutboxWriter {
 }
 
 impl Outbox {
-    /// Makes an empty outbox with room for `bytes` of entries, for records after `packed`.
+    /// Makes an empty outbox with room for `bytes` of entries, for records after `packed`; frames up to `last` have
+    /// been in an outbox before.
     ///
     /// # Errors
     /// What the kernel answers.
@@ -100,6 +101,7 @@ impl Outbox {
         epoch: Epoch,
         bytes: u64,
         packed: Packed,
+        last: Lsn,
     ) -> io::Result<(Arc<Self>, OutboxWriter)> {
         let area = bytes / ENTRY_ALIGN * ENTRY_ALIGN;
         let len = usize::try_from(area).map_err(io::Error::other)?.saturating_add(AREA_START);
@@ -120,6 +122,7 @@ impl Outbox {
             packed_disk_bytes: U64::new(packed.disk_bytes),
             staged: U64::new(0),
             freed: U64::new(0),
+            last_lsn: U64::new(last.0),
         };
         header.crc = U32::new(header.computed_crc());
         writer.copy_in(0, header.as_bytes());
@@ -281,6 +284,7 @@ impl OutboxWriter {
         self.memory.copy_in(at + MESSAGE_HEADER_BYTES, &frame.head);
         self.memory.copy_in(at + MESSAGE_HEADER_BYTES + frame.head.len(), &frame.data);
         self.memory.store(offset_of!(Header, tail), start + need);
+        self.memory.store(offset_of!(Header, last_lsn), frame.last_lsn.0);
         self.publish(
             frame,
             Entry {

@@ -19,7 +19,7 @@ fn frame(first: u64, last: u64, data: usize) -> PackedFrame {
 
 fn outbox(bytes: u64) -> (Arc<Outbox>, OutboxWriter) {
     let packed = Packed { lsn: Lsn(0), stamp: Stamp(0), disk_bytes: 1 << 30 };
-    Outbox::create(DiskId([1; 16]), Epoch(1), bytes, packed).unwrap()
+    Outbox::create(DiskId([1; 16]), Epoch(1), bytes, packed, Lsn(0)).unwrap()
 }
 
 fn message(outbox: &Outbox, entry: &Entry) -> Vec<u8> {

@@ -15,6 +15,10 @@ use crate::limits::{FAULT_HOLD, FILTER_ANSWER, RESYNC_EVERY, STATUS_EVERY, TICK}
 pub(super) enum Phase {
     /// The server was asked for an epoch.
     Opening,
+    /// The server was asked whether it can go on with what the spool has.
+    Recovering,
+    /// What a filter holds is being read; then the filter is asked to hold the new outbox.
+    Adopting { request: u64, ended: bool },
     /// The filter was asked to attach.
     Attaching { request: u64 },
     /// Guest writes go through the ring.
@@ -61,6 +65,10 @@ pub(super) struct Capture {
     pub(super) drained: bool,
     /// The server cannot continue this epoch: its frames are thrown away.
     discard: bool,
+    /// Ring and outbox were taken from a filter, and the ring is still as the agent before left it.
+    pub(super) is_parked: bool,
+    /// What is in the outbox is known: there is one.
+    pub(super) is_loaded: bool,
     /// Detach as soon as attaching is over.
     pub(super) unwanted: bool,
     /// Capture anew when this epoch is closed.
@@ -87,6 +95,8 @@ impl Capture {
             link: DiskLink::Closed,
             drained: false,
             discard: false,
+            is_parked: false,
+            is_loaded: false,
             unwanted: false,
             reopen: false,
             protect: Vec::new(),
@@ -102,7 +112,11 @@ impl Capture {
     }
 
     pub(super) fn has_ring(&self) -> bool {
-        self.phase != Phase::Opening
+        !matches!(self.phase, Phase::Opening | Phase::Recovering) && !self.is_loading()
+    }
+
+    fn is_loading(&self) -> bool {
+        self.is_parked && !self.is_loaded
     }
 }
 
@@ -140,6 +154,7 @@ impl Session {
                 self.captures.remove(&disk);
                 self.answer_all(waiters, &format!("the server does not take this disk: {refused}"));
             }
+            Phase::Recovering => self.recoverable(disk, durable, epoch, refused),
             _ if !refused.is_empty() => {
                 tracing::warn!(%disk, reason = refused, "the server does not take this disk now; frames are kept");
                 capture.link = DiskLink::Wait(now.saturating_add(Duration::from_secs(5)));
@@ -227,6 +242,8 @@ impl Session {
                 self.out.push(Action::Detach(filter, request, device));
             }
             Phase::Opening
+            | Phase::Recovering
+            | Phase::Adopting { .. }
             | Phase::Attaching { .. }
             | Phase::Detaching { .. }
             | Phase::Orphaned
@@ -238,7 +255,8 @@ impl Session {
         let asked = |capture: &Capture| {
             capture.filter == filter
                 && matches!(capture.phase,
-                    Phase::Attaching { request: n } | Phase::Detaching { request: n } if n == request)
+                    Phase::Attaching { request: n } | Phase::Detaching { request: n } | Phase::Adopting { request: n, .. }
+                    if n == request)
         };
         let Some((disk, capture)) = self.captures.iter().find(|(_, capture)| asked(capture)) else {
             if !error.is_empty() {
@@ -248,6 +266,7 @@ impl Session {
         };
         let disk = *disk;
         match (capture.phase, error.is_empty()) {
+            (Phase::Adopting { ended, .. }, _) => self.held(now, disk, ended, error),
             (Phase::Attaching { .. }, true) => self.attached(now, disk),
             (Phase::Attaching { .. }, false) => {
                 let waiters =
@@ -260,7 +279,7 @@ impl Session {
         }
     }
 
-    fn attached(&mut self, now: Duration, disk: DiskId) {
+    pub(super) fn attached(&mut self, now: Duration, disk: DiskId) {
         let Some(capture) = self.captures.get_mut(&disk) else { return };
         capture.phase = Phase::Capturing;
         if capture.unwanted {
@@ -288,6 +307,7 @@ impl Session {
     pub(super) fn end_ring(&mut self, disk: DiskId, ending: Ending) {
         let Some(capture) = self.captures.get_mut(&disk) else { return };
         capture.phase = Phase::Draining;
+        capture.is_parked = false;
         if !capture.drained {
             self.out.push(Action::EndRing(disk, capture.epoch, ending));
         }
@@ -372,6 +392,9 @@ impl Session {
         }
         let Some(capture) = self.captures.remove(&disk) else { return };
         self.out.push(Action::DropCapture(disk, capture.epoch));
+        if self.inventory.pid(capture.filter).is_some() {
+            self.out.push(Action::Forget(capture.filter, capture.device.clone()));
+        }
         let last = Sample { mode: "off", captured_lsn: capture.packed, ..Sample::default() };
         self.send(ToServer::DiskStatus(status(disk, &capture, &last)));
         for lost in capture.bookmarks {
@@ -391,7 +414,9 @@ impl Session {
 
     /// The connection is gone: nothing can be sent or answered.
     pub(super) fn close_links(&mut self) {
-        self.captures.retain(|_, capture| capture.phase != Phase::Opening);
+        let recovering = self.captures.iter().filter(|(_, capture)| capture.phase == Phase::Recovering);
+        self.spooled.extend(recovering.map(|(disk, capture)| (*disk, (capture.epoch, capture.disk_bytes))));
+        self.captures.retain(|_, capture| !matches!(capture.phase, Phase::Opening | Phase::Recovering));
         self.asked.clear();
         for capture in self.captures.values_mut() {
             capture.link = DiskLink::Closed;
@@ -405,8 +430,12 @@ impl Session {
 
     /// The connection is back: go on with every epoch that can be continued.
     pub(super) fn reopen_links(&mut self) {
-        let live: Vec<DiskId> =
-            self.captures.iter().filter(|(_, c)| !c.discard).map(|(disk, _)| *disk).collect();
+        let live: Vec<DiskId> = self
+            .captures
+            .iter()
+            .filter(|(_, c)| !c.discard && !c.is_loading())
+            .map(|(disk, _)| *disk)
+            .collect();
         for disk in live {
             self.open_disk(disk);
         }
@@ -420,7 +449,10 @@ impl Session {
                 (_, Phase::DetachAgain { at }) if now >= at => detach.push(*disk),
                 _ => {}
             }
-            let waiting = matches!(capture.phase, Phase::Attaching { .. } | Phase::Detaching { .. });
+            let waiting = matches!(
+                capture.phase,
+                Phase::Attaching { .. } | Phase::Detaching { .. } | Phase::Adopting { .. }
+            );
             if waiting {
                 late.extend(capture.protect.extract_if(.., |waiter| now >= waiter.deadline));
                 late.extend(capture.unprotect.extract_if(.., |waiter| now >= waiter.deadline));

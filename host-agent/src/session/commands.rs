@@ -55,13 +55,22 @@ impl Session {
             return self.fail(request, "too many requests wait for this disk");
         }
         // While the epoch ends, the next one is ordered; while it begins, its outcome is waited for.
-        capture.reopen |=
-            capture.unwanted || !matches!(capture.phase, Phase::Opening | Phase::Attaching { .. });
+        let begins = matches!(
+            capture.phase,
+            Phase::Opening | Phase::Attaching { .. } | Phase::Adopting { ended: false, .. }
+        );
+        capture.reopen |= capture.unwanted || !begins;
         capture.protect.push(waiter);
     }
 
     /// Begins a new epoch of a disk that has none.
     pub(super) fn start_opening(&mut self, disk: DiskId, waiters: Vec<Waiter>) {
+        if self.spooled.contains_key(&disk) && self.recover(disk) {
+            if let Some(capture) = self.captures.get_mut(&disk) {
+                (capture.protect, capture.reopen) = (waiters, true);
+            }
+            return;
+        }
         let why = match self.inventory.find(disk) {
             None => "no VM on this host has this disk now".to_owned(),
             Some(place) if !place.refused.is_empty() => place.refused,
@@ -87,6 +96,11 @@ impl Session {
             return self.fail(request, "too many requests wait for this disk");
         }
         capture.reopen = false;
+        if capture.phase == Phase::Recovering {
+            let overtaken = core::mem::take(&mut capture.protect);
+            self.answer_all(overtaken, "protection was switched off meanwhile");
+            return self.fail(request, "");
+        }
         capture.unprotect.push(Waiter { request, deadline: now.saturating_add(FILTER_ANSWER) });
         let overtaken = core::mem::take(&mut capture.protect);
         self.answer_all(overtaken, "protection was switched off meanwhile");

@@ -18,6 +18,7 @@ impl Session {
         if !self.inventory.set_disks(filter, disks) {
             return;
         }
+        self.take_holdings(now, filter);
         let gone = |(disk, capture): (&DiskId, &Capture)| {
             let listed = self.inventory.disk_of(filter, &capture.device) == Some(*disk);
             (capture.filter == filter && !listed).then_some(*disk)
@@ -52,6 +53,7 @@ impl Session {
     pub(super) fn filter_lost(&mut self, now: Duration, filter: FilterId) {
         let pid = self.inventory.pid(filter);
         self.inventory.remove(filter);
+        self.holdings.remove(&filter);
         let mine: Vec<DiskId> =
             self.captures.iter().filter(|(_, c)| c.filter == filter).map(|(disk, _)| *disk).collect();
         let mut held = false;
@@ -60,6 +62,10 @@ impl Session {
             match capture.phase {
                 Phase::Draining => continue,
                 Phase::Opening => self.abandon_opening(disk, "QEMU went away"),
+                Phase::Adopting { .. } if !capture.is_loaded => {
+                    self.out.push(Action::Abandon(disk, capture.epoch));
+                    self.abandon_opening(disk, "QEMU went away");
+                }
                 _ => {
                     held = true;
                     capture.phase = Phase::Orphaned;
@@ -100,6 +106,7 @@ impl Session {
                 continue;
             }
             let Some(capture) = self.captures.get_mut(&disk) else { continue };
+            // It is back and does not hold the ring any more.
             capture.filter = place.filter;
             capture.phase = Phase::Capturing;
             capture.reopen = capture.unprotect.is_empty() && !capture.unwanted;

@@ -97,6 +97,12 @@ impl Inventory {
         self.vms.get(&filter).map(|vm| vm.info.pid)
     }
 
+    /// The id that a device of that filter has, listed or not.
+    pub(super) fn id_for(&self, filter: FilterId, device: &str) -> Option<DiskId> {
+        let vm = self.vms.get(&filter)?;
+        Some(disk_id(&self.host, &vm.info.uuid, &vm.info.display_name(), device))
+    }
+
     pub(super) fn disk_of(&self, filter: FilterId, device: &str) -> Option<DiskId> {
         let vm = self.vms.get(&filter)?;
         vm.disks.iter().find(|(_, disk)| disk.device == device).map(|(id, _)| *id)

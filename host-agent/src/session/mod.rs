@@ -14,12 +14,15 @@
 //!               ▲                        │        filter: ok     Detaching
 //!               │ drained and acked      ▼ ◄────────────────────────┘
 //!               └─────────────────── Draining ◄──process dead── Orphaned ◄── filter lost (from any but Opening)
-//!                                                                   └─ same process back ──► Detaching
+//!                                        ▲                          └─ same process back ──► Capturing
+//!  a filter holds a former agent's ring ─┼─► Adopting ──it holds the new outbox──► Capturing (or Draining)
+//!  frames of a former agent in the spool ┴── Recovering
 //! ```
 //!
 //! For every capture `packed ≥ shipped ≥ acked`: records in the outbox, handed to the socket, durable at the server
 //! (the ring's own `captured ≥ packed`). `Session::check` asserts it after every event.
 
+mod adoption;
 mod capture;
 mod commands;
 mod filters;
@@ -33,10 +36,11 @@ use std::time::Duration;
 
 use journal_format::{DiskId, Epoch, Lsn, Stamp, wire};
 
+pub use self::adoption::{Adopt, Holding};
 pub use self::inventory::{DiskInfo, VmInfo};
 pub use self::server::ServerMessage;
 
-use self::capture::Capture;
+use self::capture::{Capture, Phase};
 use self::inventory::Inventory;
 use self::server::Server;
 use crate::identity::HostId;
@@ -107,6 +111,13 @@ pub enum Event {
     FilterUp(FilterId, VmInfo),
     /// A filter's complete list of disks.
     FilterDisks(FilterId, Vec<DiskInfo>),
+    /// A filter holds the descriptors of an agent's capture, this one's or a former one's. Comes before its disks.
+    FilterHolds(FilterId, Holding),
+    /// What a filter holds has been read: of which disk and epoch, the LSN before the oldest frame in the outbox and
+    /// the LSN of the newest.
+    Loaded(DiskId, Epoch, Lsn, Lsn),
+    /// A former agent has left frames of that disk and epoch in the spool; the disk's size then.
+    SpoolLeft(DiskId, Epoch, u64),
     /// A filter's answer to a request; an empty message when it was done.
     FilterResult(FilterId, u64, String),
     /// A filter switched a device's capture off because of a fault in itself.
@@ -148,6 +159,18 @@ pub enum Action {
     Send(ToServer),
     /// Make ring, outbox and drain thread, then ask the filter to attach.
     Attach(Attach),
+    /// Read what a filter holds; answered by `Loaded`, or by `FilterResult` with an error.
+    Adopt(Adopt),
+    /// The filter holds the outbox of `Adopt`: take the ring over and start the drain.
+    Resume(DiskId, Epoch),
+    /// Drop what was read of ring and outbox, and leave everything as it is.
+    Abandon(DiskId, Epoch),
+    /// Tell a filter that nothing of a device's ended capture is needed any more.
+    Forget(FilterId, String),
+    /// Ship what the spool has of that epoch after that LSN; answered by `Drained` in the end.
+    Recover(DiskId, Epoch, Lsn),
+    /// Throw away what the spool has of a disk.
+    DropSpool(DiskId),
     /// Ask a filter to detach a device.
     Detach(FilterId, u64, String),
     /// Tell a filter that a device's ring has room again.
@@ -226,6 +249,10 @@ pub struct Session {
     asked: BTreeMap<DiskId, u32>,
     /// Lost filters whose processes still hold rings.
     orphans: BTreeMap<FilterId, u32>,
+    /// What filters hold, until they have listed their disks.
+    holdings: BTreeMap<FilterId, Vec<Holding>>,
+    /// Epochs of which a former agent left frames in the spool, and their disk's size.
+    spooled: BTreeMap<DiskId, (Epoch, u64)>,
     /// Disks whose capture broke, until when they are left alone, and why.
     holds: BTreeMap<DiskId, (Duration, String)>,
     next_request: u64,
@@ -246,6 +273,8 @@ impl Session {
             captures: BTreeMap::new(),
             asked: BTreeMap::new(),
             orphans: BTreeMap::new(),
+            holdings: BTreeMap::new(),
+            spooled: BTreeMap::new(),
             holds: BTreeMap::new(),
             next_request: 1,
             turn: None,
@@ -259,6 +288,11 @@ impl Session {
         match event {
             Event::FilterUp(filter, info) => self.filter_up(filter, info),
             Event::FilterDisks(filter, disks) => self.filter_disks(now, filter, disks),
+            Event::FilterHolds(filter, holding) => self.filter_holds(filter, holding),
+            Event::Loaded(disk, epoch, acked, packed) => self.loaded(disk, epoch, acked, packed),
+            Event::SpoolLeft(disk, epoch, disk_bytes) => {
+                self.spooled.insert(disk, (epoch, disk_bytes));
+            }
             Event::FilterResult(filter, request, error) => self.filter_result(now, filter, request, &error),
             Event::FilterFault(filter, device, message) => self.filter_fault(now, filter, &device, &message),
             Event::FilterLost(filter) => self.filter_lost(now, filter),
@@ -358,6 +392,8 @@ impl Session {
 
     fn stop(&mut self) {
         self.stopping = true;
+        // What was not begun is left for the next agent.
+        self.captures.retain(|_, capture| capture.has_ring() || capture.phase == Phase::Opening);
         for (disk, capture) in &mut self.captures {
             if capture.has_ring() && !capture.drained {
                 self.out.push(Action::EndRing(*disk, capture.epoch, Ending::AgentStops));
@@ -368,6 +404,7 @@ impl Session {
     fn tick(&mut self, now: Duration) {
         self.server_tick(now);
         self.capture_tick(now);
+        self.recover_spools(now);
         let before = self.holds.len();
         self.holds.retain(|_, (until, _)| now < *until);
         if self.holds.len() != before {

@@ -7,7 +7,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::identity::disk_id;
-use crate::limits::{FAULT_HOLD, FILTER_ANSWER, SERVER_SILENT};
+use crate::limits::{FAULT_HOLD, FILTER_ANSWER, SERVER_SILENT, SPOOL_GRACE};
 
 const HOST: [u8; 16] = [9; 16];
 const VM: [u8; 16] = [7; 16];
@@ -390,12 +390,132 @@ fn a_stopping_agent_waits_for_acknowledgements_and_leaves_disks_attached() {
     assert!(world.session.is_flushed());
 }
 
+/// A new agent, a filter that holds epoch 3, and what was read of it: frames 101 to 150.
+fn adopting(ended: bool) -> (World, u64) {
+    let mut world = World::new();
+    world.on(Event::FilterUp(F1, vm(10)));
+    let of = Some((disk(), Epoch(3)));
+    world.on(Event::FilterHolds(F1, Holding { device: "virtio0".into(), ended, of }));
+    let actions = world.on(Event::FilterDisks(F1, disks()));
+    let adopt = actions.iter().find_map(|action| match action {
+        Action::Adopt(order) => Some(order.clone()),
+        _ => None,
+    });
+    let adopt = adopt.expect("an adoption");
+    assert!(world.session.awaits(&adopt));
+    world.on(Event::Loaded(disk(), Epoch(3), Lsn(100), Lsn(150)));
+    (world, adopt.request)
+}
+
+#[test]
+fn what_a_filter_holds_is_resumed_when_it_holds_the_new_outbox() {
+    let (mut world, request) = adopting(false);
+    assert_eq!(opens(&world.connect()), [3], "the same epoch");
+    let actions = world.opened(120, 3);
+    assert_eq!(actions, [Action::Release(disk(), Epoch(3), Lsn(120))]);
+    assert_eq!(world.session.next_to_ship().unwrap().from, Lsn(121), "also before the ring is taken over");
+    let actions = world.on(Event::FilterResult(F1, request, String::new()));
+    assert_eq!(actions, [Action::Resume(disk(), Epoch(3)), Action::ReportSoon]);
+    assert_eq!(world.phase().unwrap(), "Capturing");
+    assert_eq!(results(&world.server(ServerMessage::SetProtection(1, disk(), true))), [(1, String::new())]);
+}
+
+#[test]
+fn an_ended_capture_that_is_held_is_shipped_and_forgotten() {
+    let (mut world, request) = adopting(true);
+    world.connect();
+    world.opened(120, 3);
+    let actions = world.on(Event::FilterResult(F1, request, String::new()));
+    assert_eq!(
+        actions,
+        [Action::Resume(disk(), Epoch(3)), Action::EndRing(disk(), Epoch(3), Ending::Detached)]
+    );
+    world.ship(150);
+    world.on(Event::Drained(disk(), Epoch(3), Lsn(150)));
+    let done = world.server(ServerMessage::Ack(disk(), Lsn(150)));
+    assert!(done.contains(&Action::DropCapture(disk(), Epoch(3))));
+    assert!(done.contains(&Action::Forget(F1, "virtio0".into())));
+}
+
+#[test]
+fn what_cannot_be_read_ends_and_protection_begins_anew() {
+    let mut world = World::new();
+    world.connect();
+    world.on(Event::FilterUp(F1, vm(10)));
+    let of = Some((disk(), Epoch(3)));
+    world.on(Event::FilterHolds(F1, Holding { device: "virtio0".into(), ended: false, of }));
+    let actions = world.on(Event::FilterDisks(F1, disks()));
+    let Some(Action::Adopt(order)) = actions.first() else { panic!("no adoption") };
+    world.server(ServerMessage::SetProtection(1, disk(), true));
+    let actions = world.on(Event::FilterResult(F1, order.request, "a frame is corrupt".into()));
+    assert!(actions.contains(&Action::DropSpool(disk())) && detach(&actions).is_some());
+    assert_eq!(opens(&actions), [0], "a new epoch");
+}
+
+#[test]
+fn a_ring_of_another_disk_is_not_taken() {
+    let mut world = World::new();
+    world.on(Event::FilterUp(F1, vm(10)));
+    let other = Some((DiskId([1; 16]), Epoch(3)));
+    world.on(Event::FilterHolds(F1, Holding { device: "virtio0".into(), ended: false, of: other }));
+    world.on(Event::FilterHolds(F1, Holding { device: "virtio0".into(), ended: false, of: None }));
+    let actions = world.on(Event::FilterDisks(F1, disks()));
+    assert!(!actions.iter().any(|action| matches!(action, Action::Adopt(_))));
+    assert_eq!(actions.iter().filter(|action| matches!(action, Action::Forget(..))).count(), 2);
+}
+
+#[test]
+fn a_spool_without_a_ring_is_shipped_where_the_server_goes_on() {
+    for (epoch, refused) in [(3, ""), (4, ""), (3, "no")] {
+        let mut world = World::new();
+        world.on(Event::SpoolLeft(disk(), Epoch(3), 1 << 30));
+        world.connect();
+        assert_eq!(opens(&world.on(Event::Tick)), Vec::<u64>::new(), "its filter may still come");
+        world.now = SPOOL_GRACE;
+        assert_eq!(opens(&world.on(Event::Tick)), [3]);
+        let actions = world.server(ServerMessage::DiskOpened {
+            disk: disk(),
+            durable_lsn: Lsn(120),
+            durable_stamp: Stamp(5),
+            epoch: Epoch(epoch),
+            refused: refused.into(),
+        });
+        if (epoch, refused) == (3, "") {
+            assert_eq!(actions, [Action::Recover(disk(), Epoch(3), Lsn(120))]);
+            world.ship(150);
+            world.on(Event::Drained(disk(), Epoch(3), Lsn(150)));
+            let done = world.server(ServerMessage::Ack(disk(), Lsn(150)));
+            assert!(done.contains(&Action::DropCapture(disk(), Epoch(3))));
+        } else {
+            assert_eq!(actions, [Action::DropSpool(disk())]);
+        }
+    }
+}
+
+#[test]
+fn protecting_a_disk_ships_its_spool_first() {
+    let mut world = World::new();
+    world.on(Event::SpoolLeft(disk(), Epoch(3), 1 << 30));
+    world.on(Event::FilterUp(F1, vm(10)));
+    world.on(Event::FilterDisks(F1, disks()));
+    world.connect();
+    assert_eq!(opens(&world.server(ServerMessage::SetProtection(1, disk(), true))), [3]);
+    world.opened(120, 3);
+    world.ship(130);
+    world.on(Event::Drained(disk(), Epoch(3), Lsn(130)));
+    assert_eq!(opens(&world.server(ServerMessage::Ack(disk(), Lsn(130)))), [0], "then the new epoch");
+    assert_eq!(attach(&world.opened(130, 4)).first_lsn, Lsn(131));
+}
+
 /// What the random driver may do; numbers are taken modulo what makes sense at that moment.
 #[derive(Clone, Debug)]
 enum Step {
     FilterUp(u8),
     FilterDisks(u8, bool),
     FilterLost(u8),
+    Holds(u8, u64, bool),
+    Loaded(u64, u64),
+    SpoolLeft(u64),
     ProcessDead(u8),
     Fault(u8),
     AnswerFilter(bool),
@@ -419,6 +539,9 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         2 => (0_u8..3).prop_map(Step::FilterUp),
         4 => (0_u8..3, prop::bool::weighted(0.9)).prop_map(|(f, has)| Step::FilterDisks(f, has)),
         1 => (0_u8..3).prop_map(Step::FilterLost),
+        2 => (0_u8..3, 1_u64..4, prop::bool::weighted(0.2)).prop_map(|(f, e, ended)| Step::Holds(f, e, ended)),
+        4 => (0_u64..20, 0_u64..20).prop_map(|(acked, more)| Step::Loaded(acked, more)),
+        1 => (1_u64..4).prop_map(Step::SpoolLeft),
         1 => (0_u8..3).prop_map(Step::ProcessDead),
         1 => (0_u8..3).prop_map(Step::Fault),
         6 => prop::bool::weighted(0.9).prop_map(Step::AnswerFilter),
@@ -455,6 +578,8 @@ struct Fake {
     ring: Option<FakeRing>,
     asked: Vec<(FilterId, u64)>,
     answered: Vec<u64>,
+    /// What is being read.
+    adopting: Option<Adopt>,
     /// Highest LSN this connection carried.
     carried: Lsn,
     follow: Vec<Event>,
@@ -477,6 +602,23 @@ impl Fake {
                     self.asked.push((order.filter, order.request));
                 }
                 Action::Detach(filter, request, _) => self.asked.push((filter, request)),
+                Action::Adopt(order) => {
+                    assert!(self.ring.is_none(), "an epoch is adopted before the last is dropped");
+                    self.asked.push((order.filter, order.request));
+                    self.adopting = Some(order);
+                }
+                Action::Resume(_, epoch) => {
+                    assert_eq!(self.ring.as_ref().map(|ring| ring.epoch), Some(epoch), "nothing to resume");
+                }
+                Action::Abandon(_, epoch) => {
+                    self.ring.take_if(|ring| ring.epoch == epoch);
+                }
+                Action::Recover(_, epoch, durable) => {
+                    assert!(self.ring.is_none(), "a spool is shipped beside a ring");
+                    let ring =
+                        FakeRing { epoch, packed: durable, released: durable, ending: true, ended: false };
+                    self.ring = Some(ring);
+                }
                 Action::EndRing(_, epoch, _) => match self.ring.as_mut().filter(|ring| ring.epoch == epoch) {
                     Some(ring) => ring.ending = true,
                     None => panic!("the end of a ring that does not exist"),
@@ -510,6 +652,8 @@ impl Fake {
                 }
                 Action::Connect
                 | Action::Discard(..)
+                | Action::Forget(..)
+                | Action::DropSpool(_)
                 | Action::ReportSoon
                 | Action::Disconnect(_)
                 | Action::Send(_)
@@ -541,6 +685,22 @@ fn run(steps: Vec<Step>) {
                 Event::FilterDisks(filter(n), if has { disks() } else { Vec::new() })
             }
             Step::FilterLost(n) => Event::FilterLost(filter(n)),
+            Step::Holds(n, epoch, ended) => {
+                let of = Some((disk(), Epoch(epoch)));
+                Event::FilterHolds(filter(n), Holding { device: "virtio0".into(), ended, of })
+            }
+            Step::Loaded(acked, more) => {
+                match fake.adopting.take().filter(|order| world.session.awaits(order)) {
+                    Some(order) => {
+                        let (acked, packed) = (Lsn(acked), Lsn(acked + more));
+                        let (epoch, ended) = (order.epoch, false);
+                        fake.ring = Some(FakeRing { epoch, packed, released: acked, ending: false, ended });
+                        Event::Loaded(order.disk, epoch, acked, packed)
+                    }
+                    None => Event::Tick,
+                }
+            }
+            Step::SpoolLeft(epoch) => Event::SpoolLeft(disk(), Epoch(epoch), 1 << 30),
             Step::ProcessDead(n) => Event::ProcessDead(filter(n)),
             Step::Fault(n) => Event::FilterFault(filter(n), "virtio0".into(), "fault".into()),
             Step::AnswerFilter(ok) => match fake.asked.pop() {

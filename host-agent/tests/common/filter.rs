@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use capture_ring::control::{Connection, DiskInfo, Hello, Message, PROTOCOL_VERSION};
+use capture_ring::control::{CaptureFds, Connection, DiskInfo, Fds, Hello, Message, PROTOCOL_VERSION};
 use capture_ring::{Bell, HostClock, Mode, Producer, Resync, Ring};
 use journal_format::{ByteRange, GapReason};
 
@@ -19,11 +19,14 @@ pub struct FakeDisk {
     pub image: Mutex<Vec<u8>>,
     producer: Mutex<Option<Arc<Producer>>>,
     ring_file: Mutex<Option<File>>,
+    /// What is held for the next agent, and whether its capture has ended.
+    held: Mutex<Option<(CaptureFds, bool)>>,
     /// A ring has one resync at a time.
     resyncing: Mutex<()>,
 }
 
 pub struct FakeFilter {
+    vm: String,
     connection: Arc<Connection>,
     disks: Arc<HashMap<String, Arc<FakeDisk>>>,
     pub resyncs: Arc<AtomicU64>,
@@ -44,13 +47,28 @@ pub fn hello(vm: &str) -> Hello {
 impl FakeFilter {
     /// Connects, says hello, lists the devices and serves commands on a thread.
     pub fn connect(socket: &Path, vm: &str, devices: &[&str]) -> Self {
-        let connection = Arc::new(Connection::connect(socket).expect("the agent listens"));
-        connection.send(&Message::Hello(hello(vm))).expect("hello");
         let disks: HashMap<String, Arc<FakeDisk>> =
             devices.iter().map(|device| ((*device).to_owned(), Arc::new(FakeDisk::new()))).collect();
-        let filter = Self { connection, disks: Arc::new(disks), resyncs: Arc::default() };
+        Self::greet(socket, vm, Arc::new(disks), devices)
+    }
+
+    /// The same process connects again, with these of its devices.
+    pub fn again(&self, socket: &Path, devices: &[&str]) -> Self {
+        Self::greet(socket, &self.vm, Arc::clone(&self.disks), devices)
+    }
+
+    fn greet(socket: &Path, vm: &str, disks: Arc<HashMap<String, Arc<FakeDisk>>>, devices: &[&str]) -> Self {
+        let connection = Arc::new(Connection::connect(socket).expect("the agent listens"));
+        connection.send(&Message::Hello(hello(vm))).expect("hello");
+        for (device, disk) in disks.iter() {
+            if let Some((fds, ended)) = &*disk.held.lock().unwrap() {
+                connection.send_held(device, *ended, fds).expect("held");
+            }
+        }
+        let filter = Self { vm: vm.to_owned(), connection, disks, resyncs: Arc::default() };
         filter.list(devices);
         let server = Self {
+            vm: vm.to_owned(),
             connection: Arc::clone(&filter.connection),
             disks: Arc::clone(&filter.disks),
             resyncs: Arc::clone(&filter.resyncs),
@@ -94,8 +112,19 @@ impl FakeFilter {
             let Some(received) = received else { continue };
             let (request, outcome) = match received.message {
                 Message::Attach { request, device } => {
-                    let fds = received.fds.expect("descriptors");
-                    (request, self.disks[&device].attach(&fds))
+                    let Fds::Capture(fds) = received.fds else { panic!("no descriptors") };
+                    (request, self.disks[&device].attach(fds))
+                }
+                Message::Hold { request, device } => {
+                    let Fds::Outbox(outbox) = received.fds else { panic!("no descriptor") };
+                    let mut held = self.disks[&device].held.lock().unwrap();
+                    held.as_mut().expect("something is held").0.outbox = outbox;
+                    (request, Ok(()))
+                }
+                Message::Forget { device } => {
+                    let mut held = self.disks[&device].held.lock().unwrap();
+                    held.take_if(|(_, ended)| *ended);
+                    continue;
                 }
                 Message::Detach { request, device } => {
                     self.disks[&device].detach();
@@ -120,10 +149,16 @@ impl FakeFilter {
 impl FakeDisk {
     fn new() -> Self {
         let image = Mutex::new(vec![0; usize::try_from(DISK_BYTES).unwrap()]);
-        Self { image, producer: Mutex::new(None), ring_file: Mutex::new(None), resyncing: Mutex::new(()) }
+        Self {
+            image,
+            producer: Mutex::new(None),
+            ring_file: Mutex::new(None),
+            held: Mutex::new(None),
+            resyncing: Mutex::new(()),
+        }
     }
 
-    fn attach(&self, fds: &capture_ring::control::AttachFds) -> Result<(), String> {
+    fn attach(&self, fds: CaptureFds) -> Result<(), String> {
         use std::os::fd::AsFd;
         let text = |error: capture_ring::RingError| error.to_string();
         let ring = Ring::open(fds.ring.as_fd()).map_err(text)?;
@@ -133,10 +168,25 @@ impl FakeDisk {
         producer.attach().map_err(|full| full.to_string())?;
         *self.ring_file.lock().unwrap() = Some(File::from(fds.ring.try_clone().expect("a duplicate")));
         *self.producer.lock().unwrap() = Some(Arc::new(producer));
+        *self.held.lock().unwrap() = Some((fds, false));
         Ok(())
     }
 
-    fn detach(&self) {
+    /// Whether anything is held for the next agent.
+    pub fn is_held(&self) -> bool {
+        self.held.lock().unwrap().is_some()
+    }
+
+    /// Puts something else where the descriptors of the capture are held.
+    pub fn tamper(&self, change: impl FnOnce(&mut CaptureFds)) {
+        change(&mut self.held.lock().unwrap().as_mut().expect("held").0);
+    }
+
+    /// Ends the capture, as a detach does, or the unplugging of the device.
+    pub fn detach(&self) {
+        if let Some((_, ended)) = &mut *self.held.lock().unwrap() {
+            *ended = true;
+        }
         if let Some(producer) = self.producer.lock().unwrap().take() {
             producer.detach();
         }

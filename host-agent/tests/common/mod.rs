@@ -1,6 +1,7 @@
 //! A server and a filter for tests: real sockets, real rings, in this process.
 
 #![allow(unreachable_pub, reason = "a test is no library")]
+#![allow(dead_code, reason = "each test program uses a part of it")]
 
 pub mod filter;
 pub mod server;

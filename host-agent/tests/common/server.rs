@@ -190,11 +190,16 @@ impl FakeServer {
 
     fn serve(&self, socket: TcpStream) {
         let writer = socket.try_clone().expect("a duplicate");
-        self.with(|state| {
+        let number = self.with(|state| {
             state.connections += 1;
+            // The one before is over, whether its thread has noticed or not.
+            state.connection = None;
+            state.inventory = wire::Inventory::default();
             for journal in state.journals.values_mut() {
                 journal.open = false;
+                journal.pending.clear();
             }
+            state.connections
         });
         let mut reader = socket;
         let mut header = [0; MESSAGE_HEADER_BYTES];
@@ -207,9 +212,11 @@ impl FakeServer {
         }
         let _ = reader.shutdown(Shutdown::Both);
         self.with(|state| {
-            state.connection = None;
-            for journal in state.journals.values_mut() {
-                journal.pending.clear();
+            if state.connections == number {
+                state.connection = None;
+                for journal in state.journals.values_mut() {
+                    journal.pending.clear();
+                }
             }
         });
     }

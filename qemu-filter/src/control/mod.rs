@@ -6,8 +6,9 @@
 //!
 //! Beside it each capture has a thread `cdp-wait`, which sleeps unless guest requests wait for the agent.
 //!
-//! When the agent is lost, captures stay on: the ring fills, then writes are tracked. A new agent that attaches
-//! a device that is still captured gets it: the old capture is ended first, and the new epoch begins with a gap.
+//! When the agent is lost, captures stay on: the ring fills, then writes are tracked. The descriptors of each capture are
+//! kept, and offered to the agent that comes next; it goes on with them. One that attaches a device that is still
+//! captured gets it: the old capture is ended first, and the new epoch begins with a gap.
 
 mod session;
 mod text;

@@ -9,7 +9,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use capture_ring::RingError;
-use capture_ring::control::{AttachFds, Connection, DiskInfo, Message, text};
+use capture_ring::control::{CaptureFds, Connection, DiskInfo, Fds, Message, text};
 
 use super::Host;
 use super::text::{cut, hello, told};
@@ -27,10 +27,12 @@ pub(super) struct Captures {
 }
 
 struct Attached {
-    capture: Arc<Capture>,
+    /// With the thread that wakes who waits for the agent, and ends by itself when capture is off. `None` when the capture
+    /// has ended, and the agent has not said that all of it is in its place.
+    capture: Option<(Arc<Capture>, JoinHandle<()>)>,
     fault_told: bool,
-    /// Wakes who waits for the agent; ends by itself when capture is off.
-    waiter: JoinHandle<()>,
+    /// For the next agent, if this one dies.
+    held: CaptureFds,
 }
 
 pub(super) struct Session<'a> {
@@ -62,6 +64,9 @@ impl<'a> Session<'a> {
 
     fn serve(&mut self, stop: &AtomicBool) -> Result<(), RingError> {
         self.connection.send(&Message::Hello(hello(&self.host.identity())))?;
+        for (device, attached) in &self.captures.by_device {
+            self.connection.send_held(device, attached.capture.is_none(), &attached.held)?;
+        }
         self.look(true)?;
         let mut next_look = Instant::now() + LOOK_PERIOD;
         // ORDERING: as in `run`.
@@ -79,16 +84,23 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
-    fn obey(&mut self, message: Message, fds: Option<AttachFds>) -> Result<(), RingError> {
+    fn obey(&mut self, message: Message, fds: Fds) -> Result<(), RingError> {
         let (request, outcome) = match message {
             Message::List => return self.look(true),
             Message::Attach { request, device } => (request, self.attach(&device, fds)),
             Message::Detach { request, device } => (request, self.detach(&device)),
             Message::Resync { request, device } => (request, self.resync(&device)),
-            // What only a filter says; a newer agent may say more, which `recv` refuses.
-            Message::Hello(_) | Message::Disks { .. } | Message::Result { .. } | Message::Fault { .. } => {
+            Message::Hold { request, device } => (request, self.hold(&device, fds)),
+            Message::Forget { device } => {
+                self.forget(&device);
                 return Ok(());
             }
+            // What only a filter says; a newer agent may say more, which `recv` refuses.
+            Message::Hello(_)
+            | Message::Disks { .. }
+            | Message::Result { .. }
+            | Message::Fault { .. }
+            | Message::Held { .. } => return Ok(()),
         };
         let (ok, message) = match outcome {
             Ok(()) => (true, String::new()),
@@ -97,11 +109,14 @@ impl<'a> Session<'a> {
         self.connection.send(&Message::Result { request, ok, message })
     }
 
-    fn attach(&mut self, device: &str, fds: Option<AttachFds>) -> Result<(), String> {
-        let fds = fds.ok_or("an attach without a ring; agent and filter must be of one release")?;
+    fn attach(&mut self, device: &str, fds: Fds) -> Result<(), String> {
+        let Fds::Capture(fds) = fds else {
+            return Err("an attach without a ring; agent and filter must be of one release".to_owned());
+        };
         // An agent that attaches what is captured has lost the old ring: its epoch ends here.
         self.detach(device)?;
-        let capture = Capture::attach(fds.ring.as_fd(), fds.clock.as_fd(), fds.bell, self.host.wake_fn())
+        let bell = fds.bell.try_clone().map_err(|error| format!("cannot duplicate a descriptor: {error}"))?;
+        let capture = Capture::attach(fds.ring.as_fd(), fds.clock.as_fd(), bell, self.host.wake_fn())
             .map_err(|error| error.to_string())?;
         let waiter = start_waiter(self.host, device, &capture)?;
         if let Err(error) = self.host.attach(device, Arc::clone(&capture)) {
@@ -109,27 +124,41 @@ impl<'a> Session<'a> {
             join(waiter);
             return Err(error);
         }
-        let attached = Attached { capture, fault_told: false, waiter };
+        let attached = Attached { capture: Some((capture, waiter)), fault_told: false, held: fds };
         self.captures.by_device.insert(device.to_owned(), attached);
         Ok(())
     }
 
-    /// A device that is not captured is detached already.
+    /// A device that is not captured is detached already. Its descriptors stay until the agent needs them no more.
     fn detach(&mut self, device: &str) -> Result<(), String> {
-        if let Some(attached) = self.captures.by_device.get(device) {
-            attached.capture.release_waiters();
+        if let Some(attached) = self.captures.by_device.get_mut(device)
+            && let Some((capture, _)) = &attached.capture
+        {
+            capture.release_waiters();
             self.host.detach(device)?;
-            self.captures.by_device.remove(device).into_iter().for_each(end);
+            end(attached);
         }
         Ok(())
     }
 
+    fn hold(&mut self, device: &str, fds: Fds) -> Result<(), String> {
+        let Fds::Outbox(outbox) = fds else { return Err("a hold without an outbox".to_owned()) };
+        let attached = self.captures.by_device.get_mut(device);
+        attached.ok_or("nothing of this device is held; attach it")?.held.outbox = outbox;
+        Ok(())
+    }
+
+    fn forget(&mut self, device: &str) {
+        self.captures.by_device.retain(|name, attached| name != device || attached.capture.is_some());
+    }
+
     fn resync(&self, device: &str) -> Result<(), String> {
-        let attached = self.captures.by_device.get(device).ok_or("the device is not captured; attach it")?;
-        if attached.capture.resume() {
+        let attached = self.captures.by_device.get(device).and_then(|attached| attached.capture.as_ref());
+        let (capture, _) = attached.ok_or("the device is not captured; attach it")?;
+        if capture.resume() {
             Ok(())
         } else {
-            Err(match attached.capture.fault_message() {
+            Err(match capture.fault_message() {
                 Some(fault) => format!("a fault has ended capture; attach again: {fault}"),
                 None => "the ring has no room yet; ask again when records were taken out".to_owned(),
             })
@@ -152,15 +181,17 @@ impl<'a> Session<'a> {
     /// Ends the captures of devices that have been unplugged. What cannot be ended now is tried at the next look.
     fn drop_gone(&mut self, disks: &[DiskInfo]) {
         let host = self.host;
-        let is_over = |device: &String, _: &mut Attached| {
-            disks.iter().all(|disk| disk.device != *device) && host.detach(device).is_ok()
-        };
-        self.captures.by_device.extract_if(.., is_over).for_each(|(_, attached)| end(attached));
+        for (device, attached) in &mut self.captures.by_device {
+            let listed = disks.iter().any(|disk| disk.device == *device);
+            if !listed && attached.capture.is_some() && host.detach(device).is_ok() {
+                end(attached);
+            }
+        }
     }
 
     fn tell_faults(&mut self) -> Result<(), RingError> {
         for (device, attached) in &mut self.captures.by_device {
-            if let Some(fault) = attached.capture.fault_message()
+            if let Some(fault) = attached.capture.as_ref().and_then(|(capture, _)| capture.fault_message())
                 && !attached.fault_told
             {
                 let message = cut(fault, text::MESSAGE);
@@ -192,10 +223,12 @@ fn start_waiter(
 }
 
 /// After the host has ended the capture.
-fn end(attached: Attached) {
-    // A host whose device had gone has ended it already.
-    attached.capture.detach();
-    join(attached.waiter);
+fn end(attached: &mut Attached) {
+    if let Some((capture, waiter)) = attached.capture.take() {
+        // A host whose device had gone has ended it already.
+        capture.detach();
+        join(waiter);
+    }
 }
 
 fn join(waiter: JoinHandle<()>) {

@@ -4,7 +4,7 @@ use std::os::fd::AsFd as _;
 use std::sync::Mutex;
 use std::time::Instant;
 
-use capture_ring::control::{Listener, Message};
+use capture_ring::control::{CaptureFds, Fds, Listener, Message, Received};
 use capture_ring::{Bell, HostClock, Ring, RingConfig};
 use journal_format::{DiskId, Epoch, Lsn};
 
@@ -108,10 +108,29 @@ impl Agent {
         self.next += 1;
         let (_ring, fd) = ring();
         let bell = Bell::create().expect("an eventfd");
-        connection
-            .send_attach(self.next, device, fd.as_fd(), self.clock.as_fd(), bell.as_fd())
-            .expect("the filter listens");
+        let fds = self.fds(fd, &bell);
+        connection.send_attach(self.next, device, &fds).expect("the filter listens");
         self.result(connection)
+    }
+
+    /// The ring stands for the outbox, too: the filter looks into neither.
+    fn fds(&self, ring: std::os::fd::OwnedFd, bell: &Bell) -> CaptureFds {
+        let outbox = ring.try_clone().expect("a duplicate");
+        let clock = self.clock.try_clone().expect("a duplicate");
+        CaptureFds { ring, clock, bell: bell.as_fd().try_clone_to_owned().expect("a duplicate"), outbox }
+    }
+
+    /// As [`Agent::accept`], for a filter that holds one capture.
+    fn accept_held(&self) -> (Connection, String, bool, CaptureFds) {
+        let connection = self.listener.accept().expect("the filter connects");
+        assert!(matches!(receive(&connection), Message::Hello(_)));
+        let received =
+            connection.recv(Some(Duration::from_secs(30))).expect("a good message").expect("in time");
+        let Received { message: Message::Held { device, ended }, fds: Fds::Capture(fds) } = received else {
+            panic!("nothing is held")
+        };
+        assert!(matches!(receive(&connection), Message::Disks { .. }), "one capture is held");
+        (connection, device, ended, fds)
     }
 
     fn result(&self, connection: &Connection) -> (bool, String) {
@@ -156,13 +175,44 @@ fn captures_outlive_the_agent_and_a_new_attach_replaces_the_old_capture() {
     assert!(agent.attach(&connection, "disk0").0);
     let old = agent.host.capture("disk0").expect("attached");
     drop(connection);
-    let connection = agent.accept();
+    let (connection, device, ended, fds) = agent.accept_held();
+    assert_eq!((device.as_str(), ended), ("disk0", false));
+    assert_eq!(Ring::open(fds.ring.as_fd()).expect("the ring").mode().mode, Mode::Capturing);
     assert_eq!(old.mode(), Mode::Capturing, "losing the agent ends nothing");
     assert!(agent.attach(&connection, "disk0").0);
     assert_eq!(old.mode(), Mode::Off);
     let new = agent.host.capture("disk0").expect("attached");
     assert_eq!(new.mode(), Mode::Capturing);
     assert_eq!(agent.host.log(), ["attach disk0", "detach disk0", "attach disk0"]);
+}
+
+#[test]
+fn an_ended_capture_is_held_until_it_is_forgotten_and_an_outbox_is_replaced() {
+    let mut agent = Agent::new();
+    let connection = agent.accept();
+    assert!(agent.attach(&connection, "disk0").0);
+    drop(connection);
+    let (connection, _, _, fds) = agent.accept_held();
+    assert!(Ring::open(fds.outbox.as_fd()).is_ok(), "the outbox that came with the attach");
+    agent.next += 1;
+    connection.send_hold(agent.next, "disk0", agent.clock.as_fd()).expect("sent");
+    assert!(agent.result(&connection).0);
+    drop(connection);
+    let (connection, _, _, fds) = agent.accept_held();
+    assert!(HostClock::open(fds.outbox.as_fd()).is_ok(), "the outbox that it was told to hold");
+    connection.send(&Message::Forget { device: "disk0".to_owned() }).expect("sent");
+    agent.next += 1;
+    connection.send(&Message::Detach { request: agent.next, device: "disk0".to_owned() }).expect("sent");
+    assert!(agent.result(&connection).0);
+    drop(connection);
+    let (connection, device, ended, _fds) = agent.accept_held();
+    assert_eq!((device.as_str(), ended), ("disk0", true), "only an ended capture is forgotten");
+    connection.send(&Message::Forget { device }).expect("sent");
+    agent.next += 1;
+    connection.send_hold(agent.next, "disk0", agent.clock.as_fd()).expect("sent");
+    assert!(!agent.result(&connection).0, "nothing is held");
+    drop(connection);
+    agent.accept();
 }
 
 #[test]
@@ -207,7 +257,7 @@ fn a_panic_in_the_glue_costs_the_connection_and_nothing_else() {
     let connection = agent.accept();
     let (_ring, fd) = ring();
     let bell = Bell::create().expect("an eventfd");
-    connection.send_attach(1, "broken", fd.as_fd(), agent.clock.as_fd(), bell.as_fd()).expect("sent");
+    connection.send_attach(1, "broken", &agent.fds(fd, &bell)).expect("sent");
     let began = Instant::now();
     while connection.recv(Some(Duration::from_secs(30))).is_ok() {
         assert!(began.elapsed() < Duration::from_secs(30), "the connection is still there");

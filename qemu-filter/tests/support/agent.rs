@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use capture_ring::control::{Connection, DiskInfo, Hello, Listener, Message};
+use capture_ring::control::{CaptureFds, Connection, DiskInfo, Hello, Listener, Message};
 use capture_ring::{Bell, Consumer, HostClock, Next, Ring, RingConfig};
 use journal_format::{DiskId, Epoch, Lsn, Op, Record};
 
@@ -134,8 +134,11 @@ impl Filter<'_> {
         let (ring, fd) = Ring::create(&config).unwrap();
         let bell = Bell::create().unwrap();
         self.requests += 1;
-        let clock = self.agent.clock_fd.as_fd();
-        self.connection.send_attach(self.requests, device, fd.as_fd(), clock, bell.as_fd()).unwrap();
+        let clock = self.agent.clock_fd.as_fd().try_clone_to_owned().unwrap();
+        // The ring stands for the outbox, too: the filter looks into neither.
+        let (outbox, bell) = (fd.try_clone().unwrap(), bell.as_fd().try_clone_to_owned().unwrap());
+        let fds = CaptureFds { ring: fd, clock, bell, outbox };
+        self.connection.send_attach(self.requests, device, &fds).unwrap();
         self.result()?;
         Ok(Tap::start(ring, self.agent.clock.clone(), disk.disk_bytes))
     }
