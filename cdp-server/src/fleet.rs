@@ -11,7 +11,8 @@ use journal_format::wire::{self, CommandResult, DiskStatus};
 use journal_format::{DiskId, Lsn, Stamp};
 use tokio::sync::oneshot;
 
-use crate::data::peer::{Peer, SessionId};
+use crate::data::peer::Peer;
+use crate::data::plane::SessionId;
 use crate::limits::{MAX_REASON_BYTES, RECONCILE_RETRY, STATUS_FRESH};
 use crate::model::{DiskReport, HostId, HostReport, VmReport, cut};
 

@@ -13,6 +13,7 @@ pub(crate) mod committer;
 pub(crate) mod door;
 pub(crate) mod message;
 pub(crate) mod peer;
+pub mod plane;
 pub(crate) mod queue;
 pub(crate) mod session;
 
@@ -55,7 +56,7 @@ impl DataPlane {
         let queue = Arc::new(Queue::new(INGEST_QUEUE_BYTES));
         let commit = spawn("cdp-commit", {
             let (core, queue) = (Arc::clone(&core), Arc::clone(&queue));
-            move || committer::run(core, &queue)
+            move || committer::run(&core, &queue)
         })?;
         let shared = Arc::new(Shared {
             core,

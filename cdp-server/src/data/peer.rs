@@ -11,11 +11,8 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 
 use journal_format::wire::{self, Control};
 
+use crate::data::plane::SessionId;
 use crate::limits::{OUTGOING_MESSAGES, PING_EVERY};
-
-/// Number of a connection; never used again while the server runs.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
-pub(crate) struct SessionId(pub(crate) u64);
 
 /// One connected agent, to be sent to and to be closed.
 #[derive(Debug)]
@@ -48,7 +45,8 @@ impl Peer {
         self.send_bytes(wire::encode_as(wire::MessageType::Pong, ping))
     }
 
-    fn send_bytes(&self, encoded: Result<Vec<u8>, journal_format::FormatError>) -> bool {
+    /// As [`Peer::send`], of a message that is encoded already.
+    pub(crate) fn send_bytes(&self, encoded: Result<Vec<u8>, journal_format::FormatError>) -> bool {
         match encoded.map(|bytes| self.out.try_send(bytes)) {
             Ok(Ok(())) => !self.is_closed(),
             Ok(Err(_)) => {

@@ -6,7 +6,6 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Instant;
 
-use journal_format::Frame;
 use journal_format::wire::{self, Hello, MessageType, PROTOCOL_VERSION, Welcome};
 
 use crate::core::Core;
@@ -14,6 +13,7 @@ use crate::data::committer::Work;
 use crate::data::door::Visit;
 use crate::data::message::MessageReader;
 use crate::data::peer::{self, Peer};
+use crate::data::plane::Request;
 use crate::data::queue::Queue;
 use crate::error::ServerError;
 use crate::limits::{MAX_AGENTS, MAX_INVENTORY_ITEMS, MAX_NAME_BYTES};
@@ -102,15 +102,10 @@ impl<'a> Session<'a> {
             MessageType::Inventory => {
                 self.inventory(wire::decode_inventory(&body, MAX_INVENTORY_ITEMS)?);
             }
-            MessageType::OpenDisk => {
-                self.enqueue(Work::Open { peer: Arc::clone(&self.peer), request: wire::decode(&body)? })?;
-            }
-            MessageType::Frame => {
-                let frame = Frame::parse(&body)?;
-                if frame.header().frame_len() != body.len() {
-                    return Err(ServerError::Protocol("bytes behind a frame".to_owned()));
+            MessageType::OpenDisk | MessageType::Frame => {
+                if let Some(request) = Request::parse(kind, body)? {
+                    self.enqueue(request)?;
                 }
-                self.enqueue(Work::Frame { peer: Arc::clone(&self.peer), bytes: body })?;
             }
             MessageType::CommandResult => {
                 self.core.fleet.completed(session, wire::decode(&body)?, Instant::now())
@@ -148,7 +143,8 @@ impl<'a> Session<'a> {
         }
     }
 
-    fn enqueue(&self, work: Work) -> Result<(), ServerError> {
+    fn enqueue(&self, request: Request) -> Result<(), ServerError> {
+        let work = Work { peer: Arc::clone(&self.peer), request };
         self.queue.push(work).map_err(|_| ServerError::Stopping)
     }
 
@@ -156,7 +152,7 @@ impl<'a> Session<'a> {
         self.peer.close(reason);
         self.core.fleet.disconnected(self.peer.id);
         // A queue that is closed has no owners to forget any more.
-        let _ = self.enqueue(Work::Gone { session: self.peer.id });
+        let _ = self.enqueue(Request::Gone);
     }
 }
 
