@@ -454,10 +454,13 @@ impl Capture {
             self.disk_bytes.store(new, Ordering::SeqCst);
             publish();
         } else {
+            // The record itself lies in the gap: what the disk shows behind its old end is not known there yet.
+            self.producer.begin_gap(GapReason::ContentsChanged);
             publish();
             // ORDERING: SeqCst as above.
             self.disk_bytes.store(new, Ordering::SeqCst);
             self.mark_dirty_to_end(old);
+            // A resync that found nothing dirty meanwhile may have ended that gap.
             self.producer.begin_gap(GapReason::ContentsChanged);
         }
     }

@@ -182,9 +182,12 @@ fn growth_opens_a_gap_until_the_new_part_was_read() {
     // What a block device may show behind its old end.
     disk.write(2 * CHUNK, &[9; SECTOR], 1).expect("inside");
     capture.finish(&mut request, Outcome::Succeeded);
+    while replica.records.last() != Some(&Op::Resize { disk_bytes: 3 * CHUNK }) {
+        replica.step().expect("the resize is recorded");
+    }
+    assert!(replica.gap.is_some(), "what lies behind the old end is not known at the resize itself");
     settle(&mut resync, &disk);
     replica.drain();
-    assert!(replica.records.contains(&Op::Resize { disk_bytes: 3 * CHUNK }));
     assert!(replica.records.contains(&Op::GapBegin { reason: GapReason::ContentsChanged, generation: 2 }));
     assert_eq!((replica.bytes, replica.gap), (disk.contents(), None));
 }

@@ -212,6 +212,10 @@ fn switch_on(
     }
     watch(glue, blk, slot);
     slot.publish(blk, Some(Arc::clone(&capture)));
+    // It may have another size than when the agent was told. Before the first look at sizes the gap may have ended.
+    if let Some(disk_bytes) = size_differs(glue, slot, blk) {
+        capture.size_changed(disk_bytes);
+    }
     let background = Background::start(glue, blk, capture);
     let entry = Attached { device: device.to_owned(), index, slot, blk, background, gone: false };
     attached().push(entry);
