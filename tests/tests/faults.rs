@@ -2,7 +2,8 @@
 //! and frozen, the network stalls and is cut, QEMU dies, protection is switched off and on. In between and at the end
 //! instants are picked at random, and what is restored there is compared with what the guests themselves know.
 //!
-//! `CDP_FAULTS` says how many faults (a few, if it is not set), `CDP_TEST_SEED` which. What holds:
+//! `CDP_FAULTS` says how many faults (a few, if it is not set), `CDP_TEST_SEED` which, `CDP_FAULTS_ONLY` which kinds, as
+//! `QemuKilled,ServerFrozen`. What holds:
 //!
 //! - no request of a guest fails, unless its own QEMU was killed;
 //! - an instant that is listed as recoverable restores, for every guest, to a state that it had at that instant;
@@ -63,6 +64,15 @@ impl Fault {
     }
 }
 
+/// Those that `CDP_FAULTS_ONLY` names, else all.
+fn kinds() -> Vec<Fault> {
+    let Ok(only) = std::env::var("CDP_FAULTS_ONLY") else { return FAULTS.to_vec() };
+    let named = |name: &str| FAULTS.into_iter().find(|fault| format!("{fault:?}") == name);
+    only.split(',')
+        .map(|name| named(name).unwrap_or_else(|| panic!("no fault {name}; there are {FAULTS:?}")))
+        .collect()
+}
+
 struct World {
     site: Site,
     qemu: Qemu,
@@ -70,6 +80,8 @@ struct World {
     image: PathBuf,
     guests: Vec<Writer>,
     random: Random,
+    /// Faults to choose from.
+    kinds: Vec<Fault>,
     /// Gaps that there must be.
     gaps: usize,
     checked: usize,
@@ -89,7 +101,9 @@ impl World {
             Writer::new(seed * 1000 + i, i * REGION_BYTES..(i + 1) * REGION_BYTES, site.directory())
         });
         let guests = guests.collect();
-        let mut world = Self { site, qemu, disk, image, guests, random, gaps: 1, checked: 0, refused: 0 };
+        let kinds = kinds();
+        let mut world =
+            Self { site, qemu, disk, image, guests, random, kinds, gaps: 1, checked: 0, refused: 0 };
         world.start_guests();
         world
     }
@@ -158,7 +172,7 @@ impl World {
     }
 
     fn one_fault(&mut self) {
-        let fault = FAULTS[self.random.within(0..FAULTS.len() as u64) as usize];
+        let fault = self.kinds[self.random.within(0..self.kinds.len() as u64) as usize];
         println!("{fault:?}");
         let (before, during) = (self.random.within(1..40), self.random.within(0..60));
         self.let_through(before);
