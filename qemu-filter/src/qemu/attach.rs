@@ -10,9 +10,10 @@ use std::time::Duration;
 
 use super::background::Background;
 use super::devices::{self, ContextLock};
+use super::drain::{AllDrained, Drained, Restless};
 use super::hook::{self, Emptying};
 use super::slots::{self, MAX_DEVICES, Slot};
-use super::types::{AioContext, BlockBackend, BlockDriverState, Notifier};
+use super::types::{AioContext, BlockBackend, Notifier};
 use super::{Glue, glue, mainloop, proof};
 use crate::control::DiskInfo;
 use crate::engine::Capture;
@@ -49,54 +50,6 @@ fn free_slot() -> Option<(usize, &'static Slot)> {
             && slots::peek(*index).is_some_and(|slot| !slot.is_used())
     })?;
     slots::slot(index).map(|slot| (index, slot))
-}
-
-/// A section in which a device has no request in flight and begins none.
-struct Drained<'a> {
-    glue: &'a Glue,
-    node: *mut BlockDriverState,
-    lock: Option<ContextLock<'a>>,
-}
-
-impl<'a> Drained<'a> {
-    fn device(glue: &'a Glue, blk: *mut BlockBackend) -> Self {
-        let lock = ContextLock::of_device(glue, blk);
-        // SAFETY: live, in the main thread.
-        let node = unsafe { (glue.symbols.blk_bs)(blk) };
-        // SAFETY: a live node; our reference keeps it while draining runs the main loop.
-        unsafe { (glue.symbols.bdrv_ref)(node) };
-        // SAFETY: a live node, in the main thread, its context locked where there is such a lock.
-        unsafe { (glue.symbols.bdrv_drained_begin)(node) };
-        Self { glue, node, lock: Some(lock) }
-    }
-}
-
-impl Drop for Drained<'_> {
-    fn drop(&mut self) {
-        // SAFETY: begun in `device`.
-        unsafe { (self.glue.symbols.bdrv_drained_end)(self.node) };
-        // SAFETY: taken in `device`.
-        unsafe { (self.glue.symbols.bdrv_unref)(self.node) };
-        self.lock = None;
-    }
-}
-
-/// A section in which no node has a request in flight.
-struct AllDrained<'a>(&'a Glue);
-
-impl<'a> AllDrained<'a> {
-    fn begin(glue: &'a Glue) -> Self {
-        // SAFETY: main thread, no context locked.
-        unsafe { (glue.symbols.bdrv_drain_all_begin)() };
-        Self(glue)
-    }
-}
-
-impl Drop for AllDrained<'_> {
-    fn drop(&mut self) {
-        // SAFETY: begun in `begin`.
-        unsafe { (self.0.symbols.bdrv_drain_all_end)() };
-    }
 }
 
 /// All disks. Also hooks drivers that a module has brought since the last time, and notes sizes that have changed.
@@ -141,8 +94,8 @@ fn watch_sizes(glue: &Glue) {
     for (index, blk) in protected {
         let Some(slot) = slots::slot(index) else { continue };
         if size_differs(glue, slot, blk).is_some() {
-            // A change of size that is a request, and is under way, ends here.
-            let _drained = Drained::device(glue, blk);
+            // A change of size that is a request, and is under way, ends here. (Restless: the next look tries again.)
+            let Ok(_drained) = Drained::device(glue, blk) else { continue };
             if let Some(disk_bytes) = size_differs(glue, slot, blk) {
                 slot.with_capture(|capture| capture.size_changed(disk_bytes));
             }
@@ -203,7 +156,7 @@ fn switch_on(
     if !devices::exists(glue, blk) || devices::top_node(glue, blk).is_null() {
         return Err(gone());
     }
-    let _drained = Drained::device(glue, blk);
+    let _drained = Drained::device(glue, blk).map_err(Restless::message)?;
     if !devices::exists(glue, blk) || devices::top_node(glue, blk).is_null() {
         return Err(gone());
     }
@@ -270,30 +223,41 @@ pub(crate) fn must_go(glue: &Glue, device: &str, waited: Duration) -> bool {
 /// Switches capture of a device off. Its background coroutine leaves some time later.
 ///
 /// # Errors
-/// No such device is protected.
+/// No such device is protected, or QEMU does not come to rest: then it is still captured.
 pub(crate) fn detach(glue: &Glue, device: &str) -> Result<Arc<Background>, String> {
     let entry = {
         let mut list = attached();
         let position = list.iter().position(|attached| attached.device == device);
         list.remove(position.ok_or_else(|| format!("'{device}' is not protected"))?)
     };
-    if !entry.gone {
-        // Draining waits for all requests.
-        entry.slot.with_capture(Capture::release_waiters);
-        // It must not read on while the device is being drained.
-        entry.background.stop(glue);
-        let is_last = attached().iter().all(|attached| attached.gone);
-        if is_last {
-            let _drained = AllDrained::begin(glue);
-            let _lock = ContextLock::of_device(glue, entry.blk);
-            switch_off(glue, &entry);
-            hook::unhook_all(Emptying::Drained);
-        } else {
-            let _drained = Drained::device(glue, entry.blk);
-            switch_off(glue, &entry);
+    if !entry.gone
+        && let Err(restless) = switch_off_at_rest(glue, &entry)
+    {
+        // Still captured, unless the device has gone meanwhile; only its background coroutine has been told to leave.
+        if entry.slot.blk() == entry.blk {
+            attached().push(entry);
+            return Err(restless.message());
         }
     }
     Ok(entry.background)
+}
+
+fn switch_off_at_rest(glue: &Glue, entry: &Attached) -> Result<(), Restless> {
+    // Draining waits for all requests.
+    entry.slot.with_capture(Capture::release_waiters);
+    // It must not read on while the device is being drained.
+    entry.background.stop(glue);
+    let is_last = attached().iter().all(|attached| attached.gone);
+    if is_last {
+        let _drained = AllDrained::begin(glue)?;
+        let _lock = ContextLock::of_device(glue, entry.blk);
+        switch_off(glue, entry);
+        hook::unhook_all(Emptying::Drained);
+    } else {
+        let _drained = Drained::device(glue, entry.blk)?;
+        switch_off(glue, entry);
+    }
+    Ok(())
 }
 
 /// With the device drained.
@@ -350,7 +314,8 @@ pub(crate) unsafe extern "C" fn on_removal(notifier: *mut Notifier, blk: *mut c_
 /// Puts QEMU's own callbacks back when no device is protected.
 fn unhook_if_unused(glue: &Glue) {
     if attached().iter().all(|attached| attached.gone) && hook::hooked_drivers() > 0 {
-        let _drained = AllDrained::begin(glue);
+        // Restless: they stay, and let everything through; the next device that is switched off takes them along.
+        let Ok(_drained) = AllDrained::begin(glue) else { return };
         // Draining has run the main loop.
         if attached().iter().all(|attached| attached.gone) {
             hook::unhook_all(Emptying::Drained);

@@ -50,6 +50,20 @@ impl<'a> ContextLock<'a> {
         let context = unsafe { (glue.symbols.blk_get_aio_context)(blk) };
         Self::of(glue, context)
     }
+
+    /// Runs something with the context unlocked.
+    pub(crate) fn released<R>(&self, run: impl FnOnce() -> R) -> R {
+        if let Some(release) = self.glue.symbols.aio_context_release {
+            // SAFETY: locked in `of`.
+            unsafe { release(self.context) };
+        }
+        let answer = run();
+        if let Some(acquire) = self.glue.symbols.aio_context_acquire {
+            // SAFETY: as in `of`; our reference on what runs in it keeps the context.
+            unsafe { acquire(self.context) };
+        }
+        answer
+    }
 }
 
 impl Drop for ContextLock<'_> {

@@ -32,6 +32,7 @@ mod attach;
 mod background;
 mod callbacks;
 mod devices;
+mod drain;
 mod driver;
 mod hook;
 mod host;

@@ -87,8 +87,12 @@ symbols! {
             unsafe extern "C" fn(*mut AioContext, unsafe extern "C" fn(*mut c_void), *mut c_void, *const c_char),
         aio_co_reschedule_self: unsafe extern "C" fn(*mut AioContext),
         aio_co_wake: unsafe extern "C" fn(*mut Coroutine),
+        aio_poll: unsafe extern "C" fn(*mut AioContext, bool) -> bool,
         bdrv_default_perms: unsafe extern "C" fn(),
-        bdrv_drained_begin: unsafe extern "C" fn(*mut BlockDriverState),
+        /// 7.2 reads all three arguments, the others two.
+        bdrv_do_drained_begin_quiesce: unsafe extern "C" fn(*mut BlockDriverState, *mut c_void, usize),
+        /// 7.2 reads all four arguments, the others three.
+        bdrv_drain_poll: unsafe extern "C" fn(*mut BlockDriverState, usize, usize, usize) -> bool,
         bdrv_drained_end: unsafe extern "C" fn(*mut BlockDriverState),
         bdrv_drain_all_begin: unsafe extern "C" fn(),
         bdrv_drain_all_end: unsafe extern "C" fn(),
@@ -96,6 +100,7 @@ symbols! {
         bdrv_get_format_name: unsafe extern "C" fn(*mut BlockDriverState) -> *const c_char,
         bdrv_get_node_name: unsafe extern "C" fn(*const BlockDriverState) -> *const c_char,
         bdrv_is_read_only: unsafe extern "C" fn(*mut BlockDriverState) -> bool,
+        bdrv_next_all_states: unsafe extern "C" fn(*mut BlockDriverState) -> *mut BlockDriverState,
         bdrv_qcow2: *mut BlockDriver,
         bdrv_raw: *mut BlockDriver,
         bdrv_ref: unsafe extern "C" fn(*mut BlockDriverState),
@@ -155,6 +160,8 @@ symbols! {
         aio_context_acquire: unsafe extern "C" fn(*mut AioContext),
         /// Only in 7.2.
         aio_context_release: unsafe extern "C" fn(*mut AioContext),
+        /// Only in 8.0 and later.
+        bdrv_drain_all_begin_nopoll: unsafe extern "C" fn(),
         /// Only in 8.0 and later.
         blk_co_block_status_above: unsafe extern "C" fn(
             *mut BlockBackend,
