@@ -49,6 +49,8 @@ struct History {
     disk: Arc<DiskStore>,
     records: Vec<Record>,
     ranges: Vec<RecoverableRange>,
+    /// First records of epochs.
+    epochs: Vec<Lsn>,
 }
 
 impl History {
@@ -57,9 +59,10 @@ impl History {
         let records = journal::records(store, disk);
         let opened = Store::open_read_only(store).expect("the store");
         let disk = opened.disk(disk.parse().expect("a disk id")).expect("the disk");
-        let ranges = disk.history().recoverable;
+        let history = disk.history();
+        let (ranges, epochs) = (history.recoverable, history.epochs.iter().map(|start| start.lsn).collect());
         assert!(!ranges.is_empty(), "nothing of the disk can be restored");
-        Self { _store: opened, disk, records, ranges }
+        Self { _store: opened, disk, records, ranges, epochs }
     }
 
     /// Any point outside a gap, asked for in any way: by LSN, by an instant, by the very instant of a record, and by the
@@ -86,13 +89,18 @@ impl History {
         Stamp(record.stamp.0 - u64::from(random.chance(50)))
     }
 
-    /// Whether no recoverable range holds the point.
+    /// Whether no recoverable range holds the point, or it lies between two epochs, when nobody watched the disk.
     fn is_refused_rightly(&self, spec: &PointSpec) -> bool {
         let lsn = match spec {
             PointSpec::Lsn(lsn) => *lsn,
             PointSpec::Stamp(stamp) => {
                 let until = self.records.partition_point(|record| record.stamp <= *stamp);
-                until.checked_sub(1).map_or(Lsn::ZERO, |last| self.records[last].lsn)
+                let newest = until.checked_sub(1).map(|last| &self.records[last]);
+                let begins = self.records.get(until).is_some_and(|next| self.epochs.contains(&next.lsn));
+                if begins && newest.is_some_and(|newest| newest.stamp < *stamp) {
+                    return true;
+                }
+                newest.map_or(Lsn::ZERO, |newest| newest.lsn)
             }
             other => panic!("{other:?} is not asked for here"),
         };
