@@ -8,7 +8,7 @@
 //! - no request of a guest fails, unless its own QEMU was killed;
 //! - an instant that is listed as recoverable restores, for every guest, to a state that it had at that instant;
 //! - an instant that is refused is not listed;
-//! - a gap begins only where QEMU or the agent died or protection was switched off: no other fault costs a point;
+//! - a gap begins only where QEMU died or protection was switched off: no other fault costs a single point;
 //! - in the end, the newest point is what the disk's file holds.
 
 use std::fs::{self, File};
@@ -60,7 +60,7 @@ const FAULTS: [Fault; 11] = [
 impl Fault {
     /// Whether history has a gap where this happened.
     fn costs_history(self) -> bool {
-        matches!(self, Self::QemuKilled | Self::ProtectionOff | Self::AgentKilled | Self::AgentStopped)
+        matches!(self, Self::QemuKilled | Self::ProtectionOff)
     }
 }
 
