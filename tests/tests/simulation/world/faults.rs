@@ -1,0 +1,208 @@
+//! What goes wrong, what comes back, and the server's steps.
+
+use std::time::Duration;
+
+use host_agent::session::{Event, Identity};
+
+use super::{HOST, LEDGER, World};
+use crate::agent::Agent;
+use crate::check::Checks;
+use crate::guest::{DISKS, Phase, Vm, woken};
+use crate::model::SECTOR;
+
+impl World {
+    pub(super) fn server_step(&mut self) {
+        let (now, random) = (self.now, &mut self.random);
+        let most = if random.chance(30) { random.within(1..5000) as usize } else { usize::MAX };
+        let outcome = self.server.step(now, &mut self.conns, random, most);
+        for note in outcome.notes {
+            self.trace.note(|| note);
+        }
+        if outcome.committed {
+            Checks::committed(self);
+        }
+    }
+
+    pub(super) fn start_server(&mut self) {
+        self.trace.note(|| "server starts".to_owned());
+        self.server.start();
+        Checks::restarted(self);
+    }
+
+    pub(super) fn start_vm(&mut self) {
+        self.next_pid += 1;
+        self.vm = Some(Vm::new(self.next_pid));
+        self.vm_since = self.now;
+        let pid = self.next_pid;
+        for image in &mut self.images {
+            image[..LEDGER * SECTOR].fill(0);
+        }
+        self.trace.note(|| format!("VM starts as {pid}"));
+    }
+
+    pub(super) fn start_agent(&mut self) {
+        self.trace.note(|| "agent starts".to_owned());
+        let identity = Identity { host_id: HOST, host_name: "host".into(), token: String::new() };
+        self.agent = Some(Agent::new(identity, self.sizes.clone(), self.floor()));
+    }
+
+    pub(super) fn fault(&mut self) {
+        let kind = self.random.within(0..16);
+        // Each run has its own selection of faults.
+        if self.weights.faults & (1 << kind) == 0 || !self.random.chance(40) {
+            return self.recover();
+        }
+        self.faults += 1;
+        match kind {
+            0 => self.kill_vm(),
+            1 => self.kill_agent(),
+            2 | 3 => self.cut(),
+            4..=6 => self.stall(),
+            7 => self.kill_server(false),
+            8 | 9 => self.kill_server(true),
+            10 => self.break_volumes(),
+            11 => self.change_contents(),
+            12 => self.toggle(),
+            13 => {
+                let pause = Duration::from_millis(self.random.within(100..3000));
+                self.advance(pause);
+            }
+            14 => self.lose_filter(),
+            _ => self.crash_in_commit(),
+        }
+    }
+
+    pub(super) fn recover(&mut self) {
+        let pause = Duration::from_millis(50);
+        if self.vm.is_none() {
+            self.start_vm();
+        } else if self.agent.is_none() && self.now > self.agent_gone + pause {
+            self.start_agent();
+        } else if !self.server.is_running() && self.now > self.server_gone + pause {
+            self.start_server();
+        } else if self.random.chance(50) {
+            self.server.heal();
+        }
+    }
+
+    pub(super) fn kill_vm(&mut self) {
+        let Some(mut vm) = self.vm.take() else { return };
+        self.trace.note(|| "VM is killed".to_owned());
+        let random = &mut self.random;
+        for (disk, image) in vm.disks.iter_mut().zip(&mut self.images) {
+            for op in &mut disk.ops {
+                for sector in std::mem::take(&mut op.left) {
+                    if op.phase == Phase::Issued && random.chance(50) {
+                        op.apply(sector, image);
+                    }
+                }
+            }
+            if random.chance(20) {
+                let start = random.within(1..(image.len() / SECTOR) as u64) as usize * SECTOR;
+                let end = (start + (64 << 10)).min(image.len());
+                image[start..end].fill(random.next_u64() as u8);
+            }
+        }
+        self.graveyard.push(vm);
+        drop(woken());
+        if let Some(filter) = self.filter.take() {
+            self.to_agent.push_back(Event::FilterLost(filter));
+        }
+    }
+
+    pub(super) fn lose_filter(&mut self) {
+        if let Some(filter) = self.filter.take() {
+            self.trace.note(|| "the filter's connection is lost".to_owned());
+            self.to_agent.push_back(Event::FilterLost(filter));
+        }
+    }
+
+    pub(super) fn kill_agent(&mut self) {
+        let Some(agent) = self.agent.take() else { return };
+        self.trace.note(|| "agent is killed".to_owned());
+        if let Some(conn) = agent.conn.and_then(|id| self.conns.get_mut(&id)) {
+            conn.cut(&mut self.random);
+        }
+        self.agent_gone = self.now;
+        self.filter = None;
+        self.to_agent.clear();
+    }
+
+    pub(super) fn cut(&mut self) {
+        self.trace.note(|| "network is cut".to_owned());
+        for conn in self.conns.values_mut() {
+            conn.cut(&mut self.random);
+        }
+    }
+
+    pub(super) fn stall(&mut self) {
+        let until = self.now + Duration::from_millis(self.random.within(1..4000));
+        self.trace.note(|| format!("network stalls until {until:?}"));
+        for conn in self.conns.values_mut() {
+            if self.random.chance(70) {
+                conn.up.stall(until);
+            }
+            if self.random.chance(70) {
+                conn.down.stall(until);
+            }
+        }
+    }
+
+    pub(super) fn kill_server(&mut self, power: bool) {
+        if !self.server.is_running() {
+            return;
+        }
+        self.trace.note(|| format!("server is killed, power cut: {power}"));
+        self.server_gone = self.now;
+        match power {
+            true => self.server.power_cut(&mut self.conns, &mut self.random),
+            false => self.server.kill(&mut self.conns, &mut self.random),
+        }
+    }
+
+    pub(super) fn break_volumes(&mut self) {
+        let n = self.random.within(1..12);
+        let for_good = self.random.chance(40);
+        self.trace.note(|| format!("volumes fail at change {n}, for good: {for_good}"));
+        self.server.fail_at(n, for_good);
+    }
+
+    /// The power fails amid what the next commit does.
+    pub(super) fn crash_in_commit(&mut self) {
+        if !self.server.is_running() {
+            return;
+        }
+        let n = self.random.within(1..10);
+        self.server.fail_at(n, true);
+        self.server_step();
+        self.kill_server(true);
+    }
+
+    pub(super) fn change_contents(&mut self) {
+        let i = self.random.within(0..DISKS as u64) as usize;
+        if self.vm.as_ref().is_none_or(|vm| !vm.disks[i].ops.is_empty()) {
+            return;
+        }
+        self.trace.note(|| format!("contents of disk {i} change"));
+        let (random, image) = (&mut self.random, &mut self.images[i]);
+        let start = random.within(1..(image.len() / SECTOR) as u64) as usize * SECTOR;
+        let end = (start + (100 << 10)).min(image.len());
+        image[start..end].fill(random.next_u64() as u8);
+        let bytes = image[start..end].to_vec();
+        self.observe(i, |world| {
+            if let Some(attached) = world.vm.as_ref().and_then(|vm| vm.disks[i].attached.as_ref()) {
+                attached.capture.contents_changed();
+            }
+            world.models[i].settle(start, &bytes);
+            None
+        });
+    }
+
+    pub(super) fn toggle(&mut self) {
+        let i = self.random.within(0..DISKS as u64) as usize;
+        let wanted = self.random.chance(60);
+        self.trace.note(|| format!("operator: protection of disk {i}: {wanted}"));
+        self.server.wanted.insert(self.ids[i], wanted);
+        self.server.wish_now();
+    }
+}
