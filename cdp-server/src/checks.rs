@@ -81,7 +81,7 @@ fn run(core: &Core, disk: &DiskStore) {
         ControlFlow::Continue(())
     });
     match found.damage.iter().find(|damage| damage.kind.loses_points()).or(found.damage.first()) {
-        Some(damage) => core.note(id, &damage.error()),
+        Some(damage) => core.faults.note_damage(damage, core.now_ns()),
         None => core.faults.whole(id),
     }
     tracing::info!(disk = %id, damaged_parts = found.damage.len(), bytes = found.data_bytes, "journal checked");

@@ -52,7 +52,7 @@ impl Core {
             let Some(disk) = store.disk(id) else { continue };
             catalog.adopt_from_store(id, disk.disk_bytes())?;
             for damage in disk.known_damage() {
-                faults.note(id, &damage.error(), now_ns());
+                faults.note_damage(&damage, now_ns());
             }
         }
         for (id, error) in store.damaged() {

@@ -6,8 +6,8 @@ use std::io::ErrorKind;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use cdp_api::{Fault, FaultKind, time};
-use journal_format::DiskId;
-use journal_store::StoreError;
+use journal_format::{DiskId, Lsn};
+use journal_store::{Damage, StoreError};
 
 /// The faults there are now.
 #[derive(Debug, Default)]
@@ -29,8 +29,24 @@ impl Faults {
         }
         let (message, since) = (error.to_string(), time::rfc3339(now_ns));
         let fault = Fault { kind, message, hint: hint(kind).to_owned(), since };
-        tracing::error!(%disk, kind = kind.as_str(), message = fault.message, hint = fault.hint, "the journal fails");
+        log(disk, &fault);
         disks.insert(disk, fault);
+    }
+
+    /// Notes what opening a journal, or checking it, found damaged.
+    pub(crate) fn note_damage(&self, damage: &Damage, now_ns: u64) {
+        let (file, from, kind) = (damage.path.display(), damage.first_lsn, FaultKind::Damaged);
+        let upto =
+            if damage.last_lsn == Lsn::MAX { "the end".to_owned() } else { damage.last_lsn.to_string() };
+        let message =
+            format!("{file} is damaged at byte {}, lsn {from} to {upto}: {}", damage.offset, damage.detail);
+        let (hint, since) = (damage.kind.advice().to_owned(), time::rfc3339(now_ns));
+        let fault = Fault { kind, message, hint, since };
+        let mut disks = self.lock();
+        if disks.get(&damage.disk).is_none_or(|known| known.kind != kind) {
+            log(damage.disk, &fault);
+            disks.insert(damage.disk, fault);
+        }
     }
 
     /// Notes that a disk's journal takes frames. Damage does not go away by that.
@@ -64,6 +80,10 @@ impl Faults {
     fn lock(&self) -> MutexGuard<'_, HashMap<DiskId, Fault>> {
         self.disks.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn log(disk: DiskId, fault: &Fault) {
+    tracing::error!(%disk, kind = fault.kind.as_str(), error = fault.message, hint = fault.hint, "the journal fails");
 }
 
 /// `None` for errors that are the caller's, not the store's.

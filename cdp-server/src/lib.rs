@@ -7,7 +7,7 @@
 //!
 //! *Threads*: the data plane has its own (`data`: accept, two per agent, one committer); REST runs on
 //! a small async runtime whose handlers send everything that blocks to the blocking pool; one thread compares wanted
-//! and real protection. A slow disk holds up the committer and through the bounded queue the agents, never REST.
+//! and real protection, and forgets what no read needs any more. A slow disk holds up the committer and through the bounded queue the agents, never REST.
 //!
 //! Order of a disk's numbers, from largest to smallest: captured (agent) ≥ shipped ≥ received ≥ durable (store). Only
 //! durable ones are acknowledged, listed or restored.

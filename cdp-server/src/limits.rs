@@ -90,6 +90,9 @@ pub const STATUS_FRESH: Duration = Duration::from_secs(10);
 /// How often wanted and real protection are compared, beside every inventory.
 pub const RECONCILE_EVERY: Duration = Duration::from_secs(2);
 
+/// How often frames that were read once and not again are forgotten: memory of a restore is given back within twice this.
+pub const FORGET_EVERY: Duration = Duration::from_secs(30);
+
 /// How long a protection command that failed or was not answered rests before it is sent again.
 pub const RECONCILE_RETRY: Duration = Duration::from_secs(20);
 

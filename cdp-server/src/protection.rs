@@ -23,7 +23,7 @@ use crate::catalog::DiskRow;
 use crate::core::Core;
 use crate::error::ServerError;
 use crate::fleet::{Command, LiveDisk, Mode};
-use crate::limits::COMMAND_TIMEOUT;
+use crate::limits::{COMMAND_TIMEOUT, FORGET_EVERY};
 use crate::rest::problem::{ApiError, agent_refused};
 
 /// What a disk needs, given what is wanted and what is. `None`: nothing, or nothing now.
@@ -128,9 +128,14 @@ async fn persist(core: &Arc<Core>, id: DiskId, protect: Option<bool>) -> Result<
 
 /// Compares what is wanted and what is, until the receiver's sender is dropped.
 pub(crate) fn reconcile_loop(core: &Core, stop: &std::sync::mpsc::Receiver<()>, every: Duration) {
+    let mut forgot = Instant::now();
     while stop.recv_timeout(every) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
         if let Err(error) = reconcile(core, Instant::now()) {
             tracing::error!(%error, "cannot compare wanted and real protection; trying again");
+        }
+        if forgot.elapsed() >= FORGET_EVERY {
+            core.store.forget_unused_frames();
+            forgot = Instant::now();
         }
     }
 }

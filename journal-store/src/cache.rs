@@ -18,6 +18,8 @@ struct Inner<K, V> {
     by_use: BTreeMap<u64, K>,
     clock: u64,
     used: usize,
+    /// The clock when unused values were last forgotten.
+    forgotten_at: u64,
 }
 
 #[derive(Debug)]
@@ -29,7 +31,8 @@ struct Entry<V> {
 
 impl<K: Eq + Hash + Copy, V: Clone> Cache<K, V> {
     pub(crate) fn new(budget: usize) -> Self {
-        let inner = Inner { entries: HashMap::new(), by_use: BTreeMap::new(), clock: 0, used: 0 };
+        let inner =
+            Inner { entries: HashMap::new(), by_use: BTreeMap::new(), clock: 0, used: 0, forgotten_at: 0 };
         Self { budget, inner: Mutex::new(inner) }
     }
 
@@ -65,6 +68,18 @@ impl<K: Eq + Hash + Copy, V: Clone> Cache<K, V> {
         }
     }
 
+    /// Forgets the values that were not used since the last call.
+    pub(crate) fn forget_unused(&self) {
+        let mut guard = self.lock();
+        let inner = &mut *guard;
+        let used_since = inner.by_use.split_off(&inner.forgotten_at.saturating_add(1));
+        for key in std::mem::replace(&mut inner.by_use, used_since).into_values() {
+            inner.used -= inner.entries.remove(&key).map_or(0, |entry| entry.weight);
+        }
+        inner.forgotten_at = inner.clock;
+        inner.entries.shrink_to_fit();
+    }
+
     fn lock(&self) -> MutexGuard<'_, Inner<K, V>> {
         // What a panicking thread leaves behind is at worst a cache that forgets too much.
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
@@ -87,5 +102,21 @@ mod tests {
         assert_eq!(cache.get(4), None);
         cache.put(1, "one again", 10);
         assert_eq!((cache.get(1), cache.get(3)), (Some("one again"), None));
+    }
+
+    #[test]
+    fn what_was_not_used_between_two_calls_is_forgotten() {
+        let cache = Cache::new(10);
+        cache.put(1, "one", 4);
+        cache.put(2, "two", 4);
+        cache.forget_unused();
+        assert_eq!(cache.get(2), Some("two"));
+        cache.forget_unused();
+        assert_eq!((cache.get(1), cache.get(2)), (None, Some("two")));
+        cache.put(3, "three", 6);
+        assert_eq!((cache.get(2), cache.get(3)), (Some("two"), Some("three")), "the room is given back");
+        cache.forget_unused();
+        cache.forget_unused();
+        assert_eq!(cache.lock().used, 0);
     }
 }

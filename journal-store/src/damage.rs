@@ -121,9 +121,7 @@ impl Damage {
         self.first_lsn <= last && first <= self.last_lsn
     }
 
-    /// As the error of whoever needs what is damaged.
-    #[must_use]
-    pub fn error(&self) -> StoreError {
+    pub(crate) fn error(&self) -> StoreError {
         StoreError::damaged(self.disk, &self.path, (self.first_lsn, self.last_lsn), &self.detail)
     }
 }

@@ -198,6 +198,12 @@ impl Store {
         failures
     }
 
+    /// Forgets decompressed frames that nobody read since the last call. Whoever calls it now and then bounds for how long
+    /// reads that have ended keep memory.
+    pub fn forget_unused_frames(&self) {
+        self.env.frames.forget_unused();
+    }
+
     fn changing(&self) -> MutexGuard<'_, ()> {
         // It guards no data, only an order.
         self.changing.lock().unwrap_or_else(PoisonError::into_inner)
