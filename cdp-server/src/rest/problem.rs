@@ -6,7 +6,7 @@ use std::sync::Arc;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use cdp_api::problem::PROBLEM_JSON;
-use cdp_api::{Kind, Problem};
+use cdp_api::{FaultKind, Kind, Problem};
 
 use journal_format::DiskId;
 use journal_store::{DiskStore, StoreError};
@@ -96,7 +96,10 @@ pub(crate) fn panicked(_: Box<dyn Any + Send + 'static>) -> Response {
 /// The disk's journal; or why there is none to read.
 pub(crate) fn journal(core: &Core, id: DiskId) -> Result<Arc<DiskStore>, ApiError> {
     core.store.disk(id).ok_or_else(|| match core.faults.of(id) {
-        Some(fault) => Problem::new(Kind::Damaged, fault.message, fault.hint).into(),
+        Some(fault) => {
+            let kind = if fault.kind == FaultKind::Damaged { Kind::Damaged } else { Kind::StoreFailed };
+            Problem::new(kind, fault.message, fault.hint).into()
+        }
         None => no_journal(id).into(),
     })
 }

@@ -23,28 +23,33 @@ fn a_disk_whose_journal_cannot_be_opened_is_listed_with_the_reason() {
     let manifest = fixture.dir.path().join("disks").join(DISK.to_string()).join("manifest");
     fixture.server.take().expect("runs").stop();
     let good = std::fs::read(&manifest).expect("reads");
-    let mut bad = good.clone();
-    bad[20] ^= 1;
-    std::fs::write(&manifest, bad).expect("writes");
+    // What is damaged the store mends; what the system cannot read it cannot.
+    std::fs::remove_file(&manifest).expect("removes");
+    std::fs::create_dir(&manifest).expect("makes a folder");
     fixture.start_again();
 
     let disk = fixture.client.disk("vm/disk0").expect("known");
     let fault = disk.summary.fault.expect("a fault");
-    assert_eq!(fault.kind, FaultKind::Damaged);
+    assert_eq!(fault.kind, FaultKind::IoError);
     assert!(fault.message.contains("manifest") && !fault.hint.is_empty(), "{fault:?}");
     assert!(disk.journal.is_none());
     let listed = fixture.client.disks().expect("lists");
     assert_eq!(listed.iter().filter(|disk| disk.fault.is_some()).count(), 1);
     let refused = problem(fixture.client.points("vm/disk0"));
-    assert_eq!(refused.kind, Kind::Damaged);
+    assert_eq!(refused.kind, Kind::StoreFailed);
     let health = reqwest::blocking::get(fixture.url("/healthz")).expect("answers").text().expect("text");
     assert!(health.contains("degraded"), "{health}");
 
     // The file is put back: the next opening finds everything.
+    std::fs::remove_dir(&manifest).expect("removes");
     std::fs::write(&manifest, good).expect("writes");
     let mut agent = Agent::with_disk(fixture.data());
     agent.send(&wire::OpenDisk { disk: DISK.0.to_vec(), disk_bytes: 1 << 20, resume_epoch: 0 });
-    assert_eq!(agent.expect::<wire::DiskOpened>().durable_lsn, 3);
+    let opened: wire::DiskOpened = agent.expect();
+    assert_eq!(opened.durable_lsn, 3);
+    let mut capture = Capture::new(&opened, now_ns());
+    let frame = capture.begin().frame();
+    agent.ship(&frame, Lsn(5));
     assert_eq!(fixture.client.disk("vm/disk0").expect("known").summary.fault, None);
 }
 
