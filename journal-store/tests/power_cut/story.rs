@@ -82,10 +82,16 @@ fn make(world: &mut World) -> Verdict {
 }
 
 fn set_bookmark(world: &mut World) -> Verdict {
-    let known = world.explorer.known();
-    let name = format!("set-{}", known.bookmarks.len());
-    let good = |lsn: &Lsn| world.oracle.is_restorable(*lsn);
-    let lsn = (1..=known.acknowledged.0).rev().map(Lsn).find(good).ok_or("no restorable point")?;
+    let lsn = loop {
+        let acknowledged = world.explorer.known().acknowledged;
+        let good = |lsn: &Lsn| world.oracle.is_restorable(*lsn);
+        match (1..=acknowledged.0).rev().map(Lsn).find(good) {
+            Some(lsn) => break lsn,
+            // The story begins with a gap that is still open.
+            None => world.commit(1)?,
+        }
+    };
+    let name = format!("set-{}", world.explorer.known().bookmarks.len());
     world.explorer.learn(|known| known.setting = Some((name.clone(), lsn)));
     world.disk()?.add_bookmark(&name, lsn).map_err(text)?;
     world.explorer.learn(|known| known.bookmarks.extend(known.setting.take()));
