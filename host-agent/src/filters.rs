@@ -24,7 +24,7 @@ use nix::sys::socket::{Shutdown, shutdown};
 use crate::config::Config;
 use crate::error::AgentError;
 use crate::events::{Gone, Input, Sender};
-use crate::limits::{HELLO_TIMEOUT, MAX_DISKS_PER_FILTER, MAX_FILTERS};
+use crate::limits::{HELLO_TIMEOUT, MAX_DISKS_PER_FILTER, MAX_FILTERS, MAX_HELD_PER_FILTER};
 use crate::seam::process::ProcessHandle;
 use crate::session::{DiskInfo, Event, FilterId, Holding, VmInfo};
 
@@ -337,7 +337,7 @@ fn read(filter: FilterId, connection: &Connection, events: &Sender) -> Result<Go
             Message::Held { device, ended } => {
                 let Fds::Capture(fds) = received.fds else { continue };
                 held = held.saturating_add(1);
-                if held > MAX_DISKS_PER_FILTER {
+                if held > MAX_HELD_PER_FILTER {
                     continue;
                 }
                 let of = Ring::open(fds.ring.as_fd()).map(|ring| (ring.config().disk, ring.config().epoch));

@@ -108,6 +108,9 @@ pub const MAX_FILTERS: usize = 1024;
 /// Most disks of one filter that are listed: what a thousand filters say still fits the inventory's message.
 pub const MAX_DISKS_PER_FILTER: usize = 256;
 
+/// Most captures that one filter may hold from an agent before: each costs the agent four descriptors.
+pub const MAX_HELD_PER_FILTER: usize = 128;
+
 /// A new connection must say hello within this time.
 pub const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
 

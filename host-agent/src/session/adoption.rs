@@ -168,6 +168,7 @@ impl Session {
             let Some(capture) = self.captures.remove(&disk) else { return };
             self.out.push(Action::DropSpool(disk));
             self.let_go(capture.filter, &capture.device);
+            self.answer_all(capture.unprotect, "");
             if !capture.protect.is_empty() {
                 self.start_opening(disk, capture.protect);
             }

@@ -39,6 +39,7 @@ impl Session {
     pub(super) fn abandon_opening(&mut self, disk: DiskId, why: &str) {
         if let Some(capture) = self.captures.remove(&disk) {
             self.answer_all(capture.protect, why);
+            self.answer_all(capture.unprotect, "");
         }
     }
 
