@@ -115,7 +115,7 @@ fn protection_toggles_under_load_on_an_iothread() {
         let tap = filter.attach("disk0");
         let other = filter.attach("disk1");
         vm.qmp.io(SCSI, "write -P 3 0 64k");
-        std::thread::sleep(std::time::Duration::from_millis(20));
+        tap.wait_records(5);
         filter.detach("disk0");
         seen += guest_writes(&tap.finish());
         filter.detach("disk1");
@@ -134,7 +134,7 @@ fn what_is_captured_under_load_is_the_image() {
     let load = Load::on(&site, &mut vm.qmp, "node-disk0", "io0");
     let tap = filter.attach("disk0");
     tap.wait_synced();
-    std::thread::sleep(std::time::Duration::from_millis(300));
+    tap.wait_records(300);
     load.end();
     vm.qmp.must("{'execute': 'nbd-server-stop'}");
     vm.qmp.io(VIRTIO, "write -P 9 1M 8k");

@@ -202,6 +202,12 @@ impl Tap {
     }
 
     /// Everything captured until now.
+    /// Waits until that many more records have come.
+    pub fn wait_records(&self, count: u64) {
+        let goal = self.ring.captured_lsn().0 + count;
+        wait_for("more records", || (self.ring.captured_lsn().0 >= goal).then_some(()));
+    }
+
     pub fn records(&self) -> Vec<Taken> {
         let until = self.ring.captured_lsn();
         wait_for("the last record", || {
