@@ -108,7 +108,19 @@ impl Client {
     /// # Errors
     /// See [`ClientError`].
     pub fn set_protection(&self, disk: &str, enabled: bool) -> Result<ProtectionState, ClientError> {
-        self.json(self.http.put(self.disk_url(disk, "/protection")).json(&Protection { enabled }))
+        self.put_protection(disk, &Protection { enabled, ..Protection::default() })
+    }
+
+    /// Switches protection on or off and changes how the disk is protected.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn put_protection(
+        &self,
+        disk: &str,
+        protection: &Protection,
+    ) -> Result<ProtectionState, ClientError> {
+        self.json(self.http.put(self.disk_url(disk, "/protection")).json(protection))
     }
 
     /// What can be restored.

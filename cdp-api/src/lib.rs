@@ -32,6 +32,6 @@ pub use point_spec::PointSpec;
 pub use problem::{Kind, Problem};
 pub use types::{
     Bookmark, CreateBookmark, DamagedPart, Disk, DiskSummary, Extent, ExtentKind, Extents, Fault, FaultKind,
-    Gap, Journal, PointKind, Points, Protection, ProtectionPhase, ProtectionState, RecoverableRange,
-    ResolvedPoint, Verification, VerificationState,
+    Gap, Journal, OverflowPolicy, PointKind, Points, Protection, ProtectionOptions, ProtectionPhase,
+    ProtectionState, RecoverableRange, ResolvedPoint, SyncState, Verification, VerificationState,
 };

@@ -16,6 +16,8 @@ pub const PROBLEM_JSON: &str = "application/problem+json";
 pub enum Kind {
     /// The request is malformed: a parameter, the body, the method.
     BadRequest,
+    /// A value of the body is out of its range.
+    BadValue,
     /// No such address under the API.
     NotFound,
     /// The address knows other methods than this one.
@@ -63,6 +65,7 @@ impl Kind {
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::BadRequest => "bad-request",
+            Self::BadValue => "bad-value",
             Self::NotFound => "not-found",
             Self::MethodNotAllowed => "method-not-allowed",
             Self::TooLarge => "too-large",
@@ -99,6 +102,7 @@ impl Kind {
             | Self::AgentRefused => 409,
             Self::TooLarge => 413,
             Self::UnsupportedMediaType => 415,
+            Self::BadValue => 422,
             Self::Damaged | Self::Internal => 500,
             Self::AgentOffline | Self::Unavailable => 503,
             Self::AgentTimeout => 504,
@@ -111,6 +115,7 @@ impl Kind {
     pub const fn title(self) -> &'static str {
         match self {
             Self::BadRequest => "The request is malformed",
+            Self::BadValue => "A value is out of its range",
             Self::NotFound => "No such address",
             Self::MethodNotAllowed => "This address knows other methods",
             Self::TooLarge => "The request's body is too large",

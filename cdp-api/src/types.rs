@@ -195,6 +195,114 @@ pub struct ProtectionState {
     /// Why it is so and what to do, where that is not plain; else empty.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub reason: String,
+    /// How it is to be protected.
+    #[serde(flatten)]
+    pub options: ProtectionOptions,
+    /// Whether flushes are what `sync` promises.
+    #[serde(default)]
+    pub sync_state: SyncState,
+    /// Guest requests and flushes that wait now: for room in the ring, or for durability.
+    #[serde(default)]
+    pub waiting: u64,
+    /// For how long some have waited without a break, in milliseconds.
+    #[serde(default)]
+    pub waiting_ms: u64,
+}
+
+/// How a disk is protected. Kept while protection is off.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize, ToSchema)]
+pub struct ProtectionOptions {
+    /// What a guest's write does that finds the capture ring full.
+    #[serde(default)]
+    pub policy: OverflowPolicy,
+    /// With `throttle`: how long a write waits at most, in milliseconds.
+    pub throttle_ms: u32,
+    /// Size of the capture ring in MiB; absent: the agent's own default. A change counts from the next capture on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ring_mib: Option<u32>,
+    /// Whether a guest's flush completes only when the server has made everything before it durable.
+    #[serde(default)]
+    pub sync: bool,
+    /// With `sync`: how long a flush waits at most, in milliseconds; then it completes, and sync is lost for a while.
+    pub sync_timeout_ms: u32,
+}
+
+impl Default for ProtectionOptions {
+    fn default() -> Self {
+        Self {
+            policy: OverflowPolicy::Track,
+            throttle_ms: 1000,
+            ring_mib: None,
+            sync: false,
+            sync_timeout_ms: 10_000,
+        }
+    }
+}
+
+/// What a guest's write does that finds the capture ring full.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum OverflowPolicy {
+    /// It goes on at once, unrecorded: a gap begins, and ends when the disk has been read back.
+    #[default]
+    Track,
+    /// It waits for room, up to `throttle_ms`, and then goes on unrecorded.
+    Throttle,
+    /// It waits for room for as long as it takes: no gap, but the guest stands still.
+    Strict,
+}
+
+impl OverflowPolicy {
+    /// The name in JSON.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Track => "track",
+            Self::Throttle => "throttle",
+            Self::Strict => "strict",
+        }
+    }
+
+    /// The policy of that name.
+    #[must_use]
+    pub fn named(name: &str) -> Option<Self> {
+        [Self::Track, Self::Throttle, Self::Strict].into_iter().find(|policy| policy.as_str() == name)
+    }
+}
+
+/// Whether flushes are what sync mode promises.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum SyncState {
+    /// Sync mode is off, or nothing is known of the capture.
+    #[default]
+    Off,
+    /// A flush that completes is durable at the server.
+    InForce,
+    /// It cannot be while a gap is open: flushes complete at once.
+    Suspended,
+    /// A flush has waited too long: flushes complete at once until the server has caught up.
+    Lost,
+}
+
+impl SyncState {
+    /// The name in JSON.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Off => "off",
+            Self::InForce => "in-force",
+            Self::Suspended => "suspended",
+            Self::Lost => "lost",
+        }
+    }
+
+    /// The state of that name; off for one that is not known.
+    #[must_use]
+    pub fn named(name: &str) -> Self {
+        let known = [Self::InForce, Self::Suspended, Self::Lost];
+        known.into_iter().find(|state| state.as_str() == name).unwrap_or_default()
+    }
 }
 
 /// What is the case with a disk's protection.
@@ -240,12 +348,28 @@ impl fmt::Display for ProtectionPhase {
     }
 }
 
-/// Body of `PUT /v1/disks/{disk}/protection`.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize, ToSchema)]
+/// Body of `PUT /v1/disks/{disk}/protection`. What is absent stays as it is.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Protection {
     /// On or off.
     pub enabled: bool,
+    /// What a guest's write does that finds the capture ring full: `track`, `throttle` or `strict`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<OverflowPolicy>)]
+    pub policy: Option<String>,
+    /// With `throttle`: how long a write waits at most, 1 to 600000 milliseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub throttle_ms: Option<u64>,
+    /// Size of the capture ring, 8 to 16384 MiB. Counts from the next capture on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ring_mib: Option<u64>,
+    /// Whether a guest's flush completes only when the server has made everything before it durable.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sync: Option<bool>,
+    /// With `sync`: how long a flush waits at most, 1 to 3600000 milliseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sync_timeout_ms: Option<u64>,
 }
 
 /// A point of a disk's history: the state right after one record.

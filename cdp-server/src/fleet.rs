@@ -7,6 +7,7 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use cdp_api::{OverflowPolicy, ProtectionOptions};
 use journal_format::wire::{self, CommandResult, DiskStatus};
 use journal_format::{DiskId, Lsn, Stamp};
 use tokio::sync::oneshot;
@@ -61,6 +62,8 @@ struct Live {
     last_command: Option<Instant>,
     command_running: bool,
     last_error: String,
+    /// What this agent was last told about how to protect it.
+    told: Option<ProtectionOptions>,
 }
 
 /// A copy of a live disk's state, for a moment.
@@ -77,6 +80,8 @@ pub(crate) struct LiveDisk {
     pub(crate) fresh: bool,
     /// Whether a protection command is under way or failed a moment ago.
     pub(crate) resting: bool,
+    /// What its agent was last told about how to protect it.
+    pub(crate) told: Option<ProtectionOptions>,
 }
 
 #[derive(Debug, Default)]
@@ -91,15 +96,15 @@ struct Inner {
 struct Pending {
     session: SessionId,
     disk: DiskId,
-    protection: Option<bool>,
+    protection: Option<Option<ProtectionOptions>>,
     answer: oneshot::Sender<CommandResult>,
 }
 
 /// A command that an agent was sent.
 #[derive(Debug)]
 pub(crate) enum Command {
-    /// Switch protection.
-    SetProtection(bool),
+    /// Switch protection on, in this way, or off.
+    SetProtection(Option<ProtectionOptions>),
     /// Put a bookmark into the stream.
     InsertBookmark(String),
 }
@@ -210,7 +215,7 @@ impl Fleet {
         let live = inner.disks.get_mut(&disk)?;
         let session = live.session;
         let protection = match &command {
-            Command::SetProtection(enabled) => Some(*enabled),
+            Command::SetProtection(options) => Some(*options),
             Command::InsertBookmark(_) => None,
         };
         if protection.is_some() {
@@ -222,7 +227,10 @@ impl Fleet {
         drop(inner);
         let disk = disk.0.to_vec();
         let sent = match command {
-            Command::SetProtection(enabled) => peer.send(&wire::SetProtection { request, disk, enabled }),
+            Command::SetProtection(options) => {
+                let enabled = options.is_some();
+                peer.send(&wire::SetProtection { request, disk, enabled, options: options.map(to_wire) })
+            }
             Command::InsertBookmark(name) => peer.send(&wire::InsertBookmark { request, disk, name }),
         };
         if !sent {
@@ -239,13 +247,14 @@ impl Fleet {
         let pending = inner.pending.remove(&result.request);
         let Some(pending) = pending.filter(|pending| pending.session == session) else { return };
         if let Some(live) = inner.disks.get_mut(&pending.disk)
-            && let Some(enabled) = pending.protection
+            && let Some(options) = pending.protection
         {
             live.command_running = false;
             live.last_error.clone_from(&result.error);
             if result.error.is_empty() {
                 // Until the next status says more, the command's success is what is known.
-                live.mode = if enabled { live.mode.max_capturing() } else { Mode::Off };
+                live.mode = if options.is_some() { live.mode.max_capturing() } else { Mode::Off };
+                live.told = options;
                 live.mode_at = Some(now);
             }
         }
@@ -255,6 +264,20 @@ impl Fleet {
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn to_wire(options: ProtectionOptions) -> wire::ProtectionOptions {
+    wire::ProtectionOptions {
+        overflow: match options.policy {
+            OverflowPolicy::Track => 0,
+            OverflowPolicy::Throttle => 1,
+            OverflowPolicy::Strict => 2,
+        },
+        throttle_ms: options.throttle_ms,
+        ring_mib: options.ring_mib.unwrap_or(0),
+        sync: options.sync,
+        sync_timeout_ms: options.sync_timeout_ms,
     }
 }
 
@@ -292,6 +315,7 @@ impl Live {
             last_command: None,
             command_running: false,
             last_error: String::new(),
+            told: None,
         }
     }
 
@@ -327,6 +351,7 @@ impl Live {
             status: self.status.clone(),
             fresh: self.is_fresh(now),
             resting: failed && recent,
+            told: self.told,
         }
     }
 }
@@ -409,13 +434,15 @@ mod tests {
         let (fleet, now) = (Fleet::default(), Instant::now());
         let (asked, _outgoing) = peer(&fleet);
         fleet.reported(asked.id, &host(1));
-        let mut answer = fleet.command(DISK, Command::SetProtection(true), now).expect("sent");
+        let mut answer = fleet
+            .command(DISK, Command::SetProtection(Some(ProtectionOptions::default())), now)
+            .expect("sent");
         let request = fleet.lock().last_number;
         fleet.completed(asked.id, CommandResult { request, ..CommandResult::default() }, now);
         assert!(answer.try_recv().is_ok());
         assert_eq!(fleet.live(DISK, now).expect("live").mode, Mode::Capturing);
 
-        let mut answer = fleet.command(DISK, Command::SetProtection(false), now).expect("sent");
+        let mut answer = fleet.command(DISK, Command::SetProtection(None), now).expect("sent");
         let request = fleet.lock().last_number;
         fleet.completed(SessionId(999), CommandResult { request, ..CommandResult::default() }, now);
         assert!(answer.try_recv().is_err());
@@ -427,7 +454,9 @@ mod tests {
         let (fleet, now) = (Fleet::default(), Instant::now());
         let (asked, _outgoing) = peer(&fleet);
         fleet.reported(asked.id, &host(1));
-        let _answer = fleet.command(DISK, Command::SetProtection(true), now).expect("sent");
+        let _answer = fleet
+            .command(DISK, Command::SetProtection(Some(ProtectionOptions::default())), now)
+            .expect("sent");
         let request = fleet.lock().last_number;
         let error = "no".to_owned();
         fleet.completed(asked.id, CommandResult { request, error, ..CommandResult::default() }, now);

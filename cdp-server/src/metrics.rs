@@ -124,7 +124,17 @@ fn register_gauges(registry: &mut Registry, samples: &[Sample]) {
             d.journal.as_ref().map(|j| j.durable_lsn as f64)
         }),
     ];
-    let disks: [(&str, &str, Option<Unit>, Read); 4] = [
+    let disks: [(&str, &str, Option<Unit>, Read); 7] = [
+        ("waiting_requests", "Guest requests and flushes that wait for the agent", None, |d| {
+            Some(d.summary.protection.waiting as f64)
+        }),
+        ("waiting", "For how long some have waited without a break", Some(Unit::Seconds), |d| {
+            Some(d.summary.protection.waiting_ms as f64 / 1e3)
+        }),
+        ("sync_in_force", "1 while a guest's flush that completes is durable here", None, |d| {
+            let in_force = d.summary.protection.sync_state == cdp_api::SyncState::InForce;
+            Some(f64::from(u8::from(in_force)))
+        }),
         ("disk", "Size of the disk", Some(Unit::Bytes), |d| Some(d.summary.disk_bytes as f64)),
         ("fault", "1 while the disk's journal takes no writes or is damaged", None, |d| {
             Some(f64::from(u8::from(d.summary.fault.is_some())))

@@ -13,34 +13,47 @@
 //! | the agent cannot switch it on | 409 `agent-refused` | taken back |
 //! | the agent cannot switch it off | 409 `agent-refused` | kept: capture must not go on against the operator's will |
 
+use core::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use cdp_api::{Kind, Problem, ProtectionPhase, ProtectionState};
+use cdp_api::{
+    Kind, OverflowPolicy, Problem, Protection, ProtectionOptions, ProtectionPhase, ProtectionState, SyncState,
+};
 use journal_format::DiskId;
 
 use crate::catalog::DiskRow;
 use crate::core::Core;
 use crate::error::ServerError;
 use crate::fleet::{Command, LiveDisk, Mode};
-use crate::limits::{COMMAND_TIMEOUT, FORGET_EVERY};
+use crate::limits::{COMMAND_TIMEOUT, FORGET_EVERY, RING_MIB, SYNC_TIMEOUT_MS, THROTTLE_MS};
+use crate::model::cut;
 use crate::rest::problem::{ApiError, agent_refused};
 
 /// What a disk needs, given what is wanted and what is. `None`: nothing, or nothing now.
 fn needed(wanted: Option<bool>, live: &LiveDisk) -> Option<bool> {
     let wanted = wanted?;
-    let captured = live.fresh && live.mode != Mode::Off;
+    let captured = is_captured(live);
     let possible = live.refused.is_empty() || !wanted;
     (wanted != captured && possible && !live.resting).then_some(wanted)
+}
+
+fn is_captured(live: &LiveDisk) -> bool {
+    live.fresh && live.mode != Mode::Off
 }
 
 /// Sends what is needed to all disks that agents report now. Does not wait for results: those show in the live state.
 pub(crate) fn reconcile(core: &Core, now: Instant) -> Result<(), ServerError> {
     for disk in core.catalog.disks()? {
         let Some(live) = core.fleet.live(disk.id, now) else { continue };
-        if let Some(enabled) = needed(disk.protect, &live) {
+        let change = needed(disk.protect, &live);
+        if let Some(enabled) = change {
             tracing::info!(disk = disk.name(), enabled, "switching protection");
-            core.fleet.command(disk.id, Command::SetProtection(enabled), now);
+        }
+        let untold = is_captured(&live) && live.told != Some(disk.options) && !live.resting;
+        if let Some(enabled) = change.or((disk.protect == Some(true) && untold).then_some(true)) {
+            let options = enabled.then_some(disk.options);
+            core.fleet.command(disk.id, Command::SetProtection(options), now);
         }
     }
     Ok(())
@@ -58,15 +71,65 @@ pub(crate) fn state(core: &Core, disk: &DiskRow, live: Option<&LiveDisk>, gap_op
         (true, Some(live)) if live.mode == Mode::Tracking => {
             (ProtectionPhase::Tracking, "the ring was full; history resumes after a resync".to_owned())
         }
-        (true, Some(_)) if gap_open => (ProtectionPhase::Syncing, String::new()),
-        (true, Some(_)) => (ProtectionPhase::Protected, String::new()),
+        (true, Some(live)) if gap_open => (ProtectionPhase::Syncing, ring_differs(disk, live)),
+        (true, Some(live)) => (ProtectionPhase::Protected, ring_differs(disk, live)),
         (false, Some(live)) if live.fresh && live.mode != Mode::Off => {
             (ProtectionPhase::Stopping, live.last_error.clone())
         }
         (false, Some(live)) => (ProtectionPhase::Off, live.refused.clone()),
         (false, None) => (ProtectionPhase::Off, String::new()),
     };
-    ProtectionState { enabled, phase, reason }
+    let status = live.filter(|live| is_captured(live)).map(|live| &live.status);
+    ProtectionState {
+        enabled,
+        phase,
+        reason,
+        options: disk.options,
+        sync_state: status.map(|status| SyncState::named(&status.sync)).unwrap_or_default(),
+        waiting: status.map_or(0, |status| status.waiting),
+        waiting_ms: status.map_or(0, |status| status.waiting_ms),
+    }
+}
+
+/// A ring keeps its size for as long as its capture lasts.
+fn ring_differs(disk: &DiskRow, live: &LiveDisk) -> String {
+    let now_mib = live.status.ring_bytes >> 20;
+    match disk.options.ring_mib {
+        Some(wanted) if now_mib > 0 && now_mib != u64::from(wanted) => format!(
+            "the ring has {now_mib} MiB until the next capture, which gets {wanted}: switch protection off and on, \
+             or restart the VM, when it suits you"
+        ),
+        _ => String::new(),
+    }
+}
+
+/// The options that a `PUT` asks for: the disk's own, with what the body says.
+fn asked(disk: &DiskRow, body: &Protection) -> Result<ProtectionOptions, ApiError> {
+    let mut options = disk.options;
+    if let Some(name) = &body.policy {
+        options.policy = OverflowPolicy::named(name).ok_or_else(|| {
+            let what = format!("'{}' is no policy", cut(name.clone(), 64));
+            ApiError::from(Problem::new(Kind::BadValue, what, "policy is track, throttle or strict"))
+        })?;
+    }
+    if let Some(value) = body.throttle_ms {
+        options.throttle_ms = within("throttle_ms", value, THROTTLE_MS)?;
+    }
+    if let Some(value) = body.ring_mib {
+        options.ring_mib = Some(within("ring_mib", value, RING_MIB)?);
+    }
+    if let Some(value) = body.sync_timeout_ms {
+        options.sync_timeout_ms = within("sync_timeout_ms", value, SYNC_TIMEOUT_MS)?;
+    }
+    options.sync = body.sync.unwrap_or(options.sync);
+    Ok(options)
+}
+
+fn within(name: &str, value: u64, range: RangeInclusive<u32>) -> Result<u32, ApiError> {
+    u32::try_from(value).ok().filter(|value| range.contains(value)).ok_or_else(|| {
+        let hint = format!("{name} is from {} to {}", range.start(), range.end());
+        Problem::new(Kind::BadValue, format!("{name} is {value}"), hint).into()
+    })
 }
 
 /// Why no agent reports a disk.
@@ -89,19 +152,21 @@ pub(crate) enum Outcome {
 }
 
 /// Carries out a `PUT`. Waits at most [`COMMAND_TIMEOUT`].
-pub(crate) async fn set(core: &Arc<Core>, disk: &DiskRow, enabled: bool) -> Result<Outcome, ApiError> {
+pub(crate) async fn set(core: &Arc<Core>, disk: &DiskRow, body: &Protection) -> Result<Outcome, ApiError> {
+    let (enabled, options) = (body.enabled, asked(disk, body)?);
     if enabled && let Some(problem) = impossible(core, disk) {
         return Err(problem.into());
     }
-    persist(core, disk.id, Some(enabled)).await?;
-    let Some(result) = core.fleet.command(disk.id, Command::SetProtection(enabled), Instant::now()) else {
+    persist(core, disk.id, Some(enabled), options).await?;
+    let command = Command::SetProtection(enabled.then_some(options));
+    let Some(result) = core.fleet.command(disk.id, command, Instant::now()) else {
         return Ok(if enabled { Outcome::Pending(offline(core, disk)) } else { Outcome::Done });
     };
     match tokio::time::timeout(COMMAND_TIMEOUT, result).await {
         Ok(Ok(result)) if result.error.is_empty() => Ok(Outcome::Done),
         Ok(Ok(result)) => {
             if enabled {
-                persist(core, disk.id, disk.protect).await?;
+                persist(core, disk.id, disk.protect, disk.options).await?;
             }
             Err(agent_refused(&result.error).into())
         }
@@ -118,9 +183,18 @@ fn impossible(core: &Core, disk: &DiskRow) -> Option<Problem> {
     (!live.refused.is_empty()).then(|| agent_refused(&live.refused))
 }
 
-async fn persist(core: &Arc<Core>, id: DiskId, protect: Option<bool>) -> Result<(), ApiError> {
+async fn persist(
+    core: &Arc<Core>,
+    id: DiskId,
+    protect: Option<bool>,
+    options: ProtectionOptions,
+) -> Result<(), ApiError> {
     let core = Arc::clone(core);
-    let done = tokio::task::spawn_blocking(move || core.catalog.set_protect(id, protect)).await;
+    let done = tokio::task::spawn_blocking(move || {
+        core.catalog.set_options(id, &options)?;
+        core.catalog.set_protect(id, protect)
+    })
+    .await;
     let done =
         done.map_err(|_| Problem::new(Kind::Internal, "the catalog's task failed", "see the server's log"))?;
     Ok(done?)

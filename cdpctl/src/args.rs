@@ -41,16 +41,41 @@ pub(crate) enum Format {
     Json,
 }
 
+/// On or off.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub(crate) enum Switch {
+    /// Yes.
+    On,
+    /// No.
+    Off,
+}
+
 #[derive(Subcommand, Debug)]
 pub(crate) enum Command {
     /// Show disks
     #[command(subcommand)]
     Disk(DiskCommand),
-    /// Switch protection of a disk on; works while its VM runs
+    /// Switch protection of a disk on, or change how it is protected; works while its VM runs
     Protect {
         /// UUID or vm/device
         #[arg(value_parser = parse_disk)]
         disk: String,
+        /// What a guest's write does that finds the capture ring full: track (go on, a gap), throttle (wait for up to
+        /// --throttle-ms, then track), strict (wait)
+        #[arg(long, value_name = "POLICY")]
+        policy: Option<String>,
+        /// With throttle: longest wait of a write
+        #[arg(long, value_name = "MS")]
+        throttle_ms: Option<u64>,
+        /// Size of the capture ring; counts from the next capture on
+        #[arg(long, value_name = "MIB")]
+        ring_mib: Option<u64>,
+        /// Whether a guest's flush waits until the server has made everything before it durable
+        #[arg(long, value_enum, value_name = "on|off")]
+        sync: Option<Switch>,
+        /// With sync: longest wait of a flush
+        #[arg(long, value_name = "MS")]
+        sync_timeout_ms: Option<u64>,
     },
     /// Switch protection of a disk off; its history stays
     Unprotect {

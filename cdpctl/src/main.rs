@@ -16,10 +16,10 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use cdp_api::client::parse_point;
-use cdp_api::{Client, ClientError, Kind, PointSpec, Problem};
+use cdp_api::{Client, ClientError, Kind, PointSpec, Problem, Protection};
 use clap::Parser;
 
-use crate::args::{Args, Command, DiskCommand};
+use crate::args::{Args, Command, DiskCommand, Switch};
 use crate::output::Output;
 
 const FAILED: u8 = 1;
@@ -60,7 +60,17 @@ fn run(args: &Args) -> Result<(String, ExitCode), Failure> {
     let text = match &args.command {
         Command::Disk(DiskCommand::List) => output.disks(&client.disks()?),
         Command::Disk(DiskCommand::Show { disk }) => output.disk(&client.disk(disk)?),
-        Command::Protect { disk } => output.protection(disk, &client.set_protection(disk, true)?),
+        Command::Protect { disk, policy, throttle_ms, ring_mib, sync, sync_timeout_ms } => {
+            let protection = Protection {
+                enabled: true,
+                policy: policy.clone(),
+                throttle_ms: *throttle_ms,
+                ring_mib: *ring_mib,
+                sync: sync.map(|sync| sync == Switch::On),
+                sync_timeout_ms: *sync_timeout_ms,
+            };
+            output.protection(disk, &client.put_protection(disk, &protection)?)
+        }
         Command::Unprotect { disk } => output.protection(disk, &client.set_protection(disk, false)?),
         Command::Points { disk, at } => match point(at)? {
             Some(at) => output.points(&client.points_at(disk, &at)?),
@@ -102,7 +112,7 @@ fn report(error: &ClientError) -> ExitCode {
         }
     }
     ExitCode::from(match problem.kind {
-        Kind::BadPoint | Kind::BadRequest => USAGE,
+        Kind::BadPoint | Kind::BadRequest | Kind::BadValue => USAGE,
         Kind::PointInGap | Kind::PointOutOfRange => NOT_RESTORABLE,
         _ => FAILED,
     })

@@ -1,6 +1,8 @@
 //! Results as text or JSON.
 
-use cdp_api::{Bookmark, DamagedPart, Disk, DiskSummary, Journal, Points, ProtectionState, Verification};
+use cdp_api::{
+    Bookmark, DamagedPart, Disk, DiskSummary, Journal, OverflowPolicy, Points, ProtectionState, Verification,
+};
 use serde::Serialize;
 
 use crate::args::Format;
@@ -111,9 +113,32 @@ fn disk_text(disk: &Disk) -> String {
         lines.push(("fault", format!("{kind} since {}: {}", fault.since, fault.message)));
         lines.push(("hint", fault.hint.clone()));
     }
+    lines.push(("ring full", overflow(&summary.protection)));
+    lines.push(("sync", sync(&summary.protection)));
     lines.extend(summary.newest.as_ref().map(|point| ("newest point", point.to_string())));
     lines.extend(disk.journal.iter().flat_map(journal_lines));
     lines.into_iter().map(|(key, value)| format!("{:<14}{value}\n", format!("{key}:"))).collect()
+}
+
+/// The policy, and who waits because of it.
+fn overflow(state: &ProtectionState) -> String {
+    let mut text = state.options.policy.as_str().to_owned();
+    if state.options.policy == OverflowPolicy::Throttle {
+        text += &format!(" for up to {} ms", state.options.throttle_ms);
+    }
+    if state.waiting > 0 {
+        text += &format!("; {} requests wait, since {} ms", state.waiting, state.waiting_ms);
+    }
+    text
+}
+
+fn sync(state: &ProtectionState) -> String {
+    if state.options.sync {
+        let (now, most) = (state.sync_state.as_str(), state.options.sync_timeout_ms);
+        format!("on, now {now}; a flush waits for up to {most} ms")
+    } else {
+        "off".to_owned()
+    }
 }
 
 fn journal_lines(journal: &Journal) -> [(&'static str, String); 4] {

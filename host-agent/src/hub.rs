@@ -388,6 +388,16 @@ impl Hub {
                     self.queue.push_back(Event::Drained(disk, epoch, Lsn::ZERO));
                 }
             }
+            Action::Durable(disk, epoch, lsn) => {
+                if let Some(live) = self.ring(disk, epoch) {
+                    live.set_durable(lsn);
+                }
+            }
+            Action::SetPolicy(disk, epoch, policy) => {
+                if let Some(live) = self.ring(disk, epoch) {
+                    live.set_policy(policy);
+                }
+            }
             Action::Release(disk, epoch, lsn) => {
                 if let Some(live) = self.ring(disk, epoch) {
                     live.outbox.release(lsn);

@@ -11,11 +11,12 @@
     )
 )]
 
+use capture_ring::{Overflow, Policy};
 use journal_format::wire::{self, MESSAGE_HEADER_BYTES, MessageHeader, MessageType};
 use journal_format::{Epoch, Lsn, Stamp};
 
 use crate::error::AgentError;
-use crate::session::ServerMessage;
+use crate::session::{ServerMessage, Settings};
 
 /// Bytes that came and are not whole messages yet. Holds at most one message and one receive.
 #[derive(Debug, Default)]
@@ -92,7 +93,8 @@ fn decode(kind: MessageType, body: &[u8]) -> Result<ServerMessage, AgentError> {
         }
         MessageType::SetProtection => {
             let set: wire::SetProtection = wire::decode(body)?;
-            ServerMessage::SetProtection(set.request, wire::disk_id(&set.disk)?, set.enabled)
+            let settings = set.enabled.then(|| settings(set.options.unwrap_or_default()));
+            ServerMessage::SetProtection(set.request, wire::disk_id(&set.disk)?, settings)
         }
         MessageType::InsertBookmark => {
             let insert: wire::InsertBookmark = wire::decode(body)?;
@@ -102,6 +104,22 @@ fn decode(kind: MessageType, body: &[u8]) -> Result<ServerMessage, AgentError> {
         MessageType::Pong => ServerMessage::Pong(wire::decode::<wire::Ping>(body)?.number),
         other => return Err(AgentError::Protocol(format!("a server sends no {other:?}"))),
     })
+}
+
+/// What is not known counts as the default.
+fn settings(options: wire::ProtectionOptions) -> Settings {
+    let overflow = match options.overflow {
+        1 => Overflow::Throttle,
+        2 => Overflow::Strict,
+        _ => Overflow::Track,
+    };
+    let policy = Policy {
+        overflow,
+        throttle_ms: options.throttle_ms,
+        sync: options.sync,
+        sync_timeout_ms: options.sync_timeout_ms,
+    };
+    Settings { policy, ring_mib: options.ring_mib }
 }
 
 /// An LSN that leaves room for more records than any disk can have.

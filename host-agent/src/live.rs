@@ -5,7 +5,9 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 
 use capture_ring::control::CaptureFds;
-use capture_ring::{Bell, Consumer, HostClock, Mode, Producer, Ring, RingConfig, RingError};
+use capture_ring::{
+    Bell, Consumer, HostClock, Mode, Policy, Producer, Ring, RingConfig, RingError, SyncState,
+};
 use journal_format::{DiskId, Epoch, Lsn, Stamp};
 
 use crate::config::Config;
@@ -77,10 +79,15 @@ impl Live {
     ) -> Result<(Self, CaptureFds), AgentError> {
         clock.raise_to(order.clock_floor);
         let config = RingConfig {
-            arena_bytes: settings.ring_bytes,
+            arena_bytes: match order.settings.ring_mib {
+                0 => settings.ring_bytes,
+                mib => u64::from(mib) << 20,
+            },
             ..RingConfig::new(order.disk, order.epoch, order.first_lsn, order.disk_bytes)
         };
         let (ring, ring_fd) = Ring::create(&config).map_err(ring_error)?;
+        ring.set_policy(order.settings.policy);
+        ring.set_durable_lsn(order.first_lsn.prev());
         let bell = Bell::create().map_err(ring_error)?;
         let bell_fd =
             bell.as_fd().try_clone_to_owned().map_err(AgentError::os("cannot duplicate an eventfd"))?;
@@ -233,6 +240,20 @@ impl Live {
         producer.bookmark(name).map_err(|full| format!("{full}; try again in a moment"))
     }
 
+    /// The server has made everything up to this LSN durable.
+    pub fn set_durable(&self, lsn: Lsn) {
+        if let Some(shared) = &self.ring {
+            shared.ring.set_durable_lsn(lsn);
+        }
+    }
+
+    /// Changes what happens when the ring is full, and at a guest's flush.
+    pub fn set_policy(&self, policy: Policy) {
+        if let Some(shared) = &self.ring {
+            shared.ring.set_policy(policy);
+        }
+    }
+
     /// Whether requests go by uncaptured until there is room.
     #[must_use]
     pub fn is_tracking(&self) -> bool {
@@ -269,6 +290,14 @@ impl Live {
             ring_used_bytes: ring.arena_used_bytes(),
             ring_bytes: ring.config().arena_bytes,
             dirty_bytes: ring.dirty().bytes(),
+            waiting: ring.waiting(),
+            waited: ring.waited(),
+            sync: match ring.sync_state() {
+                SyncState::Off => "off",
+                SyncState::InForce => "in-force",
+                SyncState::Suspended => "suspended",
+                SyncState::Lost => "lost",
+            },
             host_stamp,
             ..sample
         }

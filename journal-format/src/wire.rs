@@ -435,6 +435,30 @@ pub struct SetProtection {
     /// On or off.
     #[prost(bool, tag = "3")]
     pub enabled: bool,
+    /// How to protect it; absent: all defaults. Changes the policies of a disk that is captured already; the ring's size
+    /// counts from the next capture on.
+    #[prost(message, optional, tag = "4")]
+    pub options: Option<ProtectionOptions>,
+}
+
+/// How a disk is protected.
+#[derive(Clone, Copy, PartialEq, Eq, Message)]
+pub struct ProtectionOptions {
+    /// When the ring is full: 0 track, 1 throttle, 2 strict.
+    #[prost(uint32, tag = "1")]
+    pub overflow: u32,
+    /// With throttle: longest wait of a request in milliseconds.
+    #[prost(uint32, tag = "2")]
+    pub throttle_ms: u32,
+    /// Size of the ring in MiB; 0: the agent's own default.
+    #[prost(uint32, tag = "3")]
+    pub ring_mib: u32,
+    /// Whether a guest's flush completes only when everything before it is durable.
+    #[prost(bool, tag = "4")]
+    pub sync: bool,
+    /// Longest wait of a flush in milliseconds.
+    #[prost(uint32, tag = "5")]
+    pub sync_timeout_ms: u32,
 }
 
 /// Put a bookmark record into the disk's stream, now.
@@ -504,6 +528,15 @@ pub struct DiskStatus {
     /// The host's clock when this was made, in nanoseconds: all that is older and was captured is ≤ `captured_lsn`.
     #[prost(uint64, tag = "11")]
     pub host_stamp: u64,
+    /// Guest requests and flushes that wait: for room in the ring, or for durability.
+    #[prost(uint64, tag = "20")]
+    pub waiting: u64,
+    /// For how long some have waited without a break, in milliseconds.
+    #[prost(uint64, tag = "21")]
+    pub waiting_ms: u64,
+    /// Sync mode: `off`, `in-force`, `suspended` (a gap is open) or `lost` (a flush has waited too long).
+    #[prost(string, tag = "22")]
+    pub sync: String,
 }
 
 /// Keeps a quiet connection alive.

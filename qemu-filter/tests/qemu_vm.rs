@@ -4,11 +4,13 @@ mod support;
 
 use std::process::{Child, Stdio};
 
-use support::agent::{Agent, guest_writes, wait_for};
+use capture_ring::{Overflow, Policy};
+
+use support::agent::{Agent, Filter, Tap, guest_writes, wait_for};
 use support::memory::{differing, driver_tables};
 use support::programs::Site;
 use support::qmp::Qmp;
-use support::vm::{SCSI, UUID, VIRTIO, start};
+use support::vm::{SCSI, UUID, VIRTIO, Vm, start};
 
 /// Many writes through an NBD export of the same node on an iothread, as a guest would make them: two programs whose
 /// writes overlap, each with a pattern of its own.
@@ -143,6 +145,65 @@ fn what_is_captured_under_load_is_the_image() {
     vm.quit();
     assert!(image == site.contents("qcow2", "disk0"), "the captured image differs");
     assert!(guest_writes(&tap.finish()) > 100);
+}
+
+/// A guest that stands still because its ring is full and its policy strict.
+fn waiting_guest(site: &Site, vm: &mut Vm, filter: &mut Filter<'_>) -> (Load, Tap) {
+    let tap = filter.attach_over("disk0", 1 << 20);
+    tap.wait_synced();
+    tap.ring().set_policy(Policy { overflow: Overflow::Strict, ..Policy::default() });
+    let load = Load::on(site, &mut vm.qmp, "node-disk0", "io0");
+    tap.freeze(true);
+    wait_for("the guest to wait", || (tap.ring().waiting() > 0).then_some(()));
+    std::thread::sleep(std::time::Duration::from_millis(700));
+    assert!(tap.ring().waiting() > 0 && !tap.ring().gap_is_open(), "it has not waited");
+    (load, tap)
+}
+
+#[test]
+fn a_guest_that_waits_goes_on_without_a_gap_when_there_is_room() {
+    let site = Site::new();
+    let agent = Agent::listen(site.path());
+    let (mut vm, mut filter) = start(&site, &agent);
+    let (load, tap) = waiting_guest(&site, &mut vm, &mut filter);
+    let before = tap.ring().captured_lsn();
+    tap.freeze(false);
+    wait_for("the guest to go on", || (tap.ring().captured_lsn().0 > before.0 + 1000).then_some(()));
+    assert!(!tap.ring().gap_is_open() && tap.ring().mode().generation == 1, "a gap began");
+    load.end();
+    filter.detach("disk0");
+    vm.quit();
+}
+
+#[test]
+fn what_drains_a_disk_is_not_held_up_by_a_guest_that_waits() {
+    let site = Site::new();
+    let agent = Agent::listen(site.path());
+    let (mut vm, mut filter) = start(&site, &agent);
+    let (load, tap) = waiting_guest(&site, &mut vm, &mut filter);
+    vm.qmp.must(&format!(
+        "{{'execute': 'blockdev-snapshot-sync', 'arguments': {{'node-name': 'node-disk0', 'snapshot-file': '{}', 'snapshot-node-name': 'overlay'}}}}",
+        site.inside("overlay")
+    ));
+    assert!(tap.ring().mode().generation > 1, "it goes on without a record, and history says so");
+    load.end();
+    vm.quit();
+    drop(tap);
+}
+
+#[test]
+fn detaching_and_quitting_are_not_held_up_by_a_guest_that_waits() {
+    let site = Site::new();
+    let agent = Agent::listen(site.path());
+    let (mut vm, mut filter) = start(&site, &agent);
+    let (load, tap) = waiting_guest(&site, &mut vm, &mut filter);
+    filter.detach("disk0");
+    load.end();
+    drop(tap);
+    vm.qmp.must("{'execute': 'nbd-server-stop'}");
+    let (_load, tap) = waiting_guest(&site, &mut vm, &mut filter);
+    vm.quit();
+    drop(tap);
 }
 
 #[test]

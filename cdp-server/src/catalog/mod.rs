@@ -13,6 +13,7 @@ use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use cdp_api::{OverflowPolicy, ProtectionOptions};
 use journal_format::{DiskId, Epoch};
 use rusqlite::{Connection, OptionalExtension, Row, Transaction, params};
 
@@ -48,6 +49,8 @@ pub struct DiskRow {
     pub seen_ns: u64,
     /// Whether it is to be protected; `None` when that was lost with an older catalog.
     pub protect: Option<bool>,
+    /// How it is to be protected.
+    pub options: ProtectionOptions,
     /// Last epoch handed out.
     pub epoch: Epoch,
 }
@@ -163,6 +166,26 @@ impl Catalog {
         Ok(())
     }
 
+    /// Writes down how a disk is to be protected.
+    ///
+    /// # Errors
+    /// `Sqlite`.
+    pub fn set_options(&self, id: DiskId, options: &ProtectionOptions) -> Result<(), ServerError> {
+        self.lock().execute(
+            "UPDATE disks SET policy = ?2, throttle_ms = ?3, ring_mib = ?4, sync = ?5, sync_timeout_ms = ?6
+             WHERE id = ?1",
+            params![
+                &id.0[..],
+                options.policy.as_str(),
+                options.throttle_ms,
+                options.ring_mib,
+                options.sync,
+                options.sync_timeout_ms
+            ],
+        )?;
+        Ok(())
+    }
+
     /// Durably hands out an epoch: `resume`, if it is not older than any handed out or stored; else a new one.
     ///
     /// An agent that is told another epoch than the one it meant to resume has been overtaken by another capture
@@ -200,7 +223,8 @@ impl Catalog {
 
 const SELECT: &str = "
     SELECT disks.id, vms.host, hosts.name, vms.name, vms.uuid, vms.qemu_version, disks.device, disks.node,
-           disks.driver, disks.disk_bytes, disks.read_only, disks.seen_ns, disks.protect, disks.epoch
+           disks.driver, disks.disk_bytes, disks.read_only, disks.seen_ns, disks.protect, disks.epoch,
+           disks.policy, disks.throttle_ms, disks.ring_mib, disks.sync, disks.sync_timeout_ms
     FROM disks LEFT JOIN vms ON vms.id = disks.vm LEFT JOIN hosts ON hosts.id = vms.host";
 
 fn read_row(row: &Row<'_>) -> rusqlite::Result<DiskRow> {
@@ -220,6 +244,13 @@ fn read_row(row: &Row<'_>) -> rusqlite::Result<DiskRow> {
         seen_ns: from_sql(row.get(11)?),
         protect: row.get(12)?,
         epoch: Epoch(from_sql(row.get(13)?)),
+        options: ProtectionOptions {
+            policy: OverflowPolicy::named(&row.get::<_, String>(14)?).unwrap_or_default(),
+            throttle_ms: row.get(15)?,
+            ring_mib: row.get(16)?,
+            sync: row.get(17)?,
+            sync_timeout_ms: row.get(18)?,
+        },
     })
 }
 

@@ -3,7 +3,7 @@
 use rusqlite::{Connection, Transaction};
 
 /// The version this program writes. SQLite's `user_version` holds the version of a file.
-pub(crate) const VERSION: i64 = 1;
+pub(crate) const VERSION: i64 = 2;
 
 const STEPS: [&str; VERSION as usize] = ["
     CREATE TABLE hosts (
@@ -34,6 +34,12 @@ const STEPS: [&str; VERSION as usize] = ["
         epoch         INTEGER NOT NULL              -- last capture session handed out; never handed out again
     ) STRICT;
     CREATE INDEX disks_by_vm ON disks (vm);
+", "
+    ALTER TABLE disks ADD COLUMN policy TEXT NOT NULL DEFAULT 'track';
+    ALTER TABLE disks ADD COLUMN throttle_ms INTEGER NOT NULL DEFAULT 1000;
+    ALTER TABLE disks ADD COLUMN ring_mib INTEGER;            -- NULL: the agent's own default
+    ALTER TABLE disks ADD COLUMN sync INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE disks ADD COLUMN sync_timeout_ms INTEGER NOT NULL DEFAULT 10000;
 "];
 
 /// Brings an open file to [`VERSION`]; `Err` carries what to do.

@@ -28,7 +28,9 @@ pub(crate) async fn show(
     reading(&core, move |core| Ok(Json(describe::disk(core, &disk.find(core)?)?.summary.protection))).await
 }
 
-/// Switches protection on or off, also while the VM runs. Idempotent.
+/// Switches protection on or off and says how, also while the VM runs. Idempotent.
+///
+/// Policies change at once; the ring's size counts from the next capture on.
 ///
 /// The wish is kept over restarts of guest, agent and server. Waits for the host's agent, at most 30 seconds.
 #[utoipa::path(put, path = "/v1/disks/{disk}/protection", tag = "protection", operation_id = "put_protection", params(
@@ -37,6 +39,8 @@ pub(crate) async fn show(
     (status = 200, description = "Done: capture runs and the initial sync has begun, or has ended", body = ProtectionState),
     (status = 202, description = "Kept, and carried out as soon as agent and VM are there; `reason` says what is missing",
      body = ProtectionState),
+    (status = 422, description = "A value is out of its range (kind `bad-value`); nothing was changed", body = Problem,
+     content_type = "application/problem+json"),
     (status = 409, description = "The agent cannot do it (kind `agent-refused`)", body = Problem,
      content_type = "application/problem+json"),
     (status = "default", description = "What went wrong", body = Problem, content_type = "application/problem+json"),
@@ -47,7 +51,7 @@ pub(crate) async fn put(
     ApiJson(wanted): ApiJson<Protection>,
 ) -> Result<(StatusCode, Json<ProtectionState>), ApiError> {
     let row = reading(&core, move |core| disk.find(core)).await?;
-    let outcome = protection::set(&core, &row, wanted.enabled).await?;
+    let outcome = protection::set(&core, &row, &wanted).await?;
     let state = reading(&core, move |core| {
         let row = core.catalog.disk(row.id)?.unwrap_or(row);
         Ok(describe::disk(core, &row)?.summary.protection)

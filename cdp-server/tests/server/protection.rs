@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use cdp_api::{Kind, ProtectionPhase};
+use cdp_api::{Kind, OverflowPolicy, Protection, ProtectionOptions, ProtectionPhase};
 use journal_format::{DiskId, Lsn, wire};
 
 use crate::agent::{Agent, Capture, DISK, inventory};
@@ -177,4 +177,94 @@ fn both_forms_of_a_name_and_repeated_puts_do_the_same() {
         assert_eq!(show.status().as_u16(), 200, "{form}");
     }
     assert!(!fixture.client.set_protection(NAME, false).expect("done").enabled);
+}
+
+#[test]
+fn how_a_disk_is_protected_reaches_the_agent_and_is_kept() {
+    let mut fixture = Fixture::start();
+    let mut agent = reported(&fixture);
+    let client = fixture.client.clone();
+    let wanted = Protection {
+        enabled: true,
+        policy: Some("strict".to_owned()),
+        ring_mib: Some(8),
+        sync: Some(true),
+        sync_timeout_ms: Some(500),
+        throttle_ms: None,
+    };
+    let put = std::thread::spawn(move || client.put_protection(NAME, &wanted));
+    let command: wire::SetProtection = agent.expect();
+    let expected = wire::ProtectionOptions {
+        overflow: 2,
+        throttle_ms: 1000,
+        ring_mib: 8,
+        sync: true,
+        sync_timeout_ms: 500,
+    };
+    assert_eq!((command.enabled, command.options), (true, Some(expected)));
+    agent.done(command.request);
+    let state = put.join().expect("no panic").expect("done");
+    let expected = ProtectionOptions {
+        policy: OverflowPolicy::Strict,
+        throttle_ms: 1000,
+        ring_mib: Some(8),
+        sync: true,
+        sync_timeout_ms: 500,
+    };
+    assert_eq!(state.options, expected);
+    // What is absent stays as it is, also over a restart; and an agent that comes back is told.
+    drop(agent);
+    fixture.restart();
+    let mut agent = Agent::with_disk(fixture.data());
+    let command: wire::SetProtection = agent.expect();
+    assert_eq!(command.options.expect("told").overflow, 2);
+    agent.done(command.request);
+    let client = fixture.client.clone();
+    let off = std::thread::spawn(move || client.set_protection(NAME, false));
+    let command: wire::SetProtection = agent.expect();
+    assert_eq!((command.enabled, command.options), (false, None));
+    agent.done(command.request);
+    assert_eq!(off.join().expect("no panic").expect("done").options, expected);
+}
+
+#[test]
+fn an_agent_that_captures_already_is_told_how_and_only_once() {
+    let mut fixture = Fixture::start();
+    drop(reported(&fixture));
+    eventually(|| (!fixture.client.disk(NAME).ok()?.online).then_some(()));
+    let wanted = Protection { enabled: true, sync: Some(true), ..Protection::default() };
+    fixture.client.put_protection(NAME, &wanted).expect("kept");
+    fixture.restart();
+    let mut agent = Agent::with_disk(fixture.data());
+    agent.status("capturing", Lsn(2), now_ns());
+    let command: wire::SetProtection = agent.expect();
+    assert!(command.options.expect("told").sync);
+    agent.done(command.request);
+    // The next thing that it is asked is ours.
+    let client = fixture.client.clone();
+    let put = std::thread::spawn(move || client.set_protection(NAME, false));
+    agent.status("capturing", Lsn(2), now_ns());
+    assert!(!agent.expect::<wire::SetProtection>().enabled);
+    drop(agent);
+    let _cut_off = put.join().expect("no panic");
+}
+
+#[test]
+fn values_out_of_range_are_refused_with_a_hint_and_change_nothing() {
+    let fixture = Fixture::start();
+    let _agent = reported(&fixture);
+    let before = fixture.client.disk(NAME).expect("known").summary.protection;
+    let on = || Protection { enabled: true, ..Protection::default() };
+    for (wanted, hint) in [
+        (Protection { policy: Some("maybe".to_owned()), ..on() }, "strict"),
+        (Protection { throttle_ms: Some(0), ..on() }, "600000"),
+        (Protection { ring_mib: Some(7), ..on() }, "from 8 to 16384"),
+        (Protection { ring_mib: Some(u64::MAX), ..on() }, "16384"),
+        (Protection { sync_timeout_ms: Some(4_000_000), ..on() }, "3600000"),
+    ] {
+        let refused = problem(fixture.client.put_protection(NAME, &wanted));
+        assert_eq!((refused.kind, refused.status), (Kind::BadValue, 422));
+        assert!(refused.hint.contains(hint), "{}", refused.hint);
+    }
+    assert_eq!(fixture.client.disk(NAME).expect("known").summary.protection, before);
 }

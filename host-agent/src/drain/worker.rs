@@ -196,6 +196,8 @@ impl Worker {
 
     fn go_on(&mut self, now: Duration, ending: Option<Ending>, refilled: bool) -> Result<Pace, Stop> {
         if !self.place(now) {
+            // Nobody is to wait in the filter for the rest of a batch meanwhile.
+            self.consumer.iter_mut().for_each(Consumer::return_credits);
             // What found no room stays staged, for the agent that comes next.
             return Ok(if ending == Some(Ending::AgentStops) { Pace::Ended } else { Pace::Blocked });
         }
@@ -222,7 +224,9 @@ impl Worker {
     }
 
     fn pace(&mut self, now: Duration, ending: Option<Ending>, moved: bool) -> Result<Pace, Stop> {
-        if self.packer.is_due(now) && self.close()? && !self.place(now) {
+        // A flush that waits for the server needs no fuller frame.
+        let hurry = !moved && self.consumer.as_ref().is_some_and(|consumer| consumer.ring().waiting() > 0);
+        if (hurry || self.packer.is_due(now)) && self.close()? && !self.place(now) {
             return Ok(Pace::Blocked);
         }
         if moved {

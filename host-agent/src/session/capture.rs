@@ -165,6 +165,7 @@ impl Session {
 
     fn attach(&mut self, now: Duration, disk: DiskId, durable: Lsn, stamp: Stamp, epoch: Epoch) {
         let place = self.inventory.find(disk);
+        let settings = self.settings.get(&disk).copied().unwrap_or_default();
         let request = self.request();
         let Some(capture) = self.captures.get_mut(&disk) else { return };
         let Some(place) = place.filter(|place| place.filter == capture.filter && epoch.0 > 0) else {
@@ -190,6 +191,7 @@ impl Session {
             first_lsn: durable.next(),
             disk_bytes: place.disk_bytes,
             clock_floor: stamp,
+            settings,
         }));
     }
 
@@ -370,6 +372,7 @@ impl Session {
         let Some(capture) = self.captures.get_mut(&disk) else { return };
         if durable > capture.acked {
             capture.acked = durable;
+            self.out.push(Action::Durable(disk, capture.epoch, durable));
             self.out.push(Action::Release(disk, capture.epoch, durable));
             self.answer_bookmarks(disk);
         }
@@ -514,5 +517,8 @@ fn status(disk: DiskId, capture: &Capture, sample: &Sample) -> wire::DiskStatus 
         dirty_bytes: sample.dirty_bytes,
         outbox_used_bytes: sample.outbox_used_bytes,
         host_stamp: sample.host_stamp.0,
+        waiting: sample.waiting,
+        waiting_ms: u64::try_from(sample.waited.as_millis()).unwrap_or(u64::MAX),
+        sync: sample.sync.to_owned(),
     }
 }

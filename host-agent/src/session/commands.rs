@@ -6,7 +6,7 @@ use journal_format::limits::MAX_BOOKMARK_BYTES;
 use journal_format::{DiskId, Lsn, Stamp};
 
 use super::capture::{Capture, Phase};
-use super::{Action, Session};
+use super::{Action, Session, Settings};
 use crate::limits::{FILTER_ANSWER, MAX_WAITERS};
 
 /// A request that is answered when its disk gets there.
@@ -36,7 +36,13 @@ impl Session {
         self.answer(request, error, Lsn::ZERO, Stamp::ZERO);
     }
 
-    pub(super) fn protect(&mut self, now: Duration, request: u64, disk: DiskId) {
+    pub(super) fn protect(&mut self, now: Duration, request: u64, disk: DiskId, settings: Settings) {
+        let known = self.settings.insert(disk, settings);
+        if known != Some(settings)
+            && let Some(capture) = self.captures.get(&disk).filter(|capture| capture.has_ring())
+        {
+            self.out.push(Action::SetPolicy(disk, capture.epoch, settings.policy));
+        }
         if self.stopping {
             return self.fail(request, "the agent is stopping; try again when it runs");
         }
@@ -85,6 +91,7 @@ impl Session {
     }
 
     pub(super) fn unprotect(&mut self, now: Duration, request: u64, disk: DiskId) {
+        self.settings.remove(&disk);
         let Some(capture) = self.captures.get_mut(&disk) else {
             return self.fail(request, "");
         };

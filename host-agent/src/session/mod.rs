@@ -34,6 +34,7 @@ mod tests;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use capture_ring::Policy;
 use journal_format::{DiskId, Epoch, Lsn, Stamp, wire};
 
 pub use self::adoption::{Adopt, Holding};
@@ -71,6 +72,15 @@ pub enum Ending {
     AgentStops,
 }
 
+/// How a disk is to be protected, as the server says.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Settings {
+    /// What happens when the ring is full, and at a guest's flush.
+    pub policy: Policy,
+    /// Size of the next ring in MiB; 0 for the agent's own default.
+    pub ring_mib: u32,
+}
+
 /// What a drain thread saw of its ring and outbox, and the outbox's fill.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Sample {
@@ -100,6 +110,12 @@ pub struct Sample {
     pub spool_failing: bool,
     /// Raw bytes in the outbox.
     pub unacked_bytes: u64,
+    /// Guest requests and flushes that wait.
+    pub waiting: u64,
+    /// For how long some have waited without a break.
+    pub waited: Duration,
+    /// Sync mode: `off`, `in-force`, `suspended` or `lost`.
+    pub sync: &'static str,
     /// The host's clock.
     pub host_stamp: Stamp,
 }
@@ -179,6 +195,10 @@ pub enum Action {
     Watch(FilterId),
     /// Tell the drain thread how to end.
     EndRing(DiskId, Epoch, Ending),
+    /// Everything up to that LSN is durable: flushes that wait for it may complete.
+    Durable(DiskId, Epoch, Lsn),
+    /// Change the policies of a running capture.
+    SetPolicy(DiskId, Epoch, Policy),
     /// Drop the frames up to that LSN.
     Release(DiskId, Epoch, Lsn),
     /// Put a bookmark into the ring; answered by `BookmarkPut`.
@@ -210,6 +230,8 @@ pub struct Attach {
     pub disk_bytes: u64,
     /// The host's clock must be past this.
     pub clock_floor: Stamp,
+    /// How it is to be protected.
+    pub settings: Settings,
 }
 
 /// A message to the server.
@@ -245,6 +267,8 @@ pub struct Session {
     server: Server,
     inventory: Inventory,
     captures: BTreeMap<DiskId, Capture>,
+    /// What the server said last, for every disk that it wanted protected.
+    settings: BTreeMap<DiskId, Settings>,
     /// `OpenDisk` messages of this connection that the server has not answered.
     asked: BTreeMap<DiskId, u32>,
     /// Lost filters whose processes still hold rings.
@@ -271,6 +295,7 @@ impl Session {
             identity,
             server: Server::new(),
             captures: BTreeMap::new(),
+            settings: BTreeMap::new(),
             asked: BTreeMap::new(),
             orphans: BTreeMap::new(),
             holdings: BTreeMap::new(),

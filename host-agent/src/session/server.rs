@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use journal_format::{DiskId, Epoch, Lsn, Stamp, wire};
 
-use super::{Action, Event, Session, ToServer};
+use super::{Action, Event, Session, Settings, ToServer};
 use crate::limits::{PING_AFTER, RECONNECT_FIRST, RECONNECT_MOST, SERVER_SILENT};
 
 /// A message from the server, its fields checked.
@@ -29,8 +29,8 @@ pub enum ServerMessage {
     Ack(DiskId, Lsn),
     /// No frames of this disk now; why, and how many milliseconds to wait.
     Refused(DiskId, String, u32),
-    /// Switch protection: request, disk, on or off.
-    SetProtection(u64, DiskId, bool),
+    /// Switch protection: request, disk; how to protect it, or `None` for off.
+    SetProtection(u64, DiskId, Option<Settings>),
     /// Put a bookmark: request, disk, name.
     InsertBookmark(u64, DiskId, String),
     /// Answer with a pong.
@@ -144,8 +144,10 @@ impl Session {
             }
             ServerMessage::Ack(disk, lsn) => self.acked(now, disk, lsn),
             ServerMessage::Refused(disk, why, retry_ms) => self.refused(now, disk, &why, retry_ms),
-            ServerMessage::SetProtection(request, disk, true) => self.protect(now, request, disk),
-            ServerMessage::SetProtection(request, disk, false) => self.unprotect(now, request, disk),
+            ServerMessage::SetProtection(request, disk, Some(settings)) => {
+                self.protect(now, request, disk, settings);
+            }
+            ServerMessage::SetProtection(request, disk, None) => self.unprotect(now, request, disk),
             ServerMessage::InsertBookmark(request, disk, name) => self.bookmark(now, request, disk, &name),
             ServerMessage::Ping(number) => self.send(ToServer::Pong(wire::Ping { number })),
             ServerMessage::Pong(_) => {}

@@ -72,7 +72,7 @@ impl World {
         world.on(Event::FilterUp(F1, vm(10)));
         world.on(Event::FilterDisks(F1, disks()));
         world.connect();
-        world.server(ServerMessage::SetProtection(1, disk(), true));
+        world.server(ServerMessage::SetProtection(1, disk(), Some(Settings::default())));
         let request = attach(&world.opened(100, 3)).request;
         let answers = world.on(Event::FilterResult(F1, request, String::new()));
         assert_eq!(results(&answers), [(1, String::new())]);
@@ -131,12 +131,48 @@ fn inventory(actions: &[Action]) -> wire::Inventory {
 }
 
 #[test]
+fn policies_reach_the_next_ring_and_the_running_one() {
+    let mut world = World::capturing();
+    let policy = Policy { overflow: capture_ring::Overflow::Strict, sync: true, ..Policy::default() };
+    let settings = Settings { policy, ring_mib: 8 };
+    let actions = world.server(ServerMessage::SetProtection(2, disk(), Some(settings)));
+    assert!(actions.contains(&Action::SetPolicy(disk(), Epoch(3), policy)));
+    assert_eq!(results(&actions), [(2, String::new())]);
+    // A ring that is made later has them from the start.
+    let mut world = World::new();
+    world.on(Event::FilterUp(F1, vm(10)));
+    world.on(Event::FilterDisks(F1, disks()));
+    world.connect();
+    world.server(ServerMessage::SetProtection(1, disk(), Some(settings)));
+    assert_eq!(attach(&world.opened(100, 3)).settings, settings);
+}
+
+#[test]
+fn only_what_the_server_has_acknowledged_is_told_to_be_durable() {
+    let mut world = World::capturing();
+    world.ship(110);
+    let durable = |actions: &[Action]| {
+        let of = |action: &Action| match action {
+            Action::Durable(_, _, lsn) => Some(*lsn),
+            _ => None,
+        };
+        actions.iter().filter_map(of).collect::<Vec<_>>()
+    };
+    assert_eq!(durable(&world.server(ServerMessage::Ack(disk(), Lsn(105)))), [Lsn(105)]);
+    // The server has lost its place: the frames are thrown away, which makes nothing durable.
+    world.on(Event::ServerLost);
+    world.connect();
+    assert_eq!(durable(&world.opened(0, 9)), []);
+    assert_eq!(durable(&world.on(Event::Packed(disk(), Epoch(3), Lsn(120)))), []);
+}
+
+#[test]
 fn protecting_asks_the_server_where_its_journal_ends_and_continues_there() {
     let mut world = World::new();
     world.on(Event::FilterUp(F1, vm(10)));
     world.on(Event::FilterDisks(F1, disks()));
     assert_eq!(inventory(&world.connect()).vms[0].disks[0].disk, disk().0);
-    assert_eq!(opens(&world.server(ServerMessage::SetProtection(1, disk(), true))), [0]);
+    assert_eq!(opens(&world.server(ServerMessage::SetProtection(1, disk(), Some(Settings::default())))), [0]);
     let order = attach(&world.opened(100, 3));
     assert_eq!((order.first_lsn, order.epoch, order.clock_floor), (Lsn(101), Epoch(3), Stamp(5)));
     assert_eq!((order.filter, order.device.as_str(), order.disk_bytes), (F1, "virtio0", 1 << 30));
@@ -145,7 +181,7 @@ fn protecting_asks_the_server_where_its_journal_ends_and_continues_there() {
 #[test]
 fn protecting_twice_is_answered_twice_and_done_once() {
     let mut world = World::capturing();
-    let again = world.server(ServerMessage::SetProtection(2, disk(), true));
+    let again = world.server(ServerMessage::SetProtection(2, disk(), Some(Settings::default())));
     assert_eq!(
         again,
         [Action::Send(ToServer::CommandResult(wire::CommandResult { request: 2, ..Default::default() }))]
@@ -156,7 +192,7 @@ fn protecting_twice_is_answered_twice_and_done_once() {
 fn unprotecting_ends_only_when_everything_is_durable() {
     let mut world = World::capturing();
     world.ship(150);
-    let request = detach(&world.server(ServerMessage::SetProtection(2, disk(), false))).unwrap();
+    let request = detach(&world.server(ServerMessage::SetProtection(2, disk(), None))).unwrap();
     let ended = world.on(Event::FilterResult(F1, request, String::new()));
     assert_eq!(ended, [Action::EndRing(disk(), Epoch(3), Ending::Detached)]);
     world.ship(160);
@@ -165,7 +201,7 @@ fn unprotecting_ends_only_when_everything_is_durable() {
     let done = world.server(ServerMessage::Ack(disk(), Lsn(160)));
     assert!(done.contains(&Action::DropCapture(disk(), Epoch(3))));
     assert_eq!(results(&done), [(2, String::new())]);
-    assert_eq!(results(&world.server(ServerMessage::SetProtection(3, disk(), false))), [(3, String::new())]);
+    assert_eq!(results(&world.server(ServerMessage::SetProtection(3, disk(), None))), [(3, String::new())]);
 }
 
 #[test]
@@ -178,7 +214,8 @@ fn a_reconnect_resends_from_after_the_durable_lsn() {
     assert_eq!(opens(&world.connect()), [3]);
     assert_eq!(world.session.next_to_ship(), None, "not before the answer");
     let actions = world.opened(130, 3);
-    assert_eq!(actions, [Action::Release(disk(), Epoch(3), Lsn(130))]);
+    let known = [Action::Durable(disk(), Epoch(3), Lsn(130)), Action::Release(disk(), Epoch(3), Lsn(130))];
+    assert_eq!(actions, known);
     assert_eq!(world.session.next_to_ship().unwrap().from, Lsn(131));
 }
 
@@ -243,7 +280,7 @@ fn a_dead_process_is_drained_and_comes_back_with_a_new_epoch() {
     // The next process is there before the old one's death is seen.
     world.on(Event::FilterUp(F2, vm(11)));
     assert_eq!(detach(&world.on(Event::FilterDisks(F2, disks()))), None, "another process holds no old ring");
-    world.server(ServerMessage::SetProtection(8, disk(), true));
+    world.server(ServerMessage::SetProtection(8, disk(), Some(Settings::default())));
     assert_eq!(world.on(Event::ProcessDead(F1)), [Action::EndRing(disk(), Epoch(3), Ending::Dead)]);
     world.on(Event::Drained(disk(), Epoch(3), Lsn(150)));
     assert_eq!(opens(&world.server(ServerMessage::Ack(disk(), Lsn(150)))), [0]);
@@ -279,14 +316,14 @@ fn a_fault_holds_the_disk_for_a_while_then_reports_it_again() {
     world.on(Event::FilterResult(F1, request, String::new()));
     world.on(Event::Drained(disk(), Epoch(3), Lsn(100)));
     assert_eq!(world.phase(), None);
-    let refused = results(&world.server(ServerMessage::SetProtection(4, disk(), true)));
+    let refused = results(&world.server(ServerMessage::SetProtection(4, disk(), Some(Settings::default()))));
     assert!(refused[0].1.contains("bad layout"));
     world.now += FAULT_HOLD / 2;
     world.server(ServerMessage::Ping(1));
     world.now += FAULT_HOLD / 2;
     world.server(ServerMessage::Ping(2));
     inventory(&world.on(Event::Tick));
-    assert_eq!(opens(&world.server(ServerMessage::SetProtection(5, disk(), true))), [0]);
+    assert_eq!(opens(&world.server(ServerMessage::SetProtection(5, disk(), Some(Settings::default())))), [0]);
 }
 
 #[test]
@@ -306,7 +343,7 @@ fn a_stuck_qemu_is_reported_and_its_late_answer_still_counts() {
     world.on(Event::FilterUp(F1, vm(10)));
     world.on(Event::FilterDisks(F1, disks()));
     world.connect();
-    world.server(ServerMessage::SetProtection(1, disk(), true));
+    world.server(ServerMessage::SetProtection(1, disk(), Some(Settings::default())));
     let request = attach(&world.opened(0, 1)).request;
     for _ in 0..4 {
         world.now += FILTER_ANSWER / 4;
@@ -324,9 +361,9 @@ fn only_the_answer_to_the_last_open_counts() {
     world.on(Event::FilterUp(F1, vm(10)));
     world.on(Event::FilterDisks(F1, disks()));
     world.connect();
-    world.server(ServerMessage::SetProtection(1, disk(), true));
-    assert_eq!(results(&world.server(ServerMessage::SetProtection(2, disk(), false))).len(), 2);
-    world.server(ServerMessage::SetProtection(3, disk(), true));
+    world.server(ServerMessage::SetProtection(1, disk(), Some(Settings::default())));
+    assert_eq!(results(&world.server(ServerMessage::SetProtection(2, disk(), None))).len(), 2);
+    world.server(ServerMessage::SetProtection(3, disk(), Some(Settings::default())));
     let stale = world.opened(0, 1);
     assert!(!stale.iter().any(|action| matches!(action, Action::Attach(_))), "that was the first one's");
     assert_eq!(attach(&world.opened(0, 2)).epoch, Epoch(2));
@@ -412,12 +449,18 @@ fn what_a_filter_holds_is_resumed_when_it_holds_the_new_outbox() {
     let (mut world, request) = adopting(false);
     assert_eq!(opens(&world.connect()), [3], "the same epoch");
     let actions = world.opened(120, 3);
-    assert_eq!(actions, [Action::Release(disk(), Epoch(3), Lsn(120))]);
+    assert_eq!(
+        actions,
+        [Action::Durable(disk(), Epoch(3), Lsn(120)), Action::Release(disk(), Epoch(3), Lsn(120))]
+    );
     assert_eq!(world.session.next_to_ship().unwrap().from, Lsn(121), "also before the ring is taken over");
     let actions = world.on(Event::FilterResult(F1, request, String::new()));
     assert_eq!(actions, [Action::Resume(disk(), Epoch(3)), Action::ReportSoon]);
     assert_eq!(world.phase().unwrap(), "Capturing");
-    assert_eq!(results(&world.server(ServerMessage::SetProtection(1, disk(), true))), [(1, String::new())]);
+    assert_eq!(
+        results(&world.server(ServerMessage::SetProtection(1, disk(), Some(Settings::default())))),
+        [(1, String::new())]
+    );
 }
 
 #[test]
@@ -446,7 +489,7 @@ fn what_cannot_be_read_ends_and_protection_begins_anew() {
     world.on(Event::FilterHolds(F1, Holding { device: "virtio0".into(), ended: false, of }));
     let actions = world.on(Event::FilterDisks(F1, disks()));
     let Some(Action::Adopt(order)) = actions.first() else { panic!("no adoption") };
-    world.server(ServerMessage::SetProtection(1, disk(), true));
+    world.server(ServerMessage::SetProtection(1, disk(), Some(Settings::default())));
     let actions = world.on(Event::FilterResult(F1, order.request, "a frame is corrupt".into()));
     assert!(actions.contains(&Action::DropSpool(disk())) && detach(&actions).is_some());
     assert_eq!(opens(&actions), [0], "a new epoch");
@@ -499,7 +542,7 @@ fn protecting_a_disk_ships_its_spool_first() {
     world.on(Event::FilterUp(F1, vm(10)));
     world.on(Event::FilterDisks(F1, disks()));
     world.connect();
-    assert_eq!(opens(&world.server(ServerMessage::SetProtection(1, disk(), true))), [3]);
+    assert_eq!(opens(&world.server(ServerMessage::SetProtection(1, disk(), Some(Settings::default())))), [3]);
     world.opened(120, 3);
     world.ship(130);
     world.on(Event::Drained(disk(), Epoch(3), Lsn(130)));
@@ -654,6 +697,8 @@ impl Fake {
                 | Action::Discard(..)
                 | Action::Forget(..)
                 | Action::DropSpool(_)
+                | Action::Durable(..)
+                | Action::SetPolicy(..)
                 | Action::ReportSoon
                 | Action::Disconnect(_)
                 | Action::Send(_)
@@ -726,7 +771,7 @@ fn run(steps: Vec<Step>) {
             Step::Refused => Event::Server(ServerMessage::Refused(disk(), "full".into(), 10)),
             Step::Protect(on) => {
                 requests += 1;
-                Event::Server(ServerMessage::SetProtection(requests, disk(), on))
+                Event::Server(ServerMessage::SetProtection(requests, disk(), on.then(Settings::default)))
             }
             Step::Bookmark => {
                 requests += 1;

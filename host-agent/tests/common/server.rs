@@ -178,7 +178,7 @@ impl FakeServer {
 
     pub fn set_protection(&self, disk: &[u8], enabled: bool) -> wire::CommandResult {
         let request = self.request();
-        self.send(&wire::SetProtection { request, disk: disk.to_vec(), enabled });
+        self.send(&wire::SetProtection { request, disk: disk.to_vec(), enabled, options: None });
         self.result(request)
     }
 

@@ -66,8 +66,8 @@ pub trait Host: Send + Sync {
     /// No such device, not protectable, no answer in time: then nothing is captured and nothing stays behind.
     fn attach(&self, device: &str, capture: Arc<Capture>) -> Result<(), String>;
     /// Whether the process itself waits for the device's requests, so that none of them may wait for the agent. Asked
-    /// while one has waited for that long, by a thread of the capture's own; may block for a second or so.
-    fn must_go(&self, device: &str, waited: Duration) -> bool;
+    /// while one waits, by a thread of the capture's own; may block for a second or so.
+    fn must_go(&self, device: &str) -> bool;
     /// Undoes `attach`: drained, `Capture::detach` called, QEMU's pointers back when it was the last one.
     /// Also works for a device that has gone away meanwhile.
     ///

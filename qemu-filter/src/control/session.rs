@@ -211,7 +211,7 @@ fn start_waiter(
 ) -> Result<JoinHandle<()>, String> {
     let (host, device, capture) = (Arc::clone(host), device.to_owned(), Arc::clone(capture));
     let serve = move || {
-        let served = || capture.serve_waiters(|waited| host.must_go(&device, waited));
+        let served = || capture.serve_waiters(|| host.must_go(&device));
         // A bug there must not leave a guest's request waiting (I1).
         if catch_unwind(AssertUnwindSafe(served)).is_err() {
             capture.fault("a fault of the filter's own while requests waited for the agent");

@@ -60,7 +60,7 @@ impl Host for FakeHost {
         Ok(())
     }
 
-    fn must_go(&self, _device: &str, _waited: Duration) -> bool {
+    fn must_go(&self, _device: &str) -> bool {
         false
     }
 

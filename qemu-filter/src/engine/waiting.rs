@@ -263,9 +263,8 @@ impl Capture {
     }
 
     /// Wakes who waits, when it is time; returns when capture is off. The body of a thread of this capture's own.
-    /// `must_go` is asked, with how long somebody has waited, whether QEMU waits for the disk's requests; it may block
-    /// for a second or so.
-    pub fn serve_waiters(&self, mut must_go: impl FnMut(Duration) -> bool) {
+    /// `must_go` is asked whether QEMU waits for the disk's requests; it may block for a second or so.
+    pub fn serve_waiters(&self, mut must_go: impl FnMut() -> bool) {
         let ring = self.producer().ring();
         let mut known = ring.policy();
         let (mut since_ns, mut asked_ns) = (0, 0);
@@ -292,7 +291,7 @@ impl Capture {
             }
             if now_ns.saturating_sub(asked_ns) >= ASK_PERIOD.as_nanos() as u64 {
                 asked_ns = now_ns;
-                let suspend = must_go(Duration::from_nanos(now_ns.saturating_sub(since_ns)));
+                let suspend = must_go();
                 // ORDERING: SeqCst as above, before the look at the lists.
                 self.permission().suspended.store(suspend, Ordering::SeqCst);
             }

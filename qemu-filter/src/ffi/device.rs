@@ -232,7 +232,7 @@ impl Host for Device {
     }
 
     /// Attach and detach release who waits themselves; nothing else of the caller's waits for its requests.
-    fn must_go(&self, _device: &str, _waited: Duration) -> bool {
+    fn must_go(&self, _device: &str) -> bool {
         false
     }
 

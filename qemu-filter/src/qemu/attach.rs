@@ -6,7 +6,6 @@
 
 use std::ffi::c_void;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 use super::background::Background;
 use super::devices::{self, ContextLock};
@@ -17,9 +16,6 @@ use super::types::{AioContext, BlockBackend, Notifier};
 use super::{Glue, glue, mainloop, proof};
 use crate::control::DiskInfo;
 use crate::engine::Capture;
-
-/// How long requests wait where QEMU does not tell whether it waits for them.
-const LONGEST_BLIND_WAIT: Duration = Duration::from_secs(10);
 
 /// A device whose capture was switched on.
 struct Attached {
@@ -208,14 +204,14 @@ unsafe extern "C" fn on_context(context: *mut AioContext, slot: *mut c_void) {
 /// 7.2: the device leaves its context; it is drained until [`on_context`] comes.
 unsafe extern "C" fn on_context_lost(_slot: *mut c_void) {}
 
-/// Whether QEMU waits for a protected device's requests, so that none of them may wait for the agent. Without a way to
-/// tell (7.2), nobody waits for long.
-pub(crate) fn must_go(glue: &Glue, device: &str, waited: Duration) -> bool {
+/// Whether a protected device is being drained, so that none of its requests may wait for the agent.
+pub(crate) fn must_go(glue: &Glue, device: &str) -> bool {
     let blk = attached().iter().find(|attached| attached.device == device && !attached.gone).map(|a| a.blk);
     match (blk, glue.symbols.blk_in_drain) {
         // SAFETY: live as long as it is attached, in the main thread.
         (Some(blk), Some(in_drain)) => unsafe { in_drain(blk) },
-        (Some(_), None) => waited > LONGEST_BLIND_WAIT,
+        // 7.2 does not tell; there the main thread waits for every drain, and is not at rest.
+        (Some(_), None) => false,
         (None, _) => true,
     }
 }

@@ -14,8 +14,8 @@ use crate::engine::{Capture, WaitToken, WakeFn};
 
 /// How long the main thread may take to begin what it is asked, and again to finish it.
 const MAIN_THREAD_LIMIT: Duration = Duration::from_secs(10);
-/// How long it may take to say whether the disk is drained.
-const DRAIN_LIMIT: Duration = Duration::from_secs(1);
+/// How long it may take to come back to its loop before it is taken to be waiting for requests.
+const AT_REST_LIMIT: Duration = Duration::from_millis(500);
 /// How long a background coroutine may take to leave.
 const LEAVE_LIMIT: Duration = Duration::from_secs(10);
 /// How often it is looked at meanwhile.
@@ -80,11 +80,11 @@ impl Host for QemuHost {
         mainloop::run(glue, MAIN_THREAD_LIMIT, move || attach::attach(glue, &device, capture), undo)?
     }
 
-    fn must_go(&self, device: &str, waited: Duration) -> bool {
+    fn must_go(&self, device: &str) -> bool {
         let Ok(glue) = self.glue() else { return true };
         let device = device.to_owned();
         // A main thread that does not answer may be waiting for the very requests that wait.
-        mainloop::run(glue, DRAIN_LIMIT, move || attach::must_go(glue, &device, waited), drop).unwrap_or(true)
+        mainloop::run_at_rest(glue, AT_REST_LIMIT, move || attach::must_go(glue, &device)).unwrap_or(true)
     }
 
     fn detach(&self, device: &str) -> Result<(), String> {

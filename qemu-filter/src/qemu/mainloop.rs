@@ -10,6 +10,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::Glue;
+use super::types::AioContext;
 
 /// How a job stands.
 enum State<R> {
@@ -95,13 +96,16 @@ unsafe extern "C" fn bottom_half(opaque: *mut c_void) {
 
 /// Runs `work` in QEMU's main thread, some time from now. Any thread.
 pub(crate) fn schedule(glue: &Glue, work: impl FnOnce() + Send + 'static) {
-    let work: Box<Work> = Box::new(Box::new(work));
     // SAFETY: takes nothing; the main loop exists since before the glue.
-    let main = unsafe { (glue.symbols.qemu_get_aio_context)() };
+    schedule_in(glue, unsafe { (glue.symbols.qemu_get_aio_context)() }, work);
+}
+
+fn schedule_in(glue: &Glue, context: *mut AioContext, work: impl FnOnce() + Send + 'static) {
+    let work: Box<Work> = Box::new(Box::new(work));
     // SAFETY: may be called from any thread; the box stays until the bottom half takes it.
     unsafe {
         (glue.symbols.aio_bh_schedule_oneshot_full)(
-            main,
+            context,
             bottom_half,
             Box::into_raw(work).cast(),
             c"qemu-cdp".as_ptr(),
@@ -123,5 +127,23 @@ pub(crate) fn run<R: Send + 'static>(
     let job = Arc::new(Job { state: Mutex::new(State::Queued), changed: Condvar::new() });
     let in_main = Arc::clone(&job);
     schedule(glue, move || in_main.run(work, take_back));
+    job.wait(limit)
+}
+
+/// As [`run`], but only when the main thread is in its outermost loop: a main thread that waits for requests to end, in
+/// a drain or an exit, does not answer.
+///
+/// # Errors
+/// As [`run`].
+pub(crate) fn run_at_rest<R: Send + 'static>(
+    glue: &Glue,
+    limit: Duration,
+    work: impl FnOnce() -> R + Send + 'static,
+) -> Result<R, String> {
+    let job = Arc::new(Job { state: Mutex::new(State::Queued), changed: Condvar::new() });
+    let in_main = Arc::clone(&job);
+    // SAFETY: takes nothing; this context exists as long as the main loop, which alone runs what is scheduled there.
+    let context = unsafe { (glue.symbols.iohandler_get_aio_context)() };
+    schedule_in(glue, context, move || in_main.run(work, drop));
     job.wait(limit)
 }

@@ -140,6 +140,7 @@ symbols! {
         error_free: unsafe extern "C" fn(*mut QemuError),
         error_get_pretty: unsafe extern "C" fn(*const QemuError) -> *const c_char,
         g_free: unsafe extern "C" fn(*mut c_void),
+        iohandler_get_aio_context: unsafe extern "C" fn() -> *mut AioContext,
         notifier_remove: unsafe extern "C" fn(*mut Notifier),
         qdict_new: unsafe extern "C" fn() -> *mut QDict,
         qdict_put_str: unsafe extern "C" fn(*mut QDict, *const c_char, *const c_char),

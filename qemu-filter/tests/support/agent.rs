@@ -129,8 +129,18 @@ impl Filter<'_> {
     }
 
     pub fn try_attach(&mut self, device: &str) -> Result<Tap, String> {
+        self.try_attach_over(device, 64 << 20)
+    }
+
+    /// Attaches with a ring that holds no more than that.
+    pub fn attach_over(&mut self, device: &str, arena_bytes: u64) -> Tap {
+        self.try_attach_over(device, arena_bytes).unwrap()
+    }
+
+    fn try_attach_over(&mut self, device: &str, arena_bytes: u64) -> Result<Tap, String> {
         let disk = self.disk(device);
-        let config = RingConfig::new(DiskId([7; 16]), Epoch(1), Lsn(1), disk.disk_bytes.max(512));
+        let base = RingConfig::new(DiskId([7; 16]), Epoch(1), Lsn(1), disk.disk_bytes.max(512));
+        let config = RingConfig { arena_bytes, ..base };
         let (ring, fd) = Ring::create(&config).unwrap();
         let bell = Bell::create().unwrap();
         self.requests += 1;
@@ -171,6 +181,7 @@ pub struct Tap {
     ring: Arc<Ring>,
     taken: Arc<Mutex<Vec<Taken>>>,
     stop: Arc<AtomicBool>,
+    frozen: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
     disk_bytes: u64,
 }
@@ -180,9 +191,14 @@ impl Tap {
         let taken = Arc::new(Mutex::new(Vec::new()));
         let stop = Arc::new(AtomicBool::new(false));
         let mut consumer = Consumer::new(Arc::clone(&ring), clock);
-        let (into, until) = (Arc::clone(&taken), Arc::clone(&stop));
+        let frozen = Arc::new(AtomicBool::new(false));
+        let (into, until, pause) = (Arc::clone(&taken), Arc::clone(&stop), Arc::clone(&frozen));
         let thread = std::thread::spawn(move || {
             loop {
+                // ORDERING: Relaxed: a moment later is soon enough.
+                while pause.load(Ordering::Relaxed) {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
                 let mut data = Vec::new();
                 match consumer.next(&mut data, u32::MAX).unwrap() {
                     Next::Record(record) => into.lock().unwrap().push(Taken { record, data }),
@@ -193,7 +209,18 @@ impl Tap {
                 }
             }
         });
-        Self { ring, taken, stop, thread: Some(thread), disk_bytes }
+        Self { ring, taken, stop, frozen, thread: Some(thread), disk_bytes }
+    }
+
+    /// The ring.
+    pub fn ring(&self) -> &Ring {
+        &self.ring
+    }
+
+    /// Takes nothing out of the ring, or goes on.
+    pub fn freeze(&self, frozen: bool) {
+        // ORDERING: Relaxed: see the thread.
+        self.frozen.store(frozen, Ordering::Relaxed);
     }
 
     /// Waits until the initial sync or a resync is done.
@@ -226,6 +253,7 @@ impl Tap {
     fn end(&mut self) {
         // ORDERING: Relaxed: see the thread.
         self.stop.store(true, Ordering::Relaxed);
+        self.freeze(false);
         if let Some(thread) = self.thread.take() {
             thread.join().unwrap();
         }

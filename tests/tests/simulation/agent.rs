@@ -168,6 +168,9 @@ impl Agent {
                 spool_failing: live.worker.spool().is_failing(),
                 unacked_bytes: live.outbox.raw_bytes(),
                 host_stamp,
+                waiting: 0,
+                waited: Duration::ZERO,
+                sync: "off",
             };
             self.handle(now, Event::Sampled(disk, epoch, sample));
         }
@@ -209,6 +212,8 @@ impl Agent {
 
     fn perform(&mut self, now: Duration, action: Action) {
         match action {
+            // The simulated filter never waits.
+            Action::Durable(..) | Action::SetPolicy(..) => {}
             Action::Connect => self.connecting = Some(now),
             Action::Disconnect(reason) => {
                 self.notes.push(format!("agent disconnects: {reason}"));
