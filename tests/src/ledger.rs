@@ -139,7 +139,7 @@ impl Writer {
     /// # Panics
     /// When every request was answered and the disk holds anything else.
     pub fn settle(&mut self, disk: &[u8]) {
-        let actual = &disk[self.region.start as usize..self.region.end as usize];
+        let actual = self.region(disk);
         let mut ledger = locked(&self.ledger);
         ledger.image.copy_from_slice(actual);
         let now = now_ns();
@@ -151,13 +151,29 @@ impl Writer {
         ledger.versions.push(version);
     }
 
+    /// What the region held before and after the one request that was under way at that time, as hashes; `None` when none was.
+    #[must_use]
+    pub fn under_way(&self, at_ns: u64) -> Option<[blake3::Hash; 2]> {
+        let ledger = locked(&self.ledger);
+        let newest = ledger.versions.iter().rposition(|v| v.sent_ns <= at_ns)?;
+        let (before, after) = (ledger.versions.get(newest.checked_sub(1)?)?, ledger.versions.get(newest)?);
+        after.answered_ns.is_none_or(|ns| ns > at_ns).then_some([before.hash, after.hash])
+    }
+
+    /// The writer's region of an image of the whole disk.
+    #[must_use]
+    pub fn region<'a>(&self, disk: &'a [u8]) -> &'a [u8] {
+        &disk[self.region.start as usize..self.region.end as usize]
+    }
+
     /// Whether an image of the whole disk may be what the region held at that time.
     ///
     /// # Errors
     /// Why not.
     pub fn check(&self, disk: &[u8], at_ns: u64) -> Result<(), String> {
-        let contents = &disk[self.region.start as usize..self.region.end as usize];
-        locked(&self.ledger).check(contents, at_ns).map_err(|why| format!("region {:?} {why}", self.region))
+        locked(&self.ledger)
+            .check(self.region(disk), at_ns)
+            .map_err(|why| format!("region {:?} {why}", self.region))
     }
 }
 
