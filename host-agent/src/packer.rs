@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use journal_format::frame::{FrameMeta, encode_head};
 use journal_format::limits::MAX_RECORD_DATA_BYTES;
-use journal_format::{DiskId, Epoch, FormatError, Op, Record, codec};
+use journal_format::{DiskId, Epoch, FormatError, GapReason, Op, Record, codec};
 
 use crate::limits::{FRAME_MAX_AGE, FRAME_MAX_RECORDS, FRAME_TARGET_BYTES, ZSTD_LEVEL};
 use crate::outbox::PackedFrame;
@@ -21,6 +21,8 @@ pub struct Packer {
     records: Vec<Record>,
     data: Vec<u8>,
     opened: Option<Duration>,
+    /// It has the record that begins the epoch.
+    begins_epoch: bool,
 }
 
 impl Packer {
@@ -34,6 +36,7 @@ impl Packer {
             records: Vec::with_capacity(FRAME_MAX_RECORDS),
             data: Vec::with_capacity(FRAME_TARGET_BYTES + MAX_RECORD_DATA_BYTES as usize),
             opened: None,
+            begins_epoch: false,
         }
     }
 
@@ -62,6 +65,7 @@ impl Packer {
         if let Op::Resize { disk_bytes } = record.op {
             self.disk_bytes = disk_bytes;
         }
+        self.begins_epoch |= matches!(record.op, Op::GapBegin { reason: GapReason::Attach, .. });
         self.opened.get_or_insert(now);
         self.records.push(record);
     }
@@ -77,12 +81,13 @@ impl Packer {
         self.data.get(span.pos as usize..span.end() as usize).unwrap_or_default()
     }
 
-    /// Whether the frame should be closed now.
+    /// Whether the frame should be closed now. The record that begins an epoch goes alone: its frame says the disk's size
+    /// at the beginning, which a resize behind it in the same frame would hide.
     #[must_use]
     pub fn is_due(&self, now: Duration) -> bool {
         let full = self.data.len() >= FRAME_TARGET_BYTES || self.records.len() >= FRAME_MAX_RECORDS;
         let old = self.opened.is_some_and(|opened| now.saturating_sub(opened) >= FRAME_MAX_AGE);
-        full || old
+        full || old || self.begins_epoch
     }
 
     /// Closes the frame: compresses and encodes it. `None` when no record waits.
@@ -108,6 +113,7 @@ impl Packer {
         self.records.clear();
         self.data.clear();
         self.opened = None;
+        self.begins_epoch = false;
         let disk_bytes = self.disk_bytes;
         Ok(Some(PackedFrame { first_lsn, last_lsn, last_stamp, disk_bytes, raw_bytes, head, data }))
     }
@@ -201,6 +207,18 @@ mod tests {
         let frame = packer.close().unwrap().unwrap();
         let encoded = bytes(&frame);
         assert_eq!(Frame::parse(&encoded).unwrap().header().disk_bytes(), 2 << 30);
+    }
+
+    #[test]
+    fn the_frame_that_begins_an_epoch_says_the_size_at_its_beginning() {
+        let mut packer = packer();
+        let op = Op::GapBegin { reason: GapReason::Attach, generation: 1 };
+        packer.add(Duration::ZERO, Record { lsn: Lsn(1), stamp: Stamp(1), op });
+        assert!(packer.is_due(Duration::ZERO), "nothing goes behind it");
+        let frame = packer.close().unwrap().unwrap();
+        assert_eq!(Frame::parse(&bytes(&frame)).unwrap().header().disk_bytes(), 1 << 30);
+        packer.add(Duration::ZERO, Record { lsn: Lsn(2), stamp: Stamp(2), op: Op::Flush });
+        assert!(!packer.is_due(Duration::ZERO));
     }
 
     #[test]
