@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use cdp_api::{Client, DiskSummary, PointSpec, Points, ProtectionPhase};
+use cdp_api::{Client, ClientError, DiskSummary, Kind, PointSpec, Points, ProtectionPhase};
 use tempfile::TempDir;
 
 use crate::network::Network;
@@ -168,13 +168,19 @@ impl Site {
     }
 
     /// Names the present moment, waits until it is durable, and returns its LSN: everything the guest has seen complete
-    /// has a smaller one.
+    /// has a smaller one. In a gap, which none is taken in, it waits for the gap's end.
     ///
     /// # Panics
     /// When the bookmark is refused.
     pub fn bookmark(&self, disk: &str, name: &str) -> u64 {
+        let in_gap = |error: &ClientError| error.problem().is_some_and(|p| p.kind == Kind::PointInGap);
+        let mark =
+            wait_for("a bookmark outside of gaps", || match self.client.create_bookmark(disk, name, None) {
+                Err(error) if in_gap(&error) => None,
+                answer => Some(answer),
+            });
         let refused = |e| panic!("bookmark: {e:?}; the gaps are {:?}", self.points(disk).gaps);
-        let mark = self.client.create_bookmark(disk, name, None).unwrap_or_else(refused);
+        let mark = mark.unwrap_or_else(refused);
         self.wait_for_durable(disk, mark.lsn);
         mark.lsn
     }
