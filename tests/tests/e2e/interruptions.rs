@@ -1,10 +1,12 @@
 //! Programs that go away and come back.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::PathBuf;
 
 use cdp_api::{PointSpec, ProtectionPhase};
 use cdp_tests::load::{Busy, Load};
+use cdp_tests::nbd::{Command, Nbd};
 use cdp_tests::qemu::{Qemu, raw_file};
 use cdp_tests::site::{Site, Via};
 use cdp_tests::wait_for;
@@ -115,4 +117,42 @@ fn an_agent_that_dies_under_load_harms_no_guest() {
     let_through(&load, 100);
     load.finish();
     assert_restores_the_disk(&site, &protected, "after the agent came back");
+}
+
+/// Every write that was acknowledged before QEMU was killed is in the newest point, wherever QEMU stood.
+#[test]
+fn what_was_acknowledged_before_qemu_was_killed_is_in_the_newest_point() {
+    let site = Site::start();
+    let mut random = cdp_tests::random::Random::seeded(40);
+    for round in 0..8 {
+        let mut protected = protected(&site, &format!("victim-{round}"));
+        let mut guest = Nbd::connect(protected.qemu.nbd_socket(), "disk");
+        let (writes, mut sent, mut acknowledged) = (random.within(20..300), BTreeMap::new(), Vec::new());
+        while acknowledged.len() < writes as usize {
+            // Eight in flight, each in a place of its own.
+            while guest.in_flight() < 8 {
+                let block = sent.len() as u64;
+                let data = vec![random.within(1..256) as u8; 4096];
+                let id = guest.send(&Command::Write { offset: block * 4096, data: data.clone(), fua: false });
+                sent.insert(id, (block, data));
+            }
+            acknowledged.push(guest.wait());
+        }
+        protected.qemu.process.kill();
+        wait_for("the end of the capture", || {
+            let log = site.agent.log();
+            log.lines()
+                .any(|line| line.contains("capture closed") && line.contains(&protected.disk))
+                .then_some(())
+        });
+        let image = site.restore(&protected.disk, &PointSpec::Latest, Via::Server);
+        for id in &acknowledged {
+            let (block, data) = &sent[id];
+            let at = (block * 4096) as usize;
+            assert!(
+                image[at..at + 4096] == *data,
+                "round {round}: block {block} was acknowledged and is not in the newest point"
+            );
+        }
+    }
 }

@@ -2,8 +2,9 @@
 
 use std::fs::{self, File};
 use std::path::PathBuf;
+use std::time::Duration;
 
-use cdp_api::PointSpec;
+use cdp_api::{PointSpec, ProtectionPhase};
 use cdp_tests::journal::{self, is_guest_change};
 use cdp_tests::load::Load;
 use cdp_tests::qemu::{Qemu, raw_file, witness_above_disk};
@@ -148,6 +149,30 @@ fn every_point_equals_the_witness_when_protection_comes_late() {
     site.protect(&witnessed.disk);
     witnessed.qemu.io(&requests(&mut load, 150));
     check(&site, &mut witnessed, 25);
+}
+
+#[test]
+fn agents_killed_under_load_leave_no_gap_and_every_point_equals_the_witness() {
+    let mut site = Site::start();
+    let mut witnessed = start(&site, "killed", Qemu::storage_daemon);
+    site.protect(&witnessed.disk);
+    let gaps = site.points(&witnessed.disk).gaps;
+    let mut load = Load::new(5, DISK_BYTES, 512, site.directory());
+    let mut random = cdp_tests::random::Random::seeded(6);
+    for _ in 0..10 {
+        let commands = requests(&mut load, 30);
+        let pause = Duration::from_millis(random.within(0..60));
+        std::thread::scope(|scope| {
+            let qemu = &mut witnessed.qemu;
+            scope.spawn(move || qemu.io(&commands));
+            std::thread::sleep(pause);
+            site.agent.kill();
+            site.restart_agent();
+        });
+    }
+    site.wait_for_phase(&witnessed.disk, ProtectionPhase::Protected);
+    check(&site, &mut witnessed, 40);
+    assert_eq!(site.points(&witnessed.disk).gaps, gaps, "no new gap");
 }
 
 #[test]
