@@ -5,6 +5,7 @@
 mod consistency;
 mod drivers;
 mod interruptions;
+mod policies;
 mod toggle;
 mod unseen;
 mod witness;
