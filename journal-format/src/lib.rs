@@ -23,6 +23,8 @@
 #![forbid(unsafe_code)]
 
 pub mod bookmarks;
+#[cfg(feature = "wire")]
+pub mod chunk_hash;
 #[cfg(feature = "codec")]
 pub mod codec;
 pub mod durable_mark;
@@ -41,6 +43,8 @@ pub mod units;
 #[cfg(feature = "wire")]
 pub mod wire;
 
+#[cfg(feature = "wire")]
+pub use chunk_hash::ChunkHash;
 pub use error::{FormatError, FormatErrorKind};
 pub use frame::{Codec, Frame, FrameHeader, FrameMeta};
 pub use history::{EpochStart, Gap, History, RecoverableRange};

@@ -10,7 +10,8 @@
 //! the server's journal ends and which epoch comes next, captures, and ships frames in LSN order; the server sends
 //! [`Ack`] when they are durable. After a reconnect the agent sends [`OpenDisk`] for each disk it is capturing, with
 //! `resume_epoch` set, and resends from `durable_lsn + 1`. Each server request carries a number that the agent's
-//! [`CommandResult`] repeats.
+//! [`CommandResult`] repeats. While a disk is being synced the agent asks with [`HashRequest`] what the server has
+//! already; [`Hashes`] come in any order, beside everything else.
 
 use prost::Message;
 use prost::encoding::{self, DecodeContext, WireType};
@@ -33,6 +34,9 @@ pub const MAX_INVENTORY_BYTES: usize = 4 << 20;
 /// Largest body of any other message that is not a frame, in bytes. So a peer that has not yet said who it is cannot
 /// make the other side hold more than this.
 pub const MAX_CONTROL_BYTES: usize = 64 << 10;
+
+/// Most chunks in one [`HashRequest`]: 16 MiB of disk to be read for it.
+pub const MAX_HASH_CHUNKS: u32 = 256;
 
 /// What a message's body is.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -66,6 +70,10 @@ pub enum MessageType {
     Ping = 13,
     /// [`Ping`], the answer, with the same number.
     Pong = 14,
+    /// [`HashRequest`], agent to server.
+    HashRequest = 15,
+    /// [`Hashes`], server to agent, the answer.
+    Hashes = 16,
 }
 
 impl MessageType {
@@ -87,6 +95,8 @@ impl MessageType {
             12 => Self::DiskStatus,
             13 => Self::Ping,
             14 => Self::Pong,
+            15 => Self::HashRequest,
+            16 => Self::Hashes,
             _ => return None,
         })
     }
@@ -270,6 +280,8 @@ control!(
     CommandResult,
     DiskStatus,
     Ping,
+    HashRequest,
+    Hashes,
 );
 
 /// The agent introduces itself.
@@ -537,6 +549,18 @@ pub struct DiskStatus {
     /// Sync mode: `off`, `in-force`, `suspended` (a gap is open) or `lost` (a flush has waited too long).
     #[prost(string, tag = "22")]
     pub sync: String,
+    /// Bytes that the running or last sync has read back from the disk, holes left out.
+    #[prost(uint64, tag = "24")]
+    pub sync_read_bytes: u64,
+    /// Those of them that were compared with hashes of the server's.
+    #[prost(uint64, tag = "25")]
+    pub sync_compared_bytes: u64,
+    /// Those that the server had already, and that were not shipped.
+    #[prost(uint64, tag = "26")]
+    pub sync_equal_bytes: u64,
+    /// Those that were shipped.
+    #[prost(uint64, tag = "27")]
+    pub sync_shipped_bytes: u64,
 }
 
 /// Keeps a quiet connection alive.
@@ -545,4 +569,48 @@ pub struct Ping {
     /// Repeated by the answer.
     #[prost(uint64, tag = "1")]
     pub number: u64,
+}
+
+/// Which contents does the server's journal have there at that LSN?
+#[derive(Clone, PartialEq, Message)]
+pub struct HashRequest {
+    /// 16 bytes: the disk's id.
+    #[prost(bytes = "vec", tag = "1")]
+    pub disk: Vec<u8>,
+    /// The epoch that asks; repeated by the answer.
+    #[prost(uint64, tag = "2")]
+    pub epoch: u64,
+    /// At which point; it need not be a restorable one.
+    #[prost(uint64, tag = "3")]
+    pub lsn: u64,
+    /// First chunk, as a number of 64 KiB chunks from the disk's start.
+    #[prost(uint64, tag = "4")]
+    pub first_chunk: u64,
+    /// How many chunks: 1 to [`MAX_HASH_CHUNKS`].
+    #[prost(uint32, tag = "5")]
+    pub chunks: u32,
+}
+
+/// The answer to a [`HashRequest`].
+#[derive(Clone, PartialEq, Message)]
+pub struct Hashes {
+    /// 16 bytes: the disk's id.
+    #[prost(bytes = "vec", tag = "1")]
+    pub disk: Vec<u8>,
+    /// As in the request.
+    #[prost(uint64, tag = "2")]
+    pub epoch: u64,
+    /// As in the request.
+    #[prost(uint64, tag = "3")]
+    pub lsn: u64,
+    /// As in the request.
+    #[prost(uint64, tag = "4")]
+    pub first_chunk: u64,
+    /// As in the request.
+    #[prost(uint32, tag = "5")]
+    pub chunks: u32,
+    /// A [`crate::ChunkHash`] for each chunk; [`crate::ChunkHash::UNKNOWN`] where the contents cannot be read. Empty when
+    /// the server cannot say now: the LSN is not durable yet, or too many requests wait.
+    #[prost(bytes = "vec", tag = "6")]
+    pub hashes: Vec<u8>,
 }

@@ -303,7 +303,7 @@ fn a_message_header_says_why_it_is_refused() {
     let cases: &[(&str, &[u8], FormatErrorKind)] = &[
         ("magic", b"HTTP", Magic),
         ("kind", &[0, 0], Version),
-        ("kind", &[15, 0], Version),
+        ("kind", &[0, 1], Version),
         ("reserved", &[1, 0], Version),
         ("body_bytes", &((64 << 10) + 1_u32).to_le_bytes(), TooLarge),
     ];
