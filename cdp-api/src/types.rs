@@ -179,6 +179,18 @@ pub struct Journal {
     pub segments: u64,
     /// Bytes of disk that the initial sync or a resync still has to read.
     pub dirty_bytes: u64,
+    /// Bytes that the running or last sync has read back from the disk; holes are not read.
+    #[serde(default)]
+    pub sync_read_bytes: u64,
+    /// Those of them that were compared with what the journal has, by hash.
+    #[serde(default)]
+    pub sync_compared_bytes: u64,
+    /// Those that the journal had already; they did not travel.
+    #[serde(default)]
+    pub sync_equal_bytes: u64,
+    /// Those that were shipped.
+    #[serde(default)]
+    pub sync_shipped_bytes: u64,
     /// Bytes of the host's capture ring in use.
     pub ring_used_bytes: u64,
     /// Bytes of the host's capture ring.

@@ -74,6 +74,10 @@ fn journal(core: &Core, id: DiskId, disk: &DiskStore, live: Option<&LiveDisk>, n
         journal.lag_s = seconds(status.host_stamp.saturating_sub(covered.0));
     }
     journal.dirty_bytes = status.dirty_bytes;
+    journal.sync_read_bytes = status.sync_read_bytes;
+    journal.sync_compared_bytes = status.sync_compared_bytes;
+    journal.sync_equal_bytes = status.sync_equal_bytes;
+    journal.sync_shipped_bytes = status.sync_shipped_bytes;
     journal.ring_used_bytes = status.ring_used_bytes;
     journal.ring_bytes = status.ring_bytes;
     journal

@@ -21,6 +21,18 @@ pub const BATCH_BYTES: usize = 16 << 20;
 /// Messages that may wait to be sent to one agent. A peer that lets them pile up is not reading and is cut off.
 pub const OUTGOING_MESSAGES: usize = 4096;
 
+/// Threads that hash the journals' contents for agents that compare.
+pub const HASH_THREADS: usize = 2;
+
+/// Requests for hashes that one connection may have under way; more are answered with "not now".
+pub const MAX_HASH_REQUESTS: usize = 64;
+
+/// Requests for hashes that may wait, over all agents; more are answered with "not now".
+pub const HASH_QUEUE: usize = 1024;
+
+/// Bytes of a disk read at once to be hashed.
+pub const HASH_READ_BYTES: u64 = 4 << 20;
+
 /// Disks that one host may report; an inventory with more is cut there, with a warning.
 pub const MAX_HOST_DISKS: usize = 8192;
 

@@ -92,7 +92,7 @@ fn labels(disk: &Disk) -> Labels {
 #[expect(clippy::cast_precision_loss, reason = "a gauge is a float; 2^53 bytes are 8 PiB")]
 fn register_gauges(registry: &mut Registry, samples: &[Sample]) {
     type Read = fn(&Disk) -> Option<f64>;
-    let journal: [(&str, &str, Option<Unit>, Read); 10] = [
+    let journal: [(&str, &str, Option<Unit>, Read); 14] = [
         ("lag", "Records captured and not yet durable", Some(Unit::Other("lsns".to_owned())), |d| {
             d.journal.as_ref().map(|j| j.lag_lsns as f64)
         }),
@@ -110,6 +110,18 @@ fn register_gauges(registry: &mut Registry, samples: &[Sample]) {
         }),
         ("dirty", "Bytes that a sync still has to read", Some(Unit::Bytes), |d| {
             d.journal.as_ref().map(|j| j.dirty_bytes as f64)
+        }),
+        ("sync_read", "Read back from the disk by the running or last sync", Some(Unit::Bytes), |d| {
+            d.journal.as_ref().map(|j| j.sync_read_bytes as f64)
+        }),
+        ("sync_compared", "Of those, compared with the journal by hash", Some(Unit::Bytes), |d| {
+            d.journal.as_ref().map(|j| j.sync_compared_bytes as f64)
+        }),
+        ("sync_equal", "Of those, equal and not shipped", Some(Unit::Bytes), |d| {
+            d.journal.as_ref().map(|j| j.sync_equal_bytes as f64)
+        }),
+        ("sync_shipped", "Shipped by the running or last sync", Some(Unit::Bytes), |d| {
+            d.journal.as_ref().map(|j| j.sync_shipped_bytes as f64)
         }),
         ("journal_raw", "Guest data recorded", Some(Unit::Bytes), |d| {
             d.journal.as_ref().map(|j| j.raw_bytes as f64)

@@ -141,7 +141,7 @@ fn sync(state: &ProtectionState) -> String {
     }
 }
 
-fn journal_lines(journal: &Journal) -> [(&'static str, String); 4] {
+fn journal_lines(journal: &Journal) -> [(&'static str, String); 5] {
     let stored = journal.stored_data_bytes.saturating_add(journal.stored_meta_bytes);
     [
         (
@@ -150,6 +150,16 @@ fn journal_lines(journal: &Journal) -> [(&'static str, String); 4] {
         ),
         ("recorded", format!("{} raw, {} stored", bytes(journal.raw_bytes), bytes(stored))),
         ("to sync", bytes(journal.dirty_bytes)),
+        (
+            "last sync",
+            format!(
+                "{} read, {} compared, {} equal, {} shipped",
+                bytes(journal.sync_read_bytes),
+                bytes(journal.sync_compared_bytes),
+                bytes(journal.sync_equal_bytes),
+                bytes(journal.sync_shipped_bytes)
+            ),
+        ),
         ("ring", format!("{} of {}", bytes(journal.ring_used_bytes), bytes(journal.ring_bytes))),
     ]
 }

@@ -6,11 +6,13 @@
 //! | `cdp-agent` | 1 per connection | reads and checks messages, queues frames | the network; the queue when full |
 //! | `cdp-send` | 1 per agent | writes what others queued for that agent | the network |
 //! | `cdp-commit` | 1 | appends, commits, acknowledges, for all disks | the store |
+//! | `cdp-hash` | 2 | hashes what journals hold, for agents that compare | the store |
 //!
 //! No async runtime here: a thread that waits for a disk holds up nobody who answers REST requests.
 
 pub(crate) mod committer;
 pub(crate) mod door;
+pub(crate) mod hashes;
 pub(crate) mod message;
 pub(crate) mod peer;
 pub mod plane;
@@ -26,6 +28,7 @@ use std::time::{Duration, Instant};
 use crate::core::Core;
 use crate::data::committer::Work;
 use crate::data::door::Door;
+use crate::data::hashes::Hashers;
 use crate::data::queue::Queue;
 use crate::error::ServerError;
 use crate::limits::{INGEST_QUEUE_BYTES, MAX_AGENTS, MAX_STRANGERS, STOP_TIMEOUT};
@@ -43,6 +46,7 @@ pub(crate) struct DataPlane {
 struct Shared {
     core: Arc<Core>,
     queue: Arc<Queue<Work>>,
+    hashers: Hashers,
     stopping: AtomicBool,
     door: Arc<Door>,
 }
@@ -58,9 +62,11 @@ impl DataPlane {
             let (core, queue) = (Arc::clone(&core), Arc::clone(&queue));
             move || committer::run(&core, &queue)
         })?;
+        let hashers = Hashers::start(&core)?;
         let shared = Arc::new(Shared {
             core,
             queue,
+            hashers,
             stopping: AtomicBool::new(false),
             door: Door::new(MAX_STRANGERS, MAX_AGENTS),
         });
@@ -114,7 +120,9 @@ fn accept_loop(shared: &Arc<Shared>, listener: &TcpListener) {
 fn serve(shared: &Arc<Shared>, stream: TcpStream) {
     let (shared, stream) = (Arc::clone(shared), Arc::new(stream));
     let visit = shared.door.enter(&stream);
-    let thread = spawn("cdp-agent", move || session::run(&shared.core, &shared.queue, visit, stream));
+    let thread = spawn("cdp-agent", move || {
+        session::run(&shared.core, &shared.queue, &shared.hashers, visit, stream);
+    });
     if let Err(error) = thread {
         tracing::warn!(%error, "turned a connection away");
     }

@@ -3,6 +3,7 @@
 use std::io::Write;
 use std::net::TcpStream;
 use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
 use std::thread;
 use std::time::Instant;
 
@@ -11,6 +12,7 @@ use journal_format::wire::{self, Hello, MessageType, PROTOCOL_VERSION, Welcome};
 use crate::core::Core;
 use crate::data::committer::Work;
 use crate::data::door::Visit;
+use crate::data::hashes::Hashers;
 use crate::data::message::MessageReader;
 use crate::data::peer::{self, Peer};
 use crate::data::plane::Request;
@@ -21,9 +23,15 @@ use crate::model::{HostId, HostReport, cut};
 use crate::protection;
 
 /// Serves a connection until it ends.
-pub(crate) fn run(core: &Arc<Core>, queue: &Arc<Queue<Work>>, mut visit: Visit, stream: Arc<TcpStream>) {
+pub(crate) fn run(
+    core: &Arc<Core>,
+    queue: &Arc<Queue<Work>>,
+    hashers: &Hashers,
+    mut visit: Visit,
+    stream: Arc<TcpStream>,
+) {
     let address = stream.peer_addr().map_or_else(|_| "unknown".to_owned(), |a| a.to_string());
-    match Session::begin(core, queue, &mut visit, stream, &address) {
+    match Session::begin(core, queue, hashers, &mut visit, stream, &address) {
         Ok(mut session) => {
             let reason = match session.serve() {
                 Ok(()) => "the agent closed it".to_owned(),
@@ -38,6 +46,9 @@ pub(crate) fn run(core: &Arc<Core>, queue: &Arc<Queue<Work>>, mut visit: Visit, 
 struct Session<'a> {
     core: &'a Arc<Core>,
     queue: &'a Arc<Queue<Work>>,
+    hashers: &'a Hashers,
+    /// Requests for hashes of this connection that are under way.
+    hashing: Arc<AtomicUsize>,
     reader: MessageReader,
     peer: Arc<Peer>,
     host: HostId,
@@ -49,6 +60,7 @@ impl<'a> Session<'a> {
     fn begin(
         core: &'a Arc<Core>,
         queue: &'a Arc<Queue<Work>>,
+        hashers: &'a Hashers,
         visit: &mut Visit,
         stream: Arc<TcpStream>,
         address: &str,
@@ -85,7 +97,7 @@ impl<'a> Session<'a> {
             .map_err(|e| ServerError::io("start a thread for", address, e))?;
         tracing::info!(agent = peer.label, version = hello.agent_version, "agent connected");
         core.fleet.connected(&peer);
-        Ok(Self { core, queue, reader, peer, host, hello })
+        Ok(Self { core, queue, hashers, hashing: Arc::default(), reader, peer, host, hello })
     }
 
     fn serve(&mut self) -> Result<(), ServerError> {
@@ -114,6 +126,7 @@ impl<'a> Session<'a> {
                 let status: wire::DiskStatus = wire::decode(&body)?;
                 self.core.fleet.status(session, wire::disk_id(&status.disk)?, status, Instant::now());
             }
+            MessageType::HashRequest => self.hashers.ask(&self.peer, &self.hashing, wire::decode(&body)?)?,
             MessageType::Ping => {
                 self.peer.pong(&wire::decode(&body)?);
             }
@@ -165,6 +178,7 @@ fn accepted(kind: MessageType) -> Option<usize> {
             | MessageType::Frame
             | MessageType::CommandResult
             | MessageType::DiskStatus
+            | MessageType::HashRequest
             | MessageType::Ping
             | MessageType::Pong
     )

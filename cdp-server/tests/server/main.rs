@@ -6,6 +6,7 @@
 mod agent;
 mod bookmarks;
 mod faults;
+mod hashes;
 mod hostile;
 mod ingest;
 mod openapi;
@@ -49,7 +50,13 @@ impl Fixture {
 
     /// Stops it cleanly and starts it again on the same store.
     fn restart(&mut self) {
+        self.restart_after(|_| ());
+    }
+
+    /// As [`Fixture::restart`], and does something to its files in between.
+    fn restart_after(&mut self, meanwhile: impl FnOnce(&std::path::Path)) {
         self.server.take().expect("runs").stop();
+        meanwhile(self.dir.path());
         self.start_again();
     }
 
