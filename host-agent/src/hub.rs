@@ -413,6 +413,11 @@ impl Hub {
                     live.discard();
                 }
             }
+            Action::GiveHashes(disk, epoch, answer) => {
+                if let Some(live) = self.ring(disk, epoch) {
+                    live.give_hashes(answer);
+                }
+            }
             Action::DropCapture(disk, epoch) => {
                 if self.ring(disk, epoch).is_some() {
                     self.rings.remove(&disk);
@@ -530,6 +535,7 @@ fn encode(message: &ToServer) -> Result<Vec<u8>, FormatError> {
         ToServer::OpenDisk(message) => wire::encode(message),
         ToServer::CommandResult(message) => wire::encode(message),
         ToServer::DiskStatus(message) => wire::encode(message),
+        ToServer::HashRequest(message) => wire::encode(message),
         ToServer::Ping(message) => wire::encode(message),
         ToServer::Pong(message) => wire::encode_as(wire::MessageType::Pong, message),
     }

@@ -13,8 +13,9 @@
 
 use capture_ring::{Overflow, Policy};
 use journal_format::wire::{self, MESSAGE_HEADER_BYTES, MessageHeader, MessageType};
-use journal_format::{Epoch, Lsn, Stamp};
+use journal_format::{ChunkHash, Epoch, Lsn, Stamp};
 
+use crate::compare::{Answer, Wanted};
 use crate::error::AgentError;
 use crate::session::{ServerMessage, Settings};
 
@@ -99,6 +100,18 @@ fn decode(kind: MessageType, body: &[u8]) -> Result<ServerMessage, AgentError> {
         MessageType::InsertBookmark => {
             let insert: wire::InsertBookmark = wire::decode(body)?;
             ServerMessage::InsertBookmark(insert.request, wire::disk_id(&insert.disk)?, insert.name)
+        }
+        MessageType::Hashes => {
+            let hashes: wire::Hashes = wire::decode(body)?;
+            let wanted =
+                Wanted { lsn: lsn(hashes.lsn)?, first_chunk: hashes.first_chunk, chunks: hashes.chunks };
+            let known: Vec<ChunkHash> = ChunkHash::all_in(&hashes.hashes).collect();
+            let known = Some(known).filter(|known| !known.is_empty());
+            ServerMessage::Hashes(
+                wire::disk_id(&hashes.disk)?,
+                Epoch(hashes.epoch),
+                Answer { wanted, hashes: known },
+            )
         }
         MessageType::Ping => ServerMessage::Ping(wire::decode::<wire::Ping>(body)?.number),
         MessageType::Pong => ServerMessage::Pong(wire::decode::<wire::Ping>(body)?.number),

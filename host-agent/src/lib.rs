@@ -25,6 +25,7 @@
 //! (`docs/formats/outbox.md` has the argument why nothing is lost).
 
 pub mod agent;
+pub mod compare;
 pub mod config;
 pub mod drain;
 pub mod error;

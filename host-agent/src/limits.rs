@@ -114,6 +114,24 @@ pub const MAX_HELD_PER_FILTER: usize = 128;
 /// A new connection must say hello within this time.
 pub const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// Chunks (64 KiB) whose hashes are asked for at once: 4 MiB of disk.
+pub const HASH_ASK_CHUNKS: u32 = 64;
+
+/// Chunks ahead of the resync whose hashes are asked for: 64 MiB of disk, an eighth of a second's reading.
+pub const HASH_WINDOW: u64 = 1024;
+
+/// Chunks ahead that are asked for when fills begin to come one after the other.
+pub const HASH_FIRST_AHEAD: u64 = 64;
+
+/// How long a fill waits for the hashes that it is compared with, before it is shipped as it is.
+pub const COMPARE_WAIT: Duration = Duration::from_millis(500);
+
+/// A question for hashes that is older is taken for lost.
+pub const HASH_ANSWER: Duration = Duration::from_secs(5);
+
+/// Pause in asking for hashes after the server could not say.
+pub const HASH_PAUSE: Duration = Duration::from_millis(100);
+
 /// Events that may wait for the hub; senders block beyond it.
 pub const EVENT_QUEUE: usize = 4096;
 
@@ -124,3 +142,5 @@ const _: () = assert!(MIN_OUTBOX_BYTES as usize >= 2 * (MAX_FRAME_BYTES + 4096))
 const _: () = assert!(FRAME_MAX_RECORDS <= journal_format::limits::MAX_FRAME_RECORDS as usize);
 const _: () = assert!(MIN_RING_BYTES >= 2 * journal_format::limits::MAX_RECORD_DATA_BYTES as u64);
 const _: () = assert!(PING_AFTER.as_secs() * 2 < SERVER_SILENT.as_secs());
+const _: () = assert!(HASH_ASK_CHUNKS <= journal_format::wire::MAX_HASH_CHUNKS);
+const _: () = assert!(HASH_FIRST_AHEAD >= HASH_ASK_CHUNKS as u64 && HASH_WINDOW >= HASH_FIRST_AHEAD);

@@ -10,6 +10,7 @@ use capture_ring::{
 };
 use journal_format::{DiskId, Epoch, Lsn, Stamp};
 
+use crate::compare::Answer;
 use crate::config::Config;
 use crate::drain::Drain;
 use crate::drain::parked::Parked;
@@ -224,6 +225,13 @@ impl Live {
         self.drain().map(|drain| drain.end(ending)).is_some()
     }
 
+    /// Gives the drain an answer to its question.
+    pub fn give_hashes(&self, answer: Answer) {
+        if let Some(drain) = self.drain() {
+            drain.give_hashes(answer);
+        }
+    }
+
     /// What is not shipped is thrown away.
     pub fn discard(&self) {
         if let Some(drain) = self.drain() {
@@ -264,8 +272,14 @@ impl Live {
     #[must_use]
     pub fn sample(&self) -> Sample {
         let (spool_used_bytes, spool_failing) = self.drain().map(Drain::spool).unwrap_or_default();
+        let [sync_read_bytes, sync_compared_bytes, sync_equal_bytes, sync_shipped_bytes] =
+            self.drain().map(|drain| drain.sync_bytes().get()).unwrap_or_default();
         let sample = Sample {
             mode: "off",
+            sync_read_bytes,
+            sync_compared_bytes,
+            sync_equal_bytes,
+            sync_shipped_bytes,
             captured_stamp: self.drain().map(Drain::captured_stamp).unwrap_or_default(),
             outbox_used_bytes: self.outbox.used_bytes(),
             outbox_bytes: self.outbox.capacity_bytes(),

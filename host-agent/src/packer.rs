@@ -45,6 +45,13 @@ impl Packer {
         &mut self.data
     }
 
+    /// Appends data as the consumer does; returns where it begins.
+    pub fn append(&mut self, data: &[u8]) -> u32 {
+        let pos = u32::try_from(self.data.len()).unwrap_or(u32::MAX);
+        self.data.extend_from_slice(data);
+        pos
+    }
+
     /// Whether no record waits.
     #[must_use]
     pub fn is_empty(&self) -> bool {

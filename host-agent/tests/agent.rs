@@ -340,6 +340,33 @@ fn a_filter_that_reconnects_goes_on_in_its_epoch() {
 }
 
 #[test]
+fn a_new_epoch_ships_only_what_differs_from_the_server_s_image() {
+    let bench = Bench::start(false);
+    let id = bench.protect();
+    let disk = bench.filter.disk("virtio0");
+    for chunk in 0..DISK_BYTES >> 16 {
+        disk.write(chunk << 16, &noise(chunk, 1 << 16));
+    }
+    disk.resync();
+    caught_up(&bench, &id, &disk);
+    assert_eq!(bench.server.set_protection(&id, false).error, "");
+    // Nobody sees these.
+    disk.write(5 << 16, &noise(1000, 100));
+    disk.write((9 << 16) - 1, &noise(1001, 2));
+    assert_eq!(bench.server.set_protection(&id, true).error, "");
+    disk.resync();
+    let journal = caught_up(&bench, &id, &disk);
+    lsns_are_whole(&journal);
+    assert!(journal.image(DISK_BYTES) == *disk.image.lock().unwrap(), "the journal is not the disk");
+    let status = wait_for("a status after the sync", || {
+        bench.server.status(&id).filter(|status| status.sync_read_bytes == DISK_BYTES)
+    });
+    assert_eq!(status.sync_compared_bytes, DISK_BYTES);
+    assert_eq!((status.sync_shipped_bytes, status.sync_equal_bytes), (3 << 16, DISK_BYTES - (3 << 16)));
+    bench.agent.stop().unwrap();
+}
+
+#[test]
 fn a_device_that_is_unplugged_is_closed_and_leaves_the_inventory() {
     let bench = Bench::start(false);
     let id = bench.protect();

@@ -19,6 +19,7 @@ use journal_format::Stamp;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
 use self::worker::{Pace, Worker};
+use crate::compare::{Answer, HashBox, SyncBytes};
 use crate::error::AgentError;
 use crate::events::Sender;
 use crate::limits::{DRAIN_NAP, DRAIN_POLL};
@@ -42,6 +43,8 @@ struct Shared {
 #[derive(Debug)]
 pub struct Drain {
     shared: Arc<Shared>,
+    hashes: Arc<HashBox>,
+    sync_bytes: Arc<SyncBytes>,
     /// Wakes the thread. The filter's bell is never used for that: who shares it could make a write to it block.
     wake: Bell,
     parked: Option<Driver>,
@@ -58,8 +61,9 @@ impl Drain {
         let wake = Bell::create().map_err(ring)?;
         let sleeper = Sleeper::new(bell, wake.duplicate().map_err(ring)?)?;
         let shared = Arc::new(Shared::default());
+        let (hashes, sync_bytes) = (worker.hashes(), worker.sync_bytes());
         let parked = Driver { worker, sleeper, events, shared: Arc::clone(&shared), started: Instant::now() };
-        Ok(Self { shared, wake, parked: Some(parked), thread: None })
+        Ok(Self { shared, hashes, sync_bytes, wake, parked: Some(parked), thread: None })
     }
 
     /// Starts the thread, once.
@@ -98,6 +102,17 @@ impl Drain {
         // ORDERING: Release pairs with the Acquire in `Driver::run`; a flag that stands alone.
         self.shared.discard.store(true, Ordering::Release);
         self.wake.ring();
+    }
+
+    /// Gives it an answer to a question for hashes.
+    pub fn give_hashes(&self, answer: Answer) {
+        self.hashes.put(answer);
+    }
+
+    /// What the running or last sync did.
+    #[must_use]
+    pub fn sync_bytes(&self) -> &SyncBytes {
+        &self.sync_bytes
     }
 
     /// Stamp of the newest record taken out.
@@ -170,8 +185,14 @@ impl Driver {
             if self.shared.discard.load(Ordering::Acquire) {
                 self.worker.discard();
             }
-            let step = self.worker.step(self.started.elapsed(), self.ending());
+            let now = self.started.elapsed();
+            let step = self.worker.step(now, self.ending());
             self.publish();
+            while let Some(wanted) = self.worker.ask(now) {
+                if self.events.event(Event::HashesWanted(disk, epoch, wanted)).is_err() {
+                    return;
+                }
+            }
             let packed = match &step {
                 Ok(step) => step.packed,
                 Err(_) => Some(self.worker.packed()),

@@ -1,10 +1,12 @@
 //! What the drain does, one step at a time, without a thread, a sleep or a clock of its own.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use capture_ring::{Consumer, Next, RingError};
-use journal_format::{DiskId, Epoch, Lsn, Stamp};
+use journal_format::{DiskId, Epoch, Lsn, Op, Record, Stamp};
 
+use crate::compare::{Comparer, HashBox, SyncBytes, Wanted};
 use crate::limits::{DRAIN_IDLE, REFILL_BATCH};
 use crate::outbox::{OutboxWriter, PackedFrame};
 use crate::packer::Packer;
@@ -82,6 +84,10 @@ pub struct Worker {
     epoch: Epoch,
     /// `None` when only what was spooled is left of the epoch.
     consumer: Option<Consumer>,
+    comparer: Comparer,
+    hashes: Arc<HashBox>,
+    /// A fill that waits until it is known what the server has: copied out of the ring and still in it, too.
+    held: Option<(Record, Vec<u8>)>,
     writer: OutboxWriter,
     packer: Packer,
     spool: Spool,
@@ -112,10 +118,16 @@ impl Worker {
         spool: Spool,
         packed: Lsn,
     ) -> Self {
+        // All records from here on pass the comparer, whatever came before.
+        let base = consumer.as_ref().map_or(Lsn::ZERO, |consumer| consumer.next_lsn().prev());
+        let disk_bytes = consumer.as_ref().map_or(0, |consumer| consumer.ring().config().disk_bytes);
         Self {
             disk,
             epoch,
             consumer,
+            comparer: Comparer::new(base, disk_bytes),
+            hashes: Arc::default(),
+            held: None,
             writer,
             packer,
             spool,
@@ -146,6 +158,23 @@ impl Worker {
     #[must_use]
     pub fn captured(&self) -> Stamp {
         self.captured
+    }
+
+    /// Where the answers to [`Worker::ask`] go.
+    #[must_use]
+    pub fn hashes(&self) -> Arc<HashBox> {
+        Arc::clone(&self.hashes)
+    }
+
+    /// What the running or last sync did.
+    #[must_use]
+    pub fn sync_bytes(&self) -> Arc<SyncBytes> {
+        self.comparer.bytes()
+    }
+
+    /// What to ask the server for now.
+    pub fn ask(&mut self, now: Duration) -> Option<Wanted> {
+        self.comparer.ask(now)
     }
 
     /// The spool, for its gauges.
@@ -187,6 +216,7 @@ impl Worker {
     /// Why nothing more will come. What was taken before is in the outbox, or goes there with later steps.
     pub fn step(&mut self, now: Duration, ending: Option<Ending>) -> Result<Step, Stop> {
         self.spool.release(self.writer.outbox().durable());
+        self.comparer.take_answers(now, &self.hashes);
         let refilled = self.refill()?;
         let pace = self.go_on(now, ending, refilled)?;
         let packed = (self.packed > self.told).then_some(self.packed);
@@ -233,6 +263,9 @@ impl Worker {
             self.quiet = None;
             return Ok(Pace::Busy);
         }
+        if self.held.is_some() {
+            return Ok(Pace::Poll);
+        }
         if self.is_finished(now, ending)? {
             if self.close()? && !self.place(now) {
                 return Ok(Pace::Blocked);
@@ -250,20 +283,28 @@ impl Worker {
         })
     }
 
-    /// Takes some records; false when none was there.
+    /// Takes some records; false when none was there, or the next one waits.
     fn take(&mut self, now: Duration) -> Result<bool, Stop> {
+        if let Some((record, data)) = self.held.take() {
+            if self.must_wait(now, &record) {
+                self.held = Some((record, data));
+                return Ok(false);
+            }
+            let pos = self.packer.append(&data);
+            self.admit(now, moved(record, pos));
+        }
         for taken in 0..BATCH {
+            if self.packer.is_due(now) {
+                return Ok(true);
+            }
             let room = self.packer.room();
             let Some(consumer) = &mut self.consumer else { return Ok(false) };
             match consumer.copy(self.packer.data(), room)? {
-                Next::Record(record) => {
-                    self.captured = record.stamp;
-                    self.packer.add(now, record);
-                    // Into safety first; only then is its room in the ring given back.
-                    self.writer.stage(&record, self.packer.data_of(&record), consumer.blocks());
-                    let writer = &mut self.writer;
-                    consumer.free(|piece| writer.freeing(record.lsn, piece));
+                Next::Record(record) if self.must_wait(now, &record) => {
+                    self.hold(now, record)?;
+                    return Ok(taken > 0);
                 }
+                Next::Record(record) => self.admit(now, record),
                 Next::NoRoom(_) => {
                     if self.close()? {
                         self.place(now);
@@ -272,11 +313,40 @@ impl Worker {
                 }
                 Next::Empty => return Ok(taken > 0),
             }
-            if self.packer.is_due(now) {
-                return Ok(true);
-            }
         }
         Ok(true)
+    }
+
+    /// Takes the record that was copied last out of the ring, or what the comparison leaves of it.
+    fn admit(&mut self, now: Duration, record: Record) {
+        self.captured = record.stamp;
+        let record = self.comparer.admit(record, self.packer.data());
+        self.packer.add(now, record);
+        let Some(consumer) = &mut self.consumer else { return };
+        // Into safety first; only then is its room in the ring given back.
+        self.writer.stage(&record, self.packer.data_of(&record), consumer.blocks());
+        let writer = &mut self.writer;
+        consumer.free(|piece| writer.freeing(record.lsn, piece));
+    }
+
+    /// Fills leave a quarter of the ring to the guest; when it needs that, there is no time to wait.
+    fn must_wait(&mut self, now: Duration, record: &Record) -> bool {
+        let Some(consumer) = &self.consumer else { return false };
+        let ring = consumer.ring();
+        let (arena, slots) = (ring.config().arena_bytes, u64::from(ring.config().slots));
+        let has_room = ring.arena_used_bytes() <= arena / 8 * 7 && ring.backlog() <= slots / 8 * 7;
+        self.comparer.holds(now, record, has_room)
+    }
+
+    /// Sets the record that was copied last aside. What came before it does not wait.
+    fn hold(&mut self, now: Duration, record: Record) -> Result<(), Stop> {
+        if let Op::Write { data, .. } = record.op {
+            self.held = Some((record, self.packer.data().split_off(data.pos as usize)));
+        }
+        if self.close()? {
+            self.place(now);
+        }
+        Ok(())
     }
 
     /// Finishes the frame; false when there is none.
@@ -368,4 +438,12 @@ impl Worker {
         }
         Ok(true)
     }
+}
+
+/// A fill whose data begins at `at` now.
+fn moved(mut record: Record, at: u32) -> Record {
+    if let Op::Write { data, .. } = &mut record.op {
+        data.pos = at;
+    }
+    record
 }

@@ -520,5 +520,9 @@ fn status(disk: DiskId, capture: &Capture, sample: &Sample) -> wire::DiskStatus 
         waiting: sample.waiting,
         waiting_ms: u64::try_from(sample.waited.as_millis()).unwrap_or(u64::MAX),
         sync: sample.sync.to_owned(),
+        sync_read_bytes: sample.sync_read_bytes,
+        sync_compared_bytes: sample.sync_compared_bytes,
+        sync_equal_bytes: sample.sync_equal_bytes,
+        sync_shipped_bytes: sample.sync_shipped_bytes,
     }
 }

@@ -44,6 +44,7 @@ pub use self::server::ServerMessage;
 use self::capture::{Capture, Phase};
 use self::inventory::Inventory;
 use self::server::Server;
+use crate::compare::{Answer, Wanted};
 use crate::identity::HostId;
 
 /// A filter's connection, numbered in the order of connecting and never used again.
@@ -98,6 +99,14 @@ pub struct Sample {
     pub ring_bytes: u64,
     /// Bytes of disk still to be synced.
     pub dirty_bytes: u64,
+    /// Bytes that the running or last sync has read back, holes left out.
+    pub sync_read_bytes: u64,
+    /// Those that were compared with hashes of the server's.
+    pub sync_compared_bytes: u64,
+    /// Those that were left out because the server has them.
+    pub sync_equal_bytes: u64,
+    /// Those that are shipped.
+    pub sync_shipped_bytes: u64,
     /// Bytes used in the outbox.
     pub outbox_used_bytes: u64,
     /// Bytes of outbox.
@@ -158,6 +167,8 @@ pub enum Event {
     BookmarkPut(DiskId, u64, Result<(Lsn, Stamp), String>),
     /// What a capture looks like now.
     Sampled(DiskId, Epoch, Sample),
+    /// The drain thread wants to know what the server has there.
+    HashesWanted(DiskId, Epoch, Wanted),
     /// Time passed.
     Tick,
     /// The agent was asked to stop.
@@ -205,6 +216,8 @@ pub enum Action {
     PutBookmark(DiskId, u64, String),
     /// Sample every capture at the next opportunity: one has just begun.
     ReportSoon,
+    /// Give the drain thread an answer to `HashesWanted`.
+    GiveHashes(DiskId, Epoch, Answer),
     /// Throw away what of this epoch is not shipped, now and later: the server cannot continue it.
     Discard(DiskId, Epoch),
     /// Drop ring, outbox and spool.
@@ -243,6 +256,7 @@ pub enum ToServer {
     OpenDisk(wire::OpenDisk),
     CommandResult(wire::CommandResult),
     DiskStatus(wire::DiskStatus),
+    HashRequest(wire::HashRequest),
     Ping(wire::Ping),
     Pong(wire::Ping),
 }
@@ -330,6 +344,7 @@ impl Session {
             Event::RingFault(disk, epoch, message) => self.ring_fault(now, disk, epoch, &message),
             Event::BookmarkPut(disk, request, result) => self.bookmark_put(disk, request, result),
             Event::Sampled(disk, epoch, sample) => self.sampled(now, disk, epoch, &sample),
+            Event::HashesWanted(disk, epoch, wanted) => self.hashes_wanted(disk, epoch, wanted),
             Event::Tick => self.tick(now),
             Event::Stop => self.stop(),
         }
@@ -413,6 +428,17 @@ impl Session {
             lsn: lsn.0,
             stamp: stamp.0,
         }));
+    }
+
+    /// Without a connection the answer is that nobody can say.
+    fn hashes_wanted(&mut self, disk: DiskId, epoch: Epoch, wanted: Wanted) {
+        if self.server.is_up() {
+            let (lsn, first_chunk, chunks) = (wanted.lsn.0, wanted.first_chunk, wanted.chunks);
+            let (disk, epoch) = (disk.0.to_vec(), epoch.0);
+            self.send(ToServer::HashRequest(wire::HashRequest { disk, epoch, lsn, first_chunk, chunks }));
+        } else {
+            self.out.push(Action::GiveHashes(disk, epoch, Answer { wanted, hashes: None }));
+        }
     }
 
     fn stop(&mut self) {

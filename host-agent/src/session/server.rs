@@ -5,6 +5,7 @@ use std::time::Duration;
 use journal_format::{DiskId, Epoch, Lsn, Stamp, wire};
 
 use super::{Action, Event, Session, Settings, ToServer};
+use crate::compare::Answer;
 use crate::limits::{PING_AFTER, RECONNECT_FIRST, RECONNECT_MOST, SERVER_SILENT};
 
 /// A message from the server, its fields checked.
@@ -33,6 +34,8 @@ pub enum ServerMessage {
     SetProtection(u64, DiskId, Option<Settings>),
     /// Put a bookmark: request, disk, name.
     InsertBookmark(u64, DiskId, String),
+    /// What the journal of a disk has, for an epoch.
+    Hashes(DiskId, Epoch, Answer),
     /// Answer with a pong.
     Ping(u64),
     /// The answer to a ping.
@@ -149,6 +152,9 @@ impl Session {
             }
             ServerMessage::SetProtection(request, disk, None) => self.unprotect(now, request, disk),
             ServerMessage::InsertBookmark(request, disk, name) => self.bookmark(now, request, disk, &name),
+            ServerMessage::Hashes(disk, epoch, answer) => {
+                self.out.push(Action::GiveHashes(disk, epoch, answer));
+            }
             ServerMessage::Ping(number) => self.send(ToServer::Pong(wire::Ping { number })),
             ServerMessage::Pong(_) => {}
         }

@@ -699,6 +699,7 @@ impl Fake {
                 | Action::DropSpool(_)
                 | Action::Durable(..)
                 | Action::SetPolicy(..)
+                | Action::GiveHashes(..)
                 | Action::ReportSoon
                 | Action::Disconnect(_)
                 | Action::Send(_)

@@ -5,8 +5,9 @@ use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
 
+use journal_format::chunk_hash::CHUNK_BYTES;
 use journal_format::wire::{self, Control, MESSAGE_HEADER_BYTES, MessageHeader, MessageType};
-use journal_format::{Frame, Lsn, Op, Record, Stamp, codec};
+use journal_format::{ChunkHash, Frame, Lsn, Op, Record, Stamp, codec};
 
 use super::wait_for;
 
@@ -42,8 +43,13 @@ impl Journal {
 
     /// The disk after every record.
     pub fn image(&self, bytes: u64) -> Vec<u8> {
+        self.image_at(u64::MAX, bytes)
+    }
+
+    /// The disk after that record.
+    pub fn image_at(&self, lsn: u64, bytes: u64) -> Vec<u8> {
         let mut image = vec![0; usize::try_from(bytes).unwrap()];
-        for (record, data) in &self.records {
+        for (record, data) in self.records.iter().take_while(|(record, _)| record.lsn.0 <= lsn) {
             if let Op::Write { range, .. } = record.op {
                 let at = usize::try_from(range.offset()).unwrap();
                 image[at..at + data.len()].copy_from_slice(data);
@@ -252,6 +258,7 @@ impl FakeServer {
                 self.send_bytes(&wire::encode_as(MessageType::Pong, &ping).unwrap());
             }
             MessageType::Pong => {}
+            MessageType::HashRequest => self.hashes(&wire::decode(body).unwrap()),
             other => self.complain(format!("the agent sent {other:?}")),
         }
         true
@@ -335,6 +342,22 @@ impl FakeServer {
             self.ack(&disk);
         }
         go_on
+    }
+
+    /// Hashes of the image at that LSN, if it is durable.
+    fn hashes(&self, request: &wire::HashRequest) {
+        let journal = self.with(|state| state.journals.get(&request.disk).cloned().unwrap_or_default());
+        let (first, chunks) = (usize::try_from(request.first_chunk).unwrap(), request.chunks as usize);
+        let hashes = if request.lsn > journal.durable {
+            Vec::new()
+        } else {
+            let mut image = journal.image_at(request.lsn, super::filter::DISK_BYTES);
+            image.resize((first + chunks) * CHUNK_BYTES, 0);
+            image.chunks(CHUNK_BYTES).skip(first).flat_map(|chunk| ChunkHash::of(chunk).0).collect()
+        };
+        let (disk, epoch, lsn) = (request.disk.clone(), request.epoch, request.lsn);
+        let (first_chunk, chunks) = (request.first_chunk, request.chunks);
+        self.send(&wire::Hashes { disk, epoch, lsn, first_chunk, chunks, hashes });
     }
 
     fn ack(&self, disk: &[u8]) {

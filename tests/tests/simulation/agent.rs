@@ -257,6 +257,11 @@ impl Agent {
             Action::Adopt(_) | Action::Resume(..) | Action::Abandon(..) | Action::Recover(..) => {
                 panic!("the filter held nothing for a new agent, and nothing was left behind")
             }
+            Action::GiveHashes(disk, epoch, answer) => {
+                if let Some(live) = self.ring(disk, epoch) {
+                    live.worker.hashes().put(answer);
+                }
+            }
             Action::ReportSoon => self.next_tick = now,
             Action::DropCapture(disk, epoch) => {
                 if self.ring(disk, epoch).is_some() {
@@ -338,6 +343,7 @@ fn encode(message: &ToServer) -> Vec<u8> {
         ToServer::OpenDisk(message) => wire::encode(message),
         ToServer::CommandResult(message) => wire::encode(message),
         ToServer::DiskStatus(message) => wire::encode(message),
+        ToServer::HashRequest(message) => wire::encode(message),
         ToServer::Ping(message) => wire::encode(message),
         ToServer::Pong(message) => wire::encode_as(wire::MessageType::Pong, message),
     };
