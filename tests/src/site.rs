@@ -28,6 +28,7 @@ pub struct Site {
     pub server: Process,
     /// The agent.
     pub agent: Process,
+    agent_arguments: Vec<String>,
     http: String,
     data: String,
     client: Client,
@@ -44,7 +45,16 @@ impl Site {
     /// When one does not come up.
     #[must_use]
     pub fn start() -> Self {
-        Self::start_with(false)
+        Self::start_with(false, &[])
+    }
+
+    /// The same, with more arguments for the agent.
+    ///
+    /// # Panics
+    /// When one does not come up.
+    #[must_use]
+    pub fn start_with_agent(arguments: &[&str]) -> Self {
+        Self::start_with(false, arguments)
     }
 
     /// The same, with a [`Network`] between agent and server.
@@ -53,17 +63,20 @@ impl Site {
     /// When one does not come up.
     #[must_use]
     pub fn start_with_network() -> Self {
-        Self::start_with(true)
+        Self::start_with(true, &[])
     }
 
-    fn start_with(with_network: bool) -> Self {
+    fn start_with(with_network: bool, arguments: &[&str]) -> Self {
         let directory = tempfile::Builder::new().prefix("cdp-e2e-").tempdir().expect("temporary directory");
         let mut server = start_server(directory.path(), "127.0.0.1:0", "127.0.0.1:0");
         let (http, data) = (server.ready("http"), server.ready("data"));
         let network = with_network.then(|| Network::to(&data));
-        let agent = start_agent(directory.path(), &network.as_ref().map_or(data.clone(), Network::address));
+        let agent_arguments: Vec<String> = arguments.iter().map(|&argument| argument.to_owned()).collect();
+        let address = network.as_ref().map_or(data.clone(), Network::address);
+        let agent = start_agent(directory.path(), &address, &agent_arguments);
         let client = Client::new(&format!("http://{http}")).expect("client");
-        Self { server, agent, http, data, client, network, restores: std::cell::Cell::new(0), directory }
+        let restores = std::cell::Cell::new(0);
+        Self { server, agent, agent_arguments, http, data, client, network, restores, directory }
     }
 
     /// What is between agent and server.
@@ -114,7 +127,7 @@ impl Site {
     /// When it does not come up.
     pub fn restart_agent(&mut self) {
         let server = self.network.as_ref().map_or(self.data.clone(), Network::address);
-        self.agent = start_agent(self.directory.path(), &server);
+        self.agent = start_agent(self.directory.path(), &server, &self.agent_arguments);
     }
 
     /// Waits until a disk of that VM is known, and that it can be written to (while QEMU sets up an export it cannot, for
@@ -242,10 +255,10 @@ fn start_server(directory: &Path, data: &str, http: &str) -> Process {
     Process::start(directory, "server", &mut command)
 }
 
-fn start_agent(directory: &Path, data: &str) -> Process {
+fn start_agent(directory: &Path, data: &str, arguments: &[String]) -> Process {
     let mut command = Command::new(program("cdp-agent"));
     command.args(["--server", data]).arg("--socket").arg(directory.join("agent.sock"));
-    command.arg("--spool-dir").arg(directory.join("spool"));
+    command.arg("--spool-dir").arg(directory.join("spool")).args(arguments);
     let mut agent = Process::start(directory, "agent", &mut command);
     let _ = agent.ready("socket");
     agent

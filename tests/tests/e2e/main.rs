@@ -6,6 +6,7 @@ mod consistency;
 mod drivers;
 mod interruptions;
 mod policies;
+mod resync;
 mod toggle;
 mod unseen;
 mod witness;

@@ -35,7 +35,7 @@ fn start(site: &Site, name: &str, start: Start) -> Witnessed {
 }
 
 /// Random requests, as commands.
-fn requests(load: &mut Load, count: usize) -> Vec<String> {
+pub(crate) fn requests(load: &mut Load, count: usize) -> Vec<String> {
     (0..count)
         .map(|_| {
             let request = load.next_request();
@@ -50,9 +50,10 @@ struct Moment {
     image: Vec<u8>,
 }
 
-/// The moments right after each request that both logs know. The witness may have begun earlier, so they are matched
-/// from the newest backwards; QEMU may have split one request into several below the witness.
-fn moments(log: &[Logged], records: &[Record]) -> Vec<Moment> {
+/// `count` of the moments right after each request that both logs know, evenly spread and with the last one. The witness
+/// may have begun earlier, so they are matched from the newest backwards; `image` is the disk when it began. QEMU may have
+/// split one request into several below the witness.
+fn moments(mut image: Vec<u8>, log: &[Logged], records: &[Record], count: usize) -> Vec<Moment> {
     let mut records = records.iter().rev();
     let mut lsns = vec![None; log.len()];
     for (request, lsn) in log.iter().zip(&mut lsns).rev() {
@@ -71,10 +72,13 @@ fn moments(log: &[Logged], records: &[Record]) -> Vec<Moment> {
         assert_eq!(seen, range.length(), "the records up to LSN {} cover more than {range:?}", last.lsn);
     }
     assert!(records.next().is_none(), "the journal knows more requests than the witness");
-    let mut image = vec![0; DISK_BYTES as usize];
+    let known: Vec<u64> = lsns.iter().flatten().copied().collect();
+    assert!(known.len() >= count, "only {} moments are comparable", known.len());
+    let chosen: Vec<u64> = known.iter().rev().step_by(known.len().div_ceil(count)).copied().collect();
     let mut moments = Vec::new();
     for (request, lsn) in log.iter().zip(lsns) {
         witness::apply(&mut image, request);
+        let lsn = lsn.filter(|lsn| chosen.contains(lsn));
         moments.extend(lsn.map(|lsn| Moment { lsn, image: image.clone() }));
     }
     moments
@@ -95,12 +99,19 @@ fn piece_of(record: &Record, range: ByteRange) -> u64 {
     piece.length()
 }
 
-/// Restores at `count` of the moments, evenly spread and with the last one, and compares.
-fn compare(site: &Site, disk: &str, moments: &[Moment], count: usize) {
-    assert!(moments.len() >= count, "only {} moments are comparable", moments.len());
-    let step = moments.len().div_ceil(count);
-    let chosen = moments.iter().rev().step_by(step).collect::<Vec<_>>();
-    for (i, moment) in chosen.iter().enumerate() {
+/// Restores at `count` points of the guest's, which have LSNs between these two, and compares with what the witness saw.
+pub(crate) fn compare(
+    site: &Site,
+    disk: &str,
+    (after, before): (u64, u64),
+    image: Vec<u8>,
+    log: &[Logged],
+    count: usize,
+) {
+    let records = journal::records(&site.store(), disk);
+    let guests = |r: &Record| r.lsn.0 > after && r.lsn.0 < before && is_guest_change(r);
+    let records: Vec<_> = records.into_iter().filter(guests).collect();
+    for (i, moment) in moments(image, log, &records, count).iter().enumerate() {
         let via = if i % 4 == 0 { Via::Server } else { Via::Store };
         let image = site.restore(disk, &PointSpec::Lsn(moment.lsn), via);
         assert_eq!(image.len(), moment.image.len(), "size at LSN {}", moment.lsn);
@@ -113,10 +124,8 @@ fn check(site: &Site, witnessed: &mut Witnessed, count: usize) {
     let last = site.bookmark(&witnessed.disk, "end");
     let records = journal::records(&site.store(), &witnessed.disk);
     let whole = records.iter().find(|r| matches!(r.op, Op::GapEnd { .. })).expect("the sync has ended").lsn;
-    let guests = |r: &Record| r.lsn > whole && r.lsn.0 < last && is_guest_change(r);
-    let records: Vec<_> = records.into_iter().filter(guests).collect();
-    let moments = moments(&witness::read(&witnessed.log), &records);
-    compare(site, &witnessed.disk, &moments, count);
+    let (blank, log) = (vec![0; DISK_BYTES as usize], witness::read(&witnessed.log));
+    compare(site, &witnessed.disk, (whole.0, last), blank, &log, count);
     witnessed.qemu.process.assert_alive();
 }
 

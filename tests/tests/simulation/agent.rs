@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use capture_ring::{Bell, Consumer, HostClock, Mode, Producer, Ring, RingConfig};
+use host_agent::compare::Answer;
 use host_agent::drain::worker::{Pace, Worker};
 use host_agent::inbox::Inbox;
 use host_agent::limits::{DRAIN_POLL, TICK};
@@ -171,6 +172,7 @@ impl Agent {
                 waiting: 0,
                 waited: Duration::ZERO,
                 sync: "off",
+                ..Sample::default()
             };
             self.handle(now, Event::Sampled(disk, epoch, sample));
         }
@@ -320,6 +322,10 @@ impl Agent {
         };
         let step = live.worker.step(now, live.ending).unwrap_or_else(|stop| panic!("a sound ring: {stop}"));
         let (epoch, packed) = (live.epoch, live.worker.packed());
+        // The server of this world has no hashes: every sync copies.
+        while let Some(wanted) = live.worker.ask(now) {
+            live.worker.hashes().put(Answer { wanted, hashes: None });
+        }
         live.ended = step.pace == Pace::Ended;
         live.next = match step.pace {
             Pace::Poll => now + DRAIN_POLL,
