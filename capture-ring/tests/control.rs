@@ -209,6 +209,10 @@ fn a_socket_left_by_a_dead_agent_is_replaced_and_a_live_one_is_not() {
     let folder = std::env::temp_dir().join(format!("cdp-control-{}", std::process::id()));
     std::fs::create_dir_all(&folder).expect("a folder");
     let path = folder.join("agent.sock");
+    std::fs::write(&path, "precious").expect("written");
+    assert!(Listener::bind(&path).is_err(), "that is no socket");
+    assert_eq!(std::fs::read(&path).expect("still there"), b"precious");
+    std::fs::remove_file(&path).expect("removed");
     drop(Listener::bind(&path).expect("bound"));
     let listener = Listener::bind(&path).expect("bound again");
     assert!(Listener::bind(&path).is_err(), "an agent is alive there");

@@ -2,6 +2,7 @@
 
 use std::io::{IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::time::Duration;
 
@@ -35,12 +36,17 @@ impl Listener {
     /// decides who may enter it.
     ///
     /// # Errors
-    /// `Os` when the path cannot be bound.
+    /// `Os` when the path cannot be bound; also when something lies there that is no socket, which is left alone.
     pub fn bind(path: &Path) -> Result<Self, RingError> {
         let address =
             UnixAddr::new(path).map_err(|e| RingError::os("the control socket's path is no good", e))?;
         if connect_to(&address).is_ok() {
             return Err(RingError::os("another agent listens on the control socket", Errno::EADDRINUSE));
+        }
+        if std::fs::symlink_metadata(path).is_ok_and(|found| !found.file_type().is_socket()) {
+            let what =
+                "what lies at the control socket's path is no socket: name another path, or move it away";
+            return Err(RingError::os(what, Errno::EEXIST));
         }
         let _ = nix::unistd::unlink(path);
         let fd = new_socket()?;
