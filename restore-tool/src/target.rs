@@ -60,9 +60,13 @@ impl Target {
     /// target changes yet.
     ///
     /// # Errors
-    /// `Refused` for something that is neither file nor block device, is not empty (without `force`), is in use, or
-    /// is too small for `disk_bytes`; `Output` when it cannot be opened.
+    /// `Refused` for something that is neither file nor block device, is not empty (without `force`), is in use, belongs to
+    /// a store, or is too small for `disk_bytes`; `Output` when it cannot be opened.
     pub fn prepare(path: &Path, format: Format, disk_bytes: u64, force: bool) -> Result<Self, RestoreError> {
+        if is_in_a_journal(path) {
+            let detail = "it lies in the folder of a disk's journal";
+            return Err(refused(path, detail, "choose an --output outside of the store"));
+        }
         match fs::metadata(path) {
             Ok(meta) if meta.is_file() => {
                 if meta.len() > 0 && !force {
@@ -247,6 +251,14 @@ fn first_non_zero(file: &mut File) -> io::Result<Option<u64>> {
         }
         at += got as u64;
     }
+}
+
+/// Whether a path is in a folder with segments of a journal: there nothing but the server writes, `--force` or not.
+fn is_in_a_journal(path: &Path) -> bool {
+    let path = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+    let Ok(entries) = fs::read_dir(directory_of(&path)) else { return false };
+    let mut names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    names.any(|name| name.starts_with("meta-") && name.ends_with(".seg"))
 }
 
 fn refused(path: &Path, detail: &str, hint: &str) -> RestoreError {

@@ -64,6 +64,28 @@ fn the_point_is_said_first_in_utc_and_local_time() {
 }
 
 #[test]
+fn nothing_is_restored_into_a_journal() {
+    let journal = example();
+    let folder = fs::read_dir(journal.path("store").join("disks"))
+        .expect("disks")
+        .next()
+        .expect("a disk")
+        .expect("it")
+        .path();
+    let segment = fs::read_dir(&folder).expect("the journal").map(|entry| entry.expect("an entry").path());
+    let segment =
+        segment.into_iter().find(|path| path.extension().is_some_and(|e| e == "seg")).expect("a segment");
+    let before = fs::read(&segment).expect("a segment");
+    for target in [segment.clone(), folder.join("new.raw")] {
+        let output = journal.restore("lsn:3", &target, &["--force"]);
+        assert_eq!(output.status.code(), Some(4), "{}: {}", target.display(), stderr(&output));
+        assert!(stderr(&output).contains("journal"), "{}", stderr(&output));
+    }
+    assert!(fs::read(&segment).expect("a segment") == before, "the journal has changed");
+    assert!(!folder.join("new.raw").exists(), "something was made in the journal");
+}
+
+#[test]
 fn zeroes_take_no_space() {
     let mut journal = Journal::new();
     journal.write(1 << 20, &[1; 8192]);
