@@ -80,12 +80,13 @@ impl Bench {
         })
     }
 
-    /// Waits until that epoch is whole; what its sync did.
+    /// Waits until that epoch is whole; what its sync of the whole disk did (what the agent reports of it is a second old).
     fn synced(&self, run: &Run, epoch: u64) -> Journal {
         wait_for(&format!("epoch {epoch} to be protected"), || {
             let disk = self.site.client().disk(&run.disk).expect("disk");
             let protected = disk.summary.protection.phase == ProtectionPhase::Protected;
-            disk.journal.filter(|journal| protected && journal.epoch == epoch && journal.sync_read_bytes > 0)
+            let done = |journal: &Journal| journal.sync_read_bytes >= DISK_BYTES - BUSY_BYTES;
+            disk.journal.filter(|journal| protected && journal.epoch == epoch && done(journal))
         })
     }
 
@@ -134,7 +135,6 @@ fn say(what: &str, journal: &Journal) {
 /// Nothing but what the guest writes to.
 fn assert_little_was_shipped(synced: &Journal) {
     assert!(synced.sync_shipped_bytes <= BUSY_BYTES, "{synced:?}");
-    assert!(synced.sync_read_bytes >= DISK_BYTES - BUSY_BYTES, "{synced:?}");
 }
 
 #[test]
