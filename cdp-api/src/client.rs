@@ -55,6 +55,17 @@ impl ClientError {
         }
     }
 
+    /// What went wrong, for programs: of a problem its kind.
+    #[must_use]
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Problem(problem) => problem.kind.as_str(),
+            Self::Address(_) => "bad-address",
+            Self::Transport { .. } => "server-not-reached",
+            Self::Answer { .. } => "bad-answer",
+        }
+    }
+
     /// What to do next, for people.
     #[must_use]
     pub fn hint(&self) -> &str {

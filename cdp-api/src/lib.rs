@@ -1,7 +1,7 @@
 //! What the REST API under `/v1` says: its types, points in time as text, and a blocking client.
 //!
 //! *Owns* the JSON shapes (with their OpenAPI schemas), how a history becomes them, the one parser of points in time, and
-//! the client that `cdpctl` and `cdp-restore` share.
+//! the client and the habits ([`program`]) that `cdpctl` and `cdp-restore` share.
 //!
 //! *Must not know* the server's insides, the store, or the wire between agent and server: of `journal-format` it uses only
 //! the words in which a history is told (points, gaps, ranges).
@@ -22,6 +22,8 @@ pub mod history;
 pub mod limits;
 pub mod point_spec;
 pub mod problem;
+#[cfg(feature = "client")]
+pub mod program;
 pub mod time;
 pub mod types;
 

@@ -3,6 +3,15 @@
 use cdp_api::client::{parse_disk, parse_server};
 use clap::{Parser, Subcommand, ValueEnum};
 
+const AFTER_HELP: &str = "\
+Exit codes:
+  0    done
+  1    failed, or standard output could not be written
+  2    the command line or a value in it is wrong
+  3    the point is in a gap or out of range; the nearest points that can be restored are shown
+  4    verify found damage
+  141  the reader of standard output went away";
+
 /// Looks after the disks that a qemu-cdp server protects.
 ///
 /// A disk is named by its UUID or as vm/device. A point in time is `lsn:N`, `bookmark:NAME`, `latest`, a time such as
@@ -12,7 +21,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 #[command(
     name = "cdpctl",
     version,
-    after_help = "Exit codes: 0 done; 1 failed; 2 wrong usage; 3 the point is in a gap or out of range; 4 verify found damage."
+    after_help = AFTER_HELP
 )]
 pub(crate) struct Args {
     /// Address of the server
@@ -37,7 +46,7 @@ pub(crate) struct Args {
 pub(crate) enum Format {
     /// For people; the layout may change.
     Text,
-    /// For programs: the API's own JSON.
+    /// For programs: one document, the API's own JSON; after a failure {"error": {kind, detail, hint, …}}.
     Json,
 }
 

@@ -4,7 +4,8 @@
 //! through [`cdp_api::Client`].
 //!
 //! Exit codes: 0 done; 1 failed (server not reached, no such disk, agent away, …); 2 wrong usage, also a text that is
-//! no point in time; 3 the point cannot be restored (in a gap or out of range); 4 a check found damage.
+//! no point in time; 3 the point cannot be restored (in a gap or out of range); 4 a check found damage; 141 the reader
+//! of standard output went away.
 
 #![forbid(unsafe_code)]
 
@@ -12,30 +13,29 @@ mod args;
 mod output;
 mod verify;
 
-use std::io::Write;
 use std::process::ExitCode;
 
 use cdp_api::client::parse_point;
+use cdp_api::program::{self, FAILED, USAGE};
 use cdp_api::{Client, ClientError, Kind, PointSpec, Problem, Protection};
-use clap::Parser;
 
-use crate::args::{Args, Command, DiskCommand, Switch};
+use crate::args::{Args, Command, DiskCommand, Format, Switch};
 use crate::output::Output;
 
-const FAILED: u8 = 1;
-const USAGE: u8 = 2;
 const NOT_RESTORABLE: u8 = 3;
 const DAMAGED: u8 = 4;
 
 fn main() -> ExitCode {
-    let args = Args::parse();
+    let args: Args = match program::parse() {
+        Ok(args) => args,
+        Err(code) => return code,
+    };
     match run(&args) {
-        Ok((text, code)) => print(&text, code),
-        Err(Failure::Api(error)) => report(&error),
-        Err(Failure::Usage(problem)) => {
-            complain(&problem.detail, &problem.hint);
-            ExitCode::from(USAGE)
-        }
+        Ok((text, code)) => match program::print(&text) {
+            Ok(()) => ExitCode::from(code),
+            Err(error) => program::cannot_print("cdpctl", &error, None),
+        },
+        Err(failure) => report(&failure, args.output_format),
     }
 }
 
@@ -51,7 +51,7 @@ impl From<ClientError> for Failure {
 }
 
 /// Carries out the command; returns what goes to standard output, and the exit code.
-fn run(args: &Args) -> Result<(String, ExitCode), Failure> {
+fn run(args: &Args) -> Result<(String, u8), Failure> {
     let point = |text: &Option<String>| -> Result<Option<PointSpec>, Failure> {
         text.as_deref().map(parse_point).transpose().map_err(Failure::Usage)
     };
@@ -79,48 +79,44 @@ fn run(args: &Args) -> Result<(String, ExitCode), Failure> {
         Command::Verify { disk } => {
             let checks = verify::run(&client, disk.as_deref())?;
             let damaged = checks.iter().any(|check| !check.damage.is_empty());
-            return Ok((output.checks(&checks), ExitCode::from(if damaged { DAMAGED } else { 0 })));
+            return Ok((output.checks(&checks), if damaged { DAMAGED } else { 0 }));
         }
         Command::Bookmark { disk, name, at } => {
             let at = point(at)?;
             output.bookmark(&client.create_bookmark(disk, name, at.as_ref())?)
         }
     };
-    Ok((text, ExitCode::SUCCESS))
+    Ok((text, 0))
 }
 
-/// Prints the result; ends with `code` if that works.
-fn print(text: &str, code: ExitCode) -> ExitCode {
-    let mut out = std::io::stdout().lock();
-    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-        Ok(()) => code,
-        // The reader of a pipe may have seen enough.
-        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => code,
-        Err(error) => {
-            complain(&format!("cannot write: {error}"), "check where standard output goes");
-            ExitCode::from(FAILED)
+/// Says what went wrong; returns the exit code.
+fn report(failure: &Failure, format: Format) -> ExitCode {
+    let (kind, detail, hint, problem) = match failure {
+        Failure::Api(error) => (error.kind(), error.to_string(), error.hint(), error.problem()),
+        Failure::Usage(problem) => {
+            (problem.kind.as_str(), problem.detail.clone(), problem.hint.as_str(), Some(&**problem))
         }
+    };
+    let mut text = format!("cdpctl: {detail}");
+    let mut document = program::Failure::new(kind, detail, hint);
+    if let Some(problem) = problem {
+        document = document.near(problem);
     }
-}
-
-fn report(error: &ClientError) -> ExitCode {
-    complain(&error.to_string(), error.hint());
-    let Some(problem) = error.problem() else { return ExitCode::from(FAILED) };
-    for (name, point) in [("before", &problem.before), ("after", &problem.after)] {
+    if !hint.is_empty() {
+        text += &format!("\nhint: {hint}");
+    }
+    for (name, point) in [("before", document.before), ("after", document.after)] {
         if let Some(point) = point {
-            eprintln!("nearest good point {name}: {point}");
+            text += &format!("\nnearest good point {name}: {point}");
         }
     }
-    ExitCode::from(match problem.kind {
-        Kind::BadPoint | Kind::BadRequest | Kind::BadValue => USAGE,
-        Kind::PointInGap | Kind::PointOutOfRange => NOT_RESTORABLE,
+    program::say(&text);
+    if format == Format::Json {
+        document.print_json();
+    }
+    ExitCode::from(match problem.map(|problem| problem.kind) {
+        Some(Kind::BadPoint | Kind::BadRequest | Kind::BadValue) => USAGE,
+        Some(Kind::PointInGap | Kind::PointOutOfRange) => NOT_RESTORABLE,
         _ => FAILED,
     })
-}
-
-fn complain(what: &str, hint: &str) {
-    eprintln!("cdpctl: {what}");
-    if !hint.is_empty() {
-        eprintln!("hint: {hint}");
-    }
 }

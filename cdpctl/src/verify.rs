@@ -36,16 +36,20 @@ fn wait(client: &Client, disk: &str) -> Result<Verification, ClientError> {
         let check = client.verification(disk)?;
         if check.state == VerificationState::Done {
             if terminal {
-                eprint!("\r\u{1b}[K");
+                show("\r\u{1b}[K");
             }
             return Ok(check);
         }
         if terminal {
             let percent = check.done_bytes.saturating_mul(100).checked_div(check.total_bytes).unwrap_or(0);
-            eprint!("\r{disk}: {percent} % of {} bytes checked ", check.total_bytes);
-            // Progress that cannot be shown is no reason to stop.
-            let _ = std::io::stderr().flush();
+            show(&format!("\r{disk}: {percent} % of {} bytes checked ", check.total_bytes));
         }
         std::thread::sleep(POLL);
     }
+}
+
+/// Progress that cannot be shown is no reason to stop.
+fn show(text: &str) {
+    let mut terminal = std::io::stderr().lock();
+    let _ = terminal.write_all(text.as_bytes()).and_then(|()| terminal.flush());
 }

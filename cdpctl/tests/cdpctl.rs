@@ -194,3 +194,50 @@ fn verify_checks_all_disks_and_ends_with_4_when_something_is_damaged() {
     let list = fixture.text(&["disk", "list"]);
     assert!(list.contains("damaged") && list.contains("hint: "), "{list}");
 }
+
+#[test]
+fn with_json_every_end_is_one_document() {
+    let (fixture, _agent, _) = Fixture::with_journal();
+    let away = "http://127.0.0.1:1";
+    for (server, arguments, code, kind) in [
+        (fixture.url.as_str(), &["disk", "show", "vm/none"][..], 1, "no-such-disk"),
+        (&fixture.url, &["points", "vm/disk0", "--at", "lsn:1"], 3, "point-in-gap"),
+        (&fixture.url, &["points", "vm/disk0", "--at", "noon"], 2, "bad-point"),
+        (&fixture.url, &["protect", "vm/disk0", "--policy", "maybe"], 2, "bad-value"),
+        (&fixture.url, &["nonsense"], 2, "usage"),
+        (away, &["disk", "list"], 1, "server-not-reached"),
+    ] {
+        let output = run(server, &[arguments, &["--output-format", "json"]].concat());
+        assert_eq!(output.status.code(), Some(code), "{arguments:?}: {}", stderr(&output));
+        let document: serde_json::Value = serde_json::from_slice(&output.stdout)
+            .unwrap_or_else(|e| panic!("{arguments:?}: {e}: {}", String::from_utf8_lossy(&output.stdout)));
+        let error = &document["error"];
+        assert_eq!(error["kind"], kind, "{error}");
+        assert!(error["detail"].as_str().is_some_and(|detail| !detail.is_empty()), "{error}");
+        assert!(error["hint"].as_str().is_some_and(|hint| !hint.is_empty()), "{error}");
+        assert_eq!(error["after"]["lsn"].as_u64(), (code == 3).then_some(2), "{error}");
+    }
+}
+
+#[test]
+fn a_result_that_cannot_be_written_is_a_failure_and_a_reader_that_is_gone_a_quiet_one() {
+    let fixture = Fixture::start();
+    let command = || {
+        let mut command = std::process::Command::new(assert_cmd::cargo::cargo_bin("cdpctl"));
+        command.env("CDP_SERVER", &fixture.url).args(["disk", "list"]);
+        command
+    };
+    let full = || std::fs::File::options().write(true).open("/dev/full").expect("/dev/full");
+    let output = command().stdout(full()).output().expect("runs");
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).contains("cannot write to standard output"), "{}", stderr(&output));
+    let (reader, writer) = std::io::pipe().expect("a pipe");
+    drop(reader);
+    let output = command().stdout(writer).output().expect("runs");
+    assert_eq!((output.status.code(), stderr(&output).as_str()), (Some(141), ""));
+    // What cannot be said changes no exit code.
+    let output = command().arg("--nonsense").stderr(full()).output().expect("runs");
+    assert_eq!(output.status.code(), Some(2));
+    let output = command().env("CDP_SERVER", "http://127.0.0.1:1").stderr(full()).output().expect("runs");
+    assert_eq!(output.status.code(), Some(1));
+}

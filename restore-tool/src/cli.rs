@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use cdp_api::client::{parse_disk, parse_server};
+use clap::builder::{PathBufValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use restore_tool::Format;
 
@@ -18,12 +19,13 @@ Points in time:
 
 Exit codes:
   0    restored and verified
-  1    the journal could not be read or the target not written
+  1    the journal could not be read, or the target or standard output not written
   2    the command line is wrong
   3    the point cannot be restored; the nearest points that can are shown
-  4    the target was refused: not empty (see --force), in use, or too small
+  4    the target was refused, untouched: not empty (see --force), in use, too small, or it cannot be written
   5    the target reads back differently from what was written
-  130  stopped by a signal
+  130  stopped by SIGINT, SIGTERM or SIGHUP; a second one does not wait for the block that is under way
+  141  the reader of standard output went away; a target with its name is complete and verified
 
 A file appears under its name only when it is complete and verified; until then it has a temporary name beside it, and
 what it replaces stays as it was. A block device is overwritten in place: after a failure, restore again before using it.";
@@ -56,7 +58,7 @@ pub(crate) struct RestoreArgs {
     #[arg(long, value_name = "UUID|VM/DEVICE", value_parser = parse_disk)]
     pub(crate) disk: String,
     /// The file or block device to write.
-    #[arg(long, short, value_name = "FILE|DEVICE")]
+    #[arg(long, short, value_name = "FILE|DEVICE", value_parser = PathBufValueParser::new().try_map(not_standard_output))]
     pub(crate) output: PathBuf,
     /// Format of the image.
     #[arg(long, value_enum, default_value = "raw")]
@@ -91,8 +93,18 @@ pub(crate) struct Common {
 pub(crate) enum OutputFormat {
     /// For people.
     Text,
-    /// One JSON document.
+    /// One JSON document, whatever happens: the result, or {"error": {kind, detail, hint, state, before, after}}.
     Json,
+}
+
+/// What is written to a pipe cannot be read back, and whoever reads it sees an image that may yet fail.
+fn not_standard_output(output: PathBuf) -> Result<PathBuf, String> {
+    if output.as_os_str() != "-" {
+        return Ok(output);
+    }
+    Err("standard output cannot be read back and compared; restore to a file and send that on when it is complete, or \
+         run cdp-restore where the image is wanted, with --server (a file of that name is ./-)"
+        .to_owned())
 }
 
 #[cfg(test)]

@@ -2,13 +2,13 @@
 
 use std::io;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use blake3::Hash;
 
 use crate::error::RestoreError;
 use crate::limits::{BLOCK_BYTES, GRAIN_BYTES};
 use crate::output::Output;
+use crate::restore::Stop;
 use crate::source::Image;
 
 /// What was written, block by block: enough to prove later that it is still there.
@@ -32,8 +32,8 @@ struct Block {
 pub(crate) struct Pass<'a> {
     /// The target's name, for errors.
     pub(crate) path: &'a Path,
-    /// Set by a signal handler: stop soon.
-    pub(crate) stop: &'a AtomicBool,
+    /// Asked by a signal handler: stop soon.
+    pub(crate) stop: &'a Stop,
     /// Told the position reached, in bytes of the disk.
     pub(crate) progress: &'a dyn Fn(u64),
 }
@@ -41,13 +41,12 @@ pub(crate) struct Pass<'a> {
 impl Pass<'_> {
     fn reached(&self, position: u64) -> Result<(), RestoreError> {
         (self.progress)(position);
-        // ORDERING: Relaxed; the flag stands alone, no other memory is published with it.
-        if self.stop.load(Ordering::Relaxed) { Err(RestoreError::Interrupted) } else { Ok(()) }
+        if self.stop.is_asked() { Err(RestoreError::Interrupted) } else { Ok(()) }
     }
 
     fn failed(&self, operation: &'static str, offset: u64) -> impl FnOnce(io::Error) -> RestoreError {
         let path = self.path.to_owned();
-        move |source| RestoreError::Output { path, operation, offset, source }
+        move |source| RestoreError::Output { path, operation, offset: Some(offset), source }
     }
 }
 
@@ -275,7 +274,7 @@ mod tests {
     }
 
     fn quietly<T>(run: impl FnOnce(&Pass) -> T) -> T {
-        let stop = AtomicBool::new(false);
+        let stop = Stop::default();
         run(&Pass { path: Path::new("target"), stop: &stop, progress: &|_| () })
     }
 
@@ -330,7 +329,8 @@ mod tests {
 
     #[test]
     fn a_signal_stops_it() {
-        let stop = AtomicBool::new(true);
+        let stop = Stop::default();
+        assert!(stop.ask());
         let pass = Pass { path: Path::new("target"), stop: &stop, progress: &|_| () };
         let mut target = Target::of(example().bytes.len());
         assert!(matches!(copy(&mut example(), &mut target, &pass), Err(RestoreError::Interrupted)));

@@ -32,14 +32,14 @@ pub enum RestoreError {
         hint: String,
     },
     /// Writing or reading back the target failed.
-    #[error("{operation} {path} failed at byte {offset}: {source}", path = path.display())]
+    #[error("{operation} {path} failed{at}: {source}", path = path.display(), at = place(*.offset))]
     Output {
         /// The target.
         path: PathBuf,
         /// What was tried.
         operation: &'static str,
-        /// Where on the disk, in bytes.
-        offset: u64,
+        /// Where on the disk, in bytes, if at a place of it.
+        offset: Option<u64>,
         /// What the system says.
         source: io::Error,
     },
@@ -94,12 +94,22 @@ impl RestoreError {
         match self {
             Self::Problem(problem) => &problem.hint,
             Self::Source { hint, .. } | Self::Refused { hint, .. } => hint,
-            Self::Output { source, .. } if source.kind() == io::ErrorKind::StorageFull => {
-                "free some space, or choose a target with more of it, and restore again"
-            }
-            Self::Output { .. } => {
-                "check the target's disk (dmesg), and restore again, perhaps to another one"
-            }
+            Self::Output { source, .. } => match source.kind() {
+                io::ErrorKind::StorageFull => {
+                    "free some space, or choose a target with more of it, and restore again"
+                }
+                io::ErrorKind::QuotaExceeded => {
+                    "free some of this user's space there, or restore as another user or to another filesystem"
+                }
+                io::ErrorKind::FileTooLarge => {
+                    "the image is larger than this shell's limit (ulimit -f) or the filesystem allows: raise the limit, or \
+                     restore to another filesystem"
+                }
+                io::ErrorKind::ReadOnlyFilesystem => {
+                    "the filesystem has become read-only: see dmesg for why, and restore to another one"
+                }
+                _ => "check the target's disk (dmesg), and restore again, perhaps to another one",
+            },
             Self::Verify { .. } => "the target's disk or memory is not to be trusted: restore to another one",
             Self::Interrupted => "run the same command to restore again",
         }
@@ -108,6 +118,10 @@ impl RestoreError {
     pub(crate) fn problem(kind: Kind, detail: impl Into<String>, hint: impl Into<String>) -> Self {
         Self::Problem(Box::new(Problem::new(kind, detail, hint)))
     }
+}
+
+fn place(offset: Option<u64>) -> String {
+    offset.map(|offset| format!(" at byte {offset}")).unwrap_or_default()
 }
 
 #[cfg(test)]

@@ -5,104 +5,144 @@
 mod cli;
 mod show;
 
-use std::io::{self, Write};
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use cdp_api::client::parse_server;
-use clap::Parser;
+use cdp_api::program;
 use clap::error::ErrorKind;
-use restore_tool::restore::Failure;
+use nix::sys::signal::{SigSet, Signal};
+use restore_tool::restore::{Failure, Stop};
 use restore_tool::{Order, RestoreError, ServerSource, Source, StoreSource, restore};
 use serde_json::json;
 
 use crate::cli::{Cli, Command, Common, ListArgs, OutputFormat, RestoreArgs};
 use crate::show::Progress;
 
+const NAME: &str = "cdp-restore";
+
+/// Why the program ends early.
+enum End {
+    /// A failure that is still to be reported.
+    Failed(Failure),
+    /// Everything is said.
+    Said(ExitCode),
+}
+
+impl<E: Into<Failure>> From<E> for End {
+    fn from(error: E) -> Self {
+        Self::Failed(error.into())
+    }
+}
+
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli: Cli = match program::parse() {
+        Ok(cli) => cli,
+        Err(code) => return code,
+    };
+    // A file that becomes larger than `ulimit -f` allows is then an error that is reported, not the end of the process
+    // with a temporary file left behind.
+    let mut file_size = SigSet::empty();
+    file_size.add(Signal::SIGXFSZ);
+    if let Err(error) = file_size.thread_block() {
+        program::say(&format!("{NAME}: cannot block SIGXFSZ ({error}); a limit of file sizes may end this"));
+    }
     let outcome = match (cli.command, cli.restore) {
         (Some(Command::List(args)), _) => list(&args, &cli.common),
         (None, Some(args)) => run(&args, &cli.common),
         (None, None) => unreachable!("clap asks for --at, --disk and --output unless there is a subcommand"),
     };
-    let Err(Failure { error, left }) = outcome else {
-        return ExitCode::SUCCESS;
-    };
-    eprintln!("{}", show::error(&error, left.as_deref()));
-    if cli.common.output_format == OutputFormat::Json {
-        print(&format!("{:#}\n", show::error_json(&error, left.as_deref())));
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(End::Said(code)) => code,
+        Err(End::Failed(failure)) => {
+            report(&failure, cli.common.output_format);
+            ExitCode::from(failure.error.exit_code())
+        }
     }
-    ExitCode::from(error.exit_code())
 }
 
-fn list(args: &ListArgs, common: &Common) -> Result<(), Failure> {
+fn report(failure: &Failure, format: OutputFormat) {
+    let Failure { error, left } = failure;
+    program::say(&show::error(error, left.as_deref()));
+    if format == OutputFormat::Json {
+        show::error_json(error, left.as_deref()).print_json();
+    }
+}
+
+fn list(args: &ListArgs, common: &Common) -> Result<(), End> {
     let listings = source(common)?.list(args.disk.as_deref())?;
-    match common.output_format {
-        OutputFormat::Text => print(&show::listings(&listings)),
-        OutputFormat::Json => print(&format!("{:#}\n", json!({ "disks": listings }))),
-    }
-    Ok(())
+    let text = match common.output_format {
+        OutputFormat::Text => show::listings(&listings),
+        OutputFormat::Json => format!("{:#}\n", json!({ "disks": listings })),
+    };
+    print(&text, None)
 }
 
-fn run(args: &RestoreArgs, common: &Common) -> Result<(), Failure> {
+fn run(args: &RestoreArgs, common: &Common) -> Result<(), End> {
     let at = cdp_api::client::parse_point(&args.at).map_err(RestoreError::Problem)?;
     let mut image = source(common)?.open(&args.disk, &at)?;
     // The point is said before anything is done. With JSON, standard output holds one document at the end.
-    let text = common.output_format == OutputFormat::Text;
-    let say = |line: &str| if text { print(&format!("{line}\n")) } else { eprintln!("{line}") };
-    say(&format!("{} at {}", image.disk().label(), show::point(image.point())));
+    let mut first = format!("{} at {}\n", image.disk().label(), show::point(image.point()));
     if !image.point().exact {
-        say("that is the newest record there is; the journal does not say what came after it");
+        first += "that is the newest record there is; the journal does not say what came after it\n";
+    }
+    match common.output_format {
+        OutputFormat::Text => print(&first, Some("nothing was restored"))?,
+        OutputFormat::Json => program::say(first.trim_end()),
     }
     let order = Order { output: args.output.clone(), format: args.format, force: args.force };
     let progress = Progress::new(image.disk_bytes());
-    let outcome =
-        restore(image.as_mut(), &order, &stop_on_signals(), &|stage, position| progress.at(stage, position));
+    let stop = stop_on_signals(common.output_format);
+    let outcome = restore(image.as_mut(), &order, &stop, &|stage, position| progress.at(stage, position));
     progress.finish();
     let report = outcome?;
-    match common.output_format {
-        OutputFormat::Text => print(&format!("{}\n", show::report(&report))),
-        OutputFormat::Json => print(&format!("{:#}\n", json!(report))),
-    }
-    Ok(())
+    let text = match common.output_format {
+        OutputFormat::Text => format!("{}\n", show::report(&report)),
+        OutputFormat::Json => format!("{:#}\n", json!(report)),
+    };
+    print(&text, Some(&format!("{} is restored and verified", report.output.display())))
 }
 
-fn source(common: &Common) -> Result<Box<dyn Source>, RestoreError> {
+/// Prints a result; `state` is what is left when that fails.
+fn print(text: &str, state: Option<&str>) -> Result<(), End> {
+    program::print(text).map_err(|error| End::Said(program::cannot_print(NAME, &error, state)))
+}
+
+fn source(common: &Common) -> Result<Box<dyn Source>, End> {
     if let Some(store) = &common.store {
         return Ok(Box::new(StoreSource::open(store)?));
     }
     let environment = || std::env::var("CDP_SERVER").ok().filter(|url| !url.is_empty());
-    let wrong = |kind, what: &str| -> ! {
-        use clap::CommandFactory;
-        Cli::command().error(kind, what).exit()
-    };
-    let Some(url) = common.server.clone().or_else(environment) else {
+    let wrong = |kind, what: &str| End::Said(program::usage::<Cli>(kind, what));
+    let url = common.server.clone().or_else(environment).ok_or_else(|| {
         let missing = "where is the journal? give --server URL (or set CDP_SERVER) or --store DIR";
         wrong(ErrorKind::MissingRequiredArgument, missing)
-    };
+    })?;
     // --server was looked at with the command line, CDP_SERVER was not.
-    if let Err(what) = parse_server(&url) {
-        wrong(ErrorKind::InvalidValue, &format!("CDP_SERVER: {what}"))
-    }
+    parse_server(&url).map_err(|what| wrong(ErrorKind::InvalidValue, &format!("CDP_SERVER: {what}")))?;
     Ok(Box::new(ServerSource::new(&url)?))
 }
 
-/// A flag that the first SIGINT, SIGTERM or SIGHUP sets: the restore then stops at the next block and cleans up.
-fn stop_on_signals() -> Arc<AtomicBool> {
-    let stop = Arc::new(AtomicBool::new(false));
-    let flag = Arc::clone(&stop);
-    // ORDERING: Relaxed; the flag stands alone, no other memory is published with it.
-    let handler = move || flag.store(true, Ordering::Relaxed);
+/// The first SIGINT, SIGTERM or SIGHUP asks the restore to stop, which it does at the next block. A second one does not
+/// wait for that: a server or a disk may take minutes to answer.
+fn stop_on_signals(format: OutputFormat) -> Arc<Stop> {
+    let stop = Arc::new(Stop::default());
+    let asked = Arc::clone(&stop);
+    let handler = move || {
+        if asked.ask() {
+            return;
+        }
+        if let Some(left) = asked.abandon() {
+            let failure = Failure { error: RestoreError::Interrupted, left };
+            report(&failure, format);
+            std::process::exit(failure.error.exit_code().into());
+        }
+    };
     if let Err(error) = ctrlc::set_handler(handler) {
-        eprintln!("cdp-restore: cannot catch signals ({error}); if stopped, a temporary file may be left");
+        program::say(&format!(
+            "{NAME}: cannot catch signals ({error}); if stopped, a temporary file may be left"
+        ));
     }
     stop
-}
-
-/// Prints to standard output; a reader that has gone away is no reason to stop a restore.
-fn print(text: &str) {
-    let mut out = io::stdout().lock();
-    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
 }

@@ -1,7 +1,9 @@
 //! One restore from beginning to end: check the target, copy, verify, give it its name.
 
+use std::fs;
 use std::path::PathBuf;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use cdp_api::ResolvedPoint;
@@ -62,6 +64,64 @@ impl From<RestoreError> for Failure {
     }
 }
 
+/// What stops a restore, from any thread.
+#[derive(Debug, Default)]
+pub struct Stop {
+    asked: AtomicBool,
+    reached: Mutex<Reached>,
+}
+
+/// How far a restore is, as far as stopping it is concerned.
+#[derive(Debug, Default)]
+enum Reached {
+    /// Nothing is written.
+    #[default]
+    Nothing,
+    /// The target is being written, through that temporary file if it is a file.
+    Writing { temporary: Option<PathBuf>, left: String },
+    /// The target is the finished image.
+    Complete,
+}
+
+impl Stop {
+    /// Asks the restore to stop at the next block; false when it was asked before.
+    pub fn ask(&self) -> bool {
+        // ORDERING: Relaxed; the flag stands alone, no other memory is published with it.
+        !self.asked.swap(true, Ordering::Relaxed)
+    }
+
+    pub(crate) fn is_asked(&self) -> bool {
+        // ORDERING: Relaxed; as in `ask`.
+        self.asked.load(Ordering::Relaxed)
+    }
+
+    /// For a process that is about to end without waiting for the restore: removes what is temporary and says what is
+    /// left, as in [`Failure::left`]. `None` when the restore is complete: it had better be let finish.
+    #[must_use]
+    pub fn abandon(&self) -> Option<Option<String>> {
+        match &*self.reached() {
+            Reached::Nothing => Some(None),
+            Reached::Writing { temporary: None, left } => Some(Some(left.clone())),
+            Reached::Writing { temporary: Some(temporary), left } => {
+                Some(Some(match fs::remove_file(temporary) {
+                    Ok(()) => left.clone(),
+                    Err(error) => {
+                        format!(
+                            "{left}; the temporary file {} could not be removed ({error})",
+                            temporary.display()
+                        )
+                    }
+                }))
+            }
+            Reached::Complete => None,
+        }
+    }
+
+    fn reached(&self) -> MutexGuard<'_, Reached> {
+        self.reached.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// The stages of a restore, for showing progress.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Stage {
@@ -74,7 +134,7 @@ pub enum Stage {
 /// Told the stage, and the position reached on the disk in bytes.
 pub type OnProgress<'a> = &'a dyn Fn(Stage, u64);
 
-/// Restores `image` as `order` says. `stop` may be set at any time by a signal handler. The target's name means the
+/// Restores `image` as `order` says. `stop` may be asked at any time by a signal handler. The target's name means the
 /// new image only after it was written, made durable, read back and found equal.
 ///
 /// # Errors
@@ -82,12 +142,13 @@ pub type OnProgress<'a> = &'a dyn Fn(Stage, u64);
 pub fn restore(
     image: &mut dyn Image,
     order: &Order,
-    stop: &AtomicBool,
+    stop: &Stop,
     on_progress: OnProgress,
 ) -> Result<Report, Failure> {
     let begin = Instant::now();
     let target = Target::prepare(&order.output, order.format, image.disk_bytes(), order.force)?;
     let left = target.after_failure();
+    *stop.reached() = Reached::Writing { temporary: target.temporary(), left: left.clone() };
     let (output, remark) = (target.path().to_owned(), target.remark(image.disk_bytes()));
     let outcome = write(image, target, order.format, stop, on_progress);
     let data_bytes = outcome.map_err(|error| Failure { error, left: Some(left) })?;
@@ -109,7 +170,7 @@ fn write(
     image: &mut dyn Image,
     target: Target,
     format: Format,
-    stop: &AtomicBool,
+    stop: &Stop,
     on_progress: OnProgress,
 ) -> Result<u64, RestoreError> {
     let mut output = target.output(format, image.disk_bytes())?;
@@ -119,6 +180,9 @@ fn write(
     let verifying = |position| on_progress(Stage::Verify, position);
     copy::verify(output.as_mut(), &written, &Pass { path: &path, stop, progress: &verifying })?;
     drop(output);
+    // Held over the renaming: whoever abandons the restore sees it either before or after.
+    let mut reached = stop.reached();
     target.commit()?;
+    *reached = Reached::Complete;
     Ok(written.data_bytes)
 }

@@ -3,13 +3,13 @@
 use std::fmt::Write as _;
 use std::io::{self, IsTerminal};
 
-use cdp_api::{Problem, ResolvedPoint};
+use cdp_api::ResolvedPoint;
+use cdp_api::program::Failure;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 use restore_tool::restore::Stage;
 use restore_tool::{Listing, Report, RestoreError};
-use serde_json::json;
 
 /// `lsn 1042, 2026-11-20T10:00:03.000000000Z (2026-11-20 11:00:03.000000000 local), after a flush`.
 pub(crate) fn point(point: &ResolvedPoint) -> String {
@@ -57,19 +57,12 @@ pub(crate) fn error(error: &RestoreError, left: Option<&str>) -> String {
 }
 
 /// An error, for programs.
-pub(crate) fn error_json(error: &RestoreError, left: Option<&str>) -> serde_json::Value {
-    let near = |pick: fn(&Problem) -> &Option<ResolvedPoint>| match error {
-        RestoreError::Problem(problem) => pick(problem).clone(),
-        _ => None,
-    };
-    json!({"error": {
-        "kind": error.kind(),
-        "detail": error.to_string(),
-        "hint": error.hint(),
-        "state": left,
-        "before": near(|problem| &problem.before),
-        "after": near(|problem| &problem.after),
-    }})
+pub(crate) fn error_json<'a>(error: &'a RestoreError, left: Option<&'a str>) -> Failure<'a> {
+    let failure = Failure { state: left, ..Failure::new(error.kind(), error.to_string(), error.hint()) };
+    match error {
+        RestoreError::Problem(problem) => failure.near(problem),
+        _ => failure,
+    }
 }
 
 /// The disks and their points, for people.

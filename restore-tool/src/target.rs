@@ -2,19 +2,22 @@
 //!
 //! | target | while it is written | after success | after a failure |
 //! | --- | --- | --- | --- |
-//! | file | a temporary file beside it, `.NAME.XXXXXX.cdp-restore-partial`; the old file is whole | the new image under its name, in one rename | the temporary file is removed (after a `kill -9` or a power cut it stays, and may be deleted); the name still means what it meant before |
+//! | file | a temporary file beside it, `.NAME.XXXXXX.cdp-restore-partial`; the old file is whole | the new image under its name, in one rename | the temporary file is removed, also after SIGINT, SIGTERM and SIGHUP (after a `kill -9` or a power cut it stays, and may be deleted); the name still means what it meant before |
 //! | block device | overwritten in place | the disk's bytes; what lies behind them is as before | partly overwritten: restore again before using it |
 //!
 //! A file of 0 bytes counts as empty, and a device of which every byte is zero. Anything else is overwritten only with
 //! `--force`. What somebody else uses (`in_use`) is refused with `--force` as well, and nobody can begin to use it while
 //! it is written: a VM would go on writing to the replaced, nameless file, or see its disk change under it.
 
+use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{self, Read, Seek, SeekFrom};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt, fchown};
 use std::path::{Path, PathBuf};
 
 use nix::fcntl::OFlag;
+use nix::libc;
 use tempfile::NamedTempFile;
 
 use crate::error::RestoreError;
@@ -34,6 +37,9 @@ pub enum Format {
 
 /// Suffix of the temporary file beside a file target.
 const PARTIAL_SUFFIX: &str = ".cdp-restore-partial";
+
+/// So many bytes of the target's name are in the temporary one's, which has to fit into the 255 of a name.
+const PARTIAL_NAME_BYTES: usize = 200;
 
 /// A target that has passed all checks. Dropping it without [`Target::commit`] removes what is temporary.
 #[derive(Debug)]
@@ -61,7 +67,7 @@ impl Target {
     ///
     /// # Errors
     /// `Refused` for something that is neither file nor block device, is not empty (without `force`), is in use, belongs to
-    /// a store, or is too small for `disk_bytes`; `Output` when it cannot be opened.
+    /// a store, is too small for `disk_bytes`, or cannot be opened or made.
     pub fn prepare(path: &Path, format: Format, disk_bytes: u64, force: bool) -> Result<Self, RestoreError> {
         if is_in_a_journal(path) {
             let detail = "it lies in the folder of a disk's journal";
@@ -75,37 +81,60 @@ impl Target {
                 Self::file(path, Some(&meta))
             }
             Ok(meta) if meta.file_type().is_block_device() => Self::device(path, format, disk_bytes, force),
-            Ok(_) => Err(refused(path, "it is neither a file nor a block device", "choose another --output")),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Self::file(path, None),
-            Err(error) => Err(failed(path, "looking at")(error)),
+            Ok(meta) if meta.is_dir() => {
+                let example = path.join("disk.raw");
+                let hint = format!("give a file's name in it, such as {}", example.display());
+                Err(refused(path, "it is a folder", &hint))
+            }
+            Ok(_) => Err(refused(
+                path,
+                "it is neither a file nor a block device, and cannot be read back and compared",
+                "restore to a file, and send that on when it is complete",
+            )),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Self::new_file(path),
+            Err(error) => Err(unusable(path, "it cannot be looked at")(error)),
         }
+    }
+
+    fn new_file(path: &Path) -> Result<Self, RestoreError> {
+        if let Ok(elsewhere) = fs::read_link(path) {
+            let detail = format!("it is a symbolic link to {}, which is not there", elsewhere.display());
+            return Err(refused(path, &detail, "remove the link, or give the file's own name as --output"));
+        }
+        if path.as_os_str().as_bytes().ends_with(b"/") {
+            let hint = "give a file's name, without the / at its end";
+            return Err(refused(path, "it ends with /, and there is no such folder", hint));
+        }
+        Self::file(path, None)
     }
 
     fn file(path: &Path, old: Option<&fs::Metadata>) -> Result<Self, RestoreError> {
         // Through a symbolic link, the file that it points to is replaced, not the link.
         let path = match old {
-            Some(_) => fs::canonicalize(path).map_err(failed(path, "resolving"))?,
+            Some(_) => fs::canonicalize(path).map_err(unusable(path, "it cannot be resolved"))?,
             None => path.to_owned(),
         };
         let replaces = old.map(|_| claimed(&path)).transpose()?;
         let name = path
             .file_name()
             .ok_or_else(|| refused(&path, "it has no file name", "choose another --output"))?;
+        let name = name.as_bytes();
         let mut prefix = std::ffi::OsString::from(".");
-        prefix.push(name);
+        prefix.push(OsStr::from_bytes(&name[..name.len().min(PARTIAL_NAME_BYTES)]));
         prefix.push(".");
         let mut builder = tempfile::Builder::new();
         builder.prefix(&prefix).suffix(PARTIAL_SUFFIX);
         // Readable by nobody else: it is all that a guest keeps. A file that is replaced keeps its owner and mode.
         builder.permissions(Permissions::from_mode(0o600));
-        let temporary =
-            builder.tempfile_in(directory_of(&path)).map_err(failed(&path, "creating a file beside"))?;
+        let temporary = builder
+            .tempfile_in(directory_of(&path))
+            .map_err(unusable(&path, "no file can be made beside it"))?;
         if let Some(old) = old {
             let keep = |file: &File| {
                 fchown(file, Some(old.uid()), Some(old.gid()))?;
                 file.set_permissions(Permissions::from_mode(old.mode() & 0o7777))
             };
-            keep(temporary.as_file()).map_err(failed(&path, "taking over owner and mode of"))?;
+            keep(temporary.as_file()).map_err(unusable(&path, "its owner and mode cannot be kept"))?;
         }
         Ok(Self { path, kind: TargetKind::File { temporary, replaces } })
     }
@@ -124,7 +153,7 @@ impl Target {
             io::ErrorKind::ResourceBusy => {
                 refused(path, "it is mounted or in use", "unmount it, or choose another device")
             }
-            _ => failed(path, "opening")(error),
+            _ => unusable(path, "it cannot be opened")(error),
         })?;
         claim(path, &file)?;
         let device_bytes = file.seek(SeekFrom::End(0)).map_err(failed(path, "measuring"))?;
@@ -185,6 +214,15 @@ impl Target {
         &self.path
     }
 
+    /// The temporary file that becomes the target in the end, unless that is a device.
+    #[must_use]
+    pub fn temporary(&self) -> Option<PathBuf> {
+        match &self.kind {
+            TargetKind::File { temporary, .. } => Some(temporary.path().to_owned()),
+            TargetKind::Device { .. } => None,
+        }
+    }
+
     /// What a failure after this point leaves, as a sentence.
     #[must_use]
     pub fn after_failure(&self) -> String {
@@ -213,7 +251,8 @@ impl Target {
 
 /// Opens the file that is to be replaced, and takes it for this process alone.
 fn claimed(path: &Path) -> Result<File, RestoreError> {
-    let file = OpenOptions::new().read(true).write(true).open(path).map_err(failed(path, "opening"))?;
+    let file = OpenOptions::new().read(true).write(true).open(path);
+    let file = file.map_err(unusable(path, "it cannot be opened"))?;
     claim(path, &file)?;
     Ok(file)
 }
@@ -265,11 +304,52 @@ fn refused(path: &Path, detail: &str, hint: &str) -> RestoreError {
     RestoreError::Refused { path: path.to_owned(), detail: detail.to_owned(), hint: hint.to_owned() }
 }
 
+/// A target that the system does not let this process write to: what to do depends on why.
+fn unusable<'a>(path: &'a Path, what: &'a str) -> impl FnOnce(io::Error) -> RestoreError + 'a {
+    use io::ErrorKind as E;
+    move |error| {
+        let folder = directory_of(path).display();
+        let (why, hint) = match error.kind() {
+            E::NotFound => (
+                format!("its folder {folder} is not there"),
+                format!("make the folder (mkdir -p {folder}), or choose another --output"),
+            ),
+            E::NotADirectory => (
+                format!("a part of {folder} is a file, not a folder"),
+                "check the path, or choose another --output".to_owned(),
+            ),
+            E::PermissionDenied => (
+                format!("{what}: {error}"),
+                "run cdp-restore as a user that may write there (root), or choose another --output"
+                    .to_owned(),
+            ),
+            E::ReadOnlyFilesystem => (
+                "its filesystem is mounted read-only".to_owned(),
+                "choose an --output on another filesystem, or mount this one for writing".to_owned(),
+            ),
+            E::StorageFull | E::QuotaExceeded => (
+                format!("{what}: {error}"),
+                "free some space, or choose an --output with more of it".to_owned(),
+            ),
+            E::InvalidFilename => (
+                "its name is too long for the filesystem".to_owned(),
+                "choose a shorter --output: a name has at most 255 bytes, a path 4095".to_owned(),
+            ),
+            _ if error.raw_os_error() == Some(libc::ELOOP) => (
+                "its symbolic links go round in a circle".to_owned(),
+                "look at the links with namei, or choose another --output".to_owned(),
+            ),
+            _ => (format!("{what}: {error}"), "choose another --output".to_owned()),
+        };
+        refused(path, &why, &hint)
+    }
+}
+
 fn not_empty(path: &Path, detail: &str) -> RestoreError {
     refused(path, detail, "choose another --output, or give --force to overwrite it")
 }
 
 fn failed(path: &Path, operation: &'static str) -> impl FnOnce(io::Error) -> RestoreError {
     let path = path.to_owned();
-    move |source| RestoreError::Output { path, operation, offset: 0, source }
+    move |source| RestoreError::Output { path, operation, offset: None, source }
 }

@@ -86,6 +86,12 @@ impl Journal {
         assert!(failed.is_empty(), "{failed:?}");
     }
 
+    /// Closes the store, so that a server can have it.
+    pub(crate) fn close(self) -> (TempDir, Vec<Vec<u8>>) {
+        self.commit();
+        (self.directory, self.versions)
+    }
+
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.directory.path().join(name)
     }
