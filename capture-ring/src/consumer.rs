@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use journal_format::limits::{MAX_BOOKMARK_BYTES, MAX_DISK_BYTES, MAX_RECORD_DATA_BYTES};
-use journal_format::{ByteRange, DataSpan, GapReason, Lsn, Op, Record, Stamp};
+use journal_format::{ByteRange, DataSpan, GapReason, ImageTag, Lsn, Op, Record, Stamp};
 
 use crate::clock::HostClock;
 use crate::error::{RingError, RingErrorKind};
@@ -457,6 +457,7 @@ fn op_of(entry: &Entry) -> Result<(Op, u32), RingError> {
         kind::GAP_END => (Op::GapEnd { generation: entry.offset }, 0),
         kind::FLUSH => (Op::Flush, 0),
         kind::VOID => (Op::Void, 0),
+        kind::CLOSE => (Op::Close { image: ImageTag::from_halves([entry.offset, entry.length]) }, 0),
         _ => return Err(RingError::corrupt("a record has an unknown kind or size")),
     })
 }

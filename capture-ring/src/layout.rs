@@ -365,6 +365,7 @@ pub(crate) mod kind {
     pub(crate) const GAP_BEGIN: u8 = 7;
     pub(crate) const GAP_END: u8 = 8;
     pub(crate) const VOID: u8 = 9;
+    pub(crate) const CLOSE: u8 = 10;
 }
 
 /// Flags of a record in a slot; the bits of `docs/formats/frame.md`.

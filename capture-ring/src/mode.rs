@@ -5,7 +5,7 @@
 //! that, too. A resync may end generation `g` only while the word still says `g`; readers ignore an end of an older
 //! generation than the one open. So an end that races with a new loss closes nothing.
 
-use journal_format::{ByteRange, GapReason, Lsn};
+use journal_format::{ByteRange, GapReason, ImageTag, Lsn};
 
 use crate::layout::kind;
 use crate::producer::Producer;
@@ -111,6 +111,31 @@ impl Producer {
     /// Ends the epoch in order: requests are no longer captured. The caller waits for those in flight.
     pub fn detach(&self) {
         self.change(|word| (word.mode != Mode::Off).then_some(ModeWord { mode: Mode::Off, ..word }));
+    }
+
+    /// After [`Producer::detach`], when no request is in flight: history is whole up to here, and the disk is left as `image`.
+    /// Publishes that as the last record. False, and nothing is published, when history has a gap or the ring no slot.
+    #[must_use]
+    pub fn close(&self, image: ImageTag) -> bool {
+        let ring = &self.ring;
+        let words = ring.memory().words();
+        // ORDERING: Acquire as in `finish_resync`: whoever had something to mark or to publish has done it.
+        let busy = words.untracked.load(Ordering::Acquire) != 0 || words.fills.load(Ordering::Acquire) != 0;
+        // ORDERING: pairs with the store in `stop`.
+        let stopped = words.stopped.load(Ordering::SeqCst) != 0;
+        if ring.mode().mode != Mode::Off || busy || stopped || ring.gap_is_open() || ring.dirty().any() {
+            return false;
+        }
+        let [offset, length] = image.halves();
+        let entry = Entry { kind: kind::CLOSE, offset, length, ..Entry::default() };
+        self.bare(Class::Control, entry).is_ok()
+    }
+
+    /// After [`Producer::attach`], before the first request: the disk is as the last epoch left it, so nothing has to be
+    /// read. The gap ends as soon as somebody asks for it ([`Producer::finish_resync`]).
+    pub fn unchanged(&self) {
+        let dirty = self.ring.dirty();
+        while dirty.take_run(0, u64::MAX).is_some() {}
     }
 
     /// Ends capture because of a fault, with a gap record so that history says so.

@@ -1,6 +1,7 @@
 //! The control protocol: every message survives the wire, and no bytes make either end panic, leak or believe.
 #![cfg(not(loom))]
 
+use journal_format::ImageTag;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
@@ -51,7 +52,11 @@ fn message() -> impl Strategy<Value = Message> {
         (proptest::collection::vec(disk(), 0..8), any::<bool>())
             .prop_map(|(disks, more)| Message::Disks { disks, more }),
         Just(Message::List),
-        command().prop_map(|(request, device)| Message::Attach { request, device }),
+        (command(), any::<Option<[u8; 16]>>()).prop_map(|((request, device), image)| Message::Attach {
+            request,
+            device,
+            image: image.map(ImageTag)
+        }),
         command().prop_map(|(request, device)| Message::Detach { request, device }),
         command().prop_map(|(request, device)| Message::Resync { request, device }),
         (any::<u64>(), any::<bool>(), text(512)).prop_map(|(request, ok, message)| Message::Result {
@@ -129,9 +134,12 @@ fn an_attach_brings_a_ring_a_clock_and_a_bell() {
         bell: dup(bell.as_fd()),
         outbox,
     };
-    agent.send_attach(7, "virtio0", &fds).expect("sent");
+    agent.send_attach(7, "virtio0", Some(ImageTag([3; 16])), &fds).expect("sent");
     let Received { message, fds: Fds::Capture(fds) } = received(&filter) else { panic!("no descriptors") };
-    assert_eq!(message, Message::Attach { request: 7, device: "virtio0".to_owned() });
+    assert_eq!(
+        message,
+        Message::Attach { request: 7, device: "virtio0".to_owned(), image: Some(ImageTag([3; 16])) }
+    );
     // What was attached is held, and what is held comes back to the next agent.
     filter.send_held("virtio0", true, &fds).expect("sent");
     let Received { message, fds: Fds::Capture(fds) } = received(&agent) else { panic!("no descriptors") };
@@ -191,7 +199,7 @@ fn descriptors_that_nobody_asked_for_are_closed() {
     use std::io::IoSlice;
     use std::os::fd::AsRawFd;
     let (one, other) = Connection::pair().expect("sockets");
-    let bytes = encode(&Message::Attach { request: 1, device: String::new() }).expect("encodes");
+    let bytes = encode(&Message::Attach { request: 1, device: String::new(), image: None }).expect("encodes");
     let fds = vec![one.as_fd().as_raw_fd(); 200];
     let before = open_fds();
     for _ in 0..10 {

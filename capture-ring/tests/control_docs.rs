@@ -2,6 +2,7 @@
 //! a recipe, and the message that it makes must be what the code encodes.
 #![cfg(not(loom))]
 
+use journal_format::ImageTag;
 use std::path::Path;
 
 use capture_ring::control::{DiskInfo, Hello, MESSAGE_HEADER_BYTES, Message, PROTOCOL_VERSION, encode};
@@ -43,7 +44,7 @@ fn largest(name: &str) -> Message {
         }),
         "Disks" => Message::Disks { disks: vec![disk], more: true },
         "List" => Message::List,
-        "Attach" => Message::Attach { request: 1, device },
+        "Attach" => Message::Attach { request: 1, device, image: Some(ImageTag([1; 16])) },
         "Detach" => Message::Detach { request: 1, device },
         "Resync" => Message::Resync { request: 1, device },
         "Result" => Message::Result { request: 1, ok: true, message: text(512) },

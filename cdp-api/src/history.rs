@@ -80,6 +80,7 @@ impl From<journal::PointKind> for PointKind {
             Recorded::Resize => Self::Resize,
             Recorded::Bookmark => Self::Bookmark,
             Recorded::GapEnd => Self::GapEnd,
+            Recorded::Close => Self::Close,
             Recorded::GapBegin | Recorded::Void => Self::Other,
         }
     }

@@ -433,6 +433,8 @@ pub enum PointKind {
     Bookmark,
     /// The end of a gap: the disk is whole again from here.
     GapEnd,
+    /// The VM let go of the disk in good order.
+    Close,
     /// Any other record (the beginning of a gap, an empty slot).
     #[serde(other)]
     Other,
@@ -450,6 +452,7 @@ impl PointKind {
             Self::Resize => "after a change of size",
             Self::Bookmark => "at a bookmark",
             Self::GapEnd => "at the end of a gap",
+            Self::Close => "when the VM let go of the disk",
             Self::Other => "between writes",
         }
     }

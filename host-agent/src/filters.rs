@@ -27,6 +27,7 @@ use crate::events::{Gone, Input, Sender};
 use crate::limits::{HELLO_TIMEOUT, MAX_DISKS_PER_FILTER, MAX_FILTERS, MAX_HELD_PER_FILTER};
 use crate::seam::process::ProcessHandle;
 use crate::session::{DiskInfo, Event, FilterId, Holding, VmInfo};
+use journal_format::ImageTag;
 
 /// A connected filter, as the hub sees it.
 #[derive(Debug)]
@@ -40,9 +41,15 @@ impl FilterLink {
     ///
     /// # Errors
     /// When the filter does not take it; close the connection.
-    pub fn attach(&self, request: u64, device: &str, fds: &CaptureFds) -> Result<(), AgentError> {
+    pub fn attach(
+        &self,
+        request: u64,
+        device: &str,
+        image: Option<ImageTag>,
+        fds: &CaptureFds,
+    ) -> Result<(), AgentError> {
         self.check_writable()?;
-        self.connection.send_attach(request, device, fds).map_err(control_error)
+        self.connection.send_attach(request, device, image, fds).map_err(control_error)
     }
 
     /// Asks to hold a new outbox.

@@ -493,7 +493,9 @@ impl Hub {
                 tracing::info!(disk = %order.disk, device = order.device, epoch = order.epoch.0,
                     first_lsn = order.first_lsn.0, "capture starts");
                 self.rings.insert(order.disk, live);
-                self.ask(order.filter, order.request, |link| link.attach(order.request, &order.device, &fds));
+                self.ask(order.filter, order.request, |link| {
+                    link.attach(order.request, &order.device, order.closed_image, &fds)
+                });
             }
             Err(error) => {
                 tracing::error!(disk = %order.disk, %error, "cannot make a ring and an outbox");

@@ -13,7 +13,7 @@
 
 use capture_ring::{Overflow, Policy};
 use journal_format::wire::{self, MESSAGE_HEADER_BYTES, MessageHeader, MessageType};
-use journal_format::{ChunkHash, Epoch, Lsn, Stamp};
+use journal_format::{ChunkHash, Epoch, ImageTag, Lsn, Stamp};
 
 use crate::compare::{Answer, Wanted};
 use crate::error::AgentError;
@@ -81,6 +81,7 @@ fn decode(kind: MessageType, body: &[u8]) -> Result<ServerMessage, AgentError> {
                 durable_lsn: lsn(opened.durable_lsn)?,
                 durable_stamp: Stamp(opened.durable_stamp),
                 epoch: Epoch(opened.epoch),
+                closed_image: opened.closed_image.try_into().ok().map(ImageTag),
                 refused: opened.refused,
             }
         }

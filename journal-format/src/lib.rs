@@ -50,4 +50,4 @@ pub use frame::{Codec, Frame, FrameHeader, FrameMeta};
 pub use history::{EpochStart, Gap, History, RecoverableRange};
 pub use point::{Point, PointError, PointKind, PointSpec};
 pub use record::{DataSpan, GapReason, Op, Record};
-pub use units::{ByteOffset, ByteRange, DiskId, Epoch, Lsn, SegmentNumber, Stamp};
+pub use units::{ByteOffset, ByteRange, DiskId, Epoch, ImageTag, Lsn, SegmentNumber, Stamp};

@@ -62,10 +62,6 @@ pub struct Manifest {
     pub disk_bytes: u64,
     /// Last epoch when this was written; 0 before the first.
     pub last_epoch: Epoch,
-    /// Whether that epoch was closed cleanly, at `closed_lsn`.
-    pub epoch_closed: bool,
-    /// Last LSN of the closed epoch; `Lsn::ZERO` while it is open.
-    pub closed_lsn: Lsn,
     /// Number that the next new segment gets; greater than every live one.
     pub next_segment: SegmentNumber,
     /// The live segments in LSN order, without holes; all sealed but perhaps the last.
@@ -79,17 +75,16 @@ pub struct ManifestHeader {
     magic: [u8; 8],
     version: U16,
     header_bytes: U16,
-    epoch_closed: u8,
-    reserved_a: [u8; 3],
+    reserved_a: [u8; 4],
     disk: [u8; 16],
     revision: U64,
     disk_bytes: U64,
     last_epoch: U64,
-    closed_lsn: U64,
+    reserved_b: [u8; 8],
     next_segment: U32,
     segment_count: U32,
     segments_crc: U32,
-    reserved_b: [u8; 48],
+    reserved_c: [u8; 48],
     header_crc: U32,
 }
 
@@ -97,17 +92,16 @@ layout!(ManifestHeader {
     magic,
     version,
     header_bytes,
-    epoch_closed,
     reserved_a,
     disk,
     revision,
     disk_bytes,
     last_epoch,
-    closed_lsn,
+    reserved_b,
     next_segment,
     segment_count,
     segments_crc,
-    reserved_b,
+    reserved_c,
     header_crc
 });
 
@@ -211,8 +205,6 @@ impl Manifest {
             revision: 1,
             disk_bytes,
             last_epoch: Epoch(0),
-            epoch_closed: true,
-            closed_lsn: Lsn::ZERO,
             next_segment: SegmentNumber(1),
             segments: Vec::new(),
         }
@@ -233,17 +225,16 @@ impl Manifest {
             magic: MANIFEST_MAGIC,
             version: U16::new(MANIFEST_VERSION),
             header_bytes: U16::new(MANIFEST_HEADER_BYTES as u16),
-            epoch_closed: u8::from(self.epoch_closed),
-            reserved_a: [0; 3],
+            reserved_a: [0; 4],
             disk: self.disk.0,
             revision: U64::new(self.revision),
             disk_bytes: U64::new(self.disk_bytes),
             last_epoch: U64::new(self.last_epoch.0),
-            closed_lsn: U64::new(self.closed_lsn.0),
+            reserved_b: [0; 8],
             next_segment: U32::new(self.next_segment.0),
             segment_count: U32::new(count),
             segments_crc: U32::new(crc32c::crc32c(&body)),
-            reserved_b: [0; 48],
+            reserved_c: [0; 48],
             header_crc: U32::new(0),
         };
         header.header_crc = U32::new(header_crc(header.as_bytes()));
@@ -277,8 +268,6 @@ impl Manifest {
             revision: header.revision.get(),
             disk_bytes: header.disk_bytes.get(),
             last_epoch: Epoch(header.last_epoch.get()),
-            epoch_closed: header.epoch_closed == 1,
-            closed_lsn: Lsn(header.closed_lsn.get()),
             next_segment: SegmentNumber(header.next_segment.get()),
             segments: raw.iter().map(RawLiveSegment::decode).collect::<Result<_, _>>()?,
         };
@@ -297,9 +286,6 @@ impl Manifest {
         }
         if self.disk_bytes > MAX_DISK_BYTES {
             return bad("the disk is larger than the limit");
-        }
-        if !self.epoch_closed && (self.closed_lsn != Lsn::ZERO || self.last_epoch == Epoch(0)) {
-            return bad("an open epoch without a number, or with a closing LSN");
         }
         let mut numbers: Vec<_> = self.segments.iter().map(|live| live.segment).collect();
         numbers.sort_unstable();
@@ -344,11 +330,8 @@ impl ManifestHeader {
         if self.header_crc.get() != header_crc(self.as_bytes()) {
             return err(FormatErrorKind::Checksum, "the header is torn or corrupt");
         }
-        if self.reserved_a != [0; 3] || self.reserved_b != [0; 48] || self.epoch_closed > 1 {
-            return err(
-                FormatErrorKind::Invalid,
-                "a reserved byte is not zero, or a flag is neither 0 nor 1",
-            );
+        if self.reserved_a != [0; 4] || self.reserved_b != [0; 8] || self.reserved_c != [0; 48] {
+            return err(FormatErrorKind::Invalid, "a reserved byte is not zero");
         }
         if self.segment_count.get() > MAX_SEGMENTS {
             return err(FormatErrorKind::TooLarge, "more segments than the limit");

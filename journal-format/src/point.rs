@@ -39,6 +39,8 @@ pub enum PointKind {
     GapEnd,
     /// Nothing: an unused number.
     Void,
+    /// The VM let go of the disk in good order.
+    Close,
 }
 
 impl PointKind {
@@ -55,6 +57,7 @@ impl PointKind {
             Self::GapBegin => "gap-begin",
             Self::GapEnd => "gap-end",
             Self::Void => "void",
+            Self::Close => "close",
         }
     }
 }
@@ -71,6 +74,7 @@ impl From<&Op> for PointKind {
             Op::GapBegin { .. } => Self::GapBegin,
             Op::GapEnd { .. } => Self::GapEnd,
             Op::Void => Self::Void,
+            Op::Close { .. } => Self::Close,
         }
     }
 }

@@ -6,7 +6,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 use crate::error::FormatError;
 use crate::layout::layout;
 use crate::limits::{MAX_BOOKMARK_BYTES, MAX_DISK_BYTES, MAX_RECORD_DATA_BYTES};
-use crate::units::{ByteRange, Lsn, Stamp};
+use crate::units::{ByteRange, ImageTag, Lsn, Stamp};
 
 /// Encoded size of one record, in bytes.
 pub const RECORD_BYTES: usize = 32;
@@ -135,6 +135,12 @@ pub enum Op {
     },
     /// A slot whose writer died or had nothing to say. Keeps LSNs free of holes.
     Void,
+    /// The VM has let go of the disk in good order: what the journal shows here is what the disk holds. The last record of
+    /// its epoch.
+    Close {
+        /// The image as it was left: a later epoch that finds it so needs no sync.
+        image: ImageTag,
+    },
 }
 
 /// One record of a disk.
@@ -161,18 +167,20 @@ const KIND_BOOKMARK: u8 = 6;
 const KIND_GAP_BEGIN: u8 = 7;
 const KIND_GAP_END: u8 = 8;
 const KIND_VOID: u8 = 9;
+const KIND_CLOSE: u8 = 10;
 
 /// The 32 bytes of a record. The LSN is implied: the frame's first LSN plus the record's position.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 pub struct RawRecord {
-    /// Byte offset on the disk; new size for resize; generation for gap-begin and gap-end; else 0.
+    /// Byte offset on the disk; new size for resize; generation for gap-begin and gap-end; first half of a
+    /// close's image tag; else 0.
     pub offset: U64,
-    /// Bytes of disk covered, or of the bookmark's name; else 0.
+    /// Bytes of disk covered, or of the bookmark's name; second half of a close's image tag; else 0.
     pub length: U64,
     /// Nanoseconds since 1970 UTC; neither 0 nor the largest number.
     pub stamp: U64,
-    /// Kind, 1 to 9.
+    /// Kind, 1 to 10.
     pub kind: u8,
     /// Bit 0 fill, bit 1 FUA, bit 2 may-unmap; others 0.
     pub flags: u8,
@@ -205,6 +213,10 @@ impl RawRecord {
             Op::GapBegin { reason, generation } => (KIND_GAP_BEGIN, 0, reason as u16, generation, 0, 0),
             Op::GapEnd { generation } => (KIND_GAP_END, 0, 0, generation, 0, 0),
             Op::Void => (KIND_VOID, 0, 0, 0, 0, 0),
+            Op::Close { image } => {
+                let [first, second] = image.halves();
+                (KIND_CLOSE, 0, 0, first, second, 0)
+            }
         };
         Self {
             offset: U64::new(offset),
@@ -271,6 +283,7 @@ impl RawRecord {
             KIND_GAP_END if self.length.get() == 0 => Op::GapEnd { generation: self.offset.get() },
             KIND_FLUSH if self.is_bare() => Op::Flush,
             KIND_VOID if self.is_bare() => Op::Void,
+            KIND_CLOSE => Op::Close { image: ImageTag::from_halves([self.offset.get(), self.length.get()]) },
             _ => return Err(bad("unknown kind, or a field that this kind does not use is not zero")),
         })
     }

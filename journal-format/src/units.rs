@@ -56,6 +56,26 @@ impl fmt::Display for Lsn {
     }
 }
 
+/// What an image looks like from outside: its files' identities, sizes and times of change, and the host's boot. Two equal
+/// tags say that nobody has written to it in between. `docs/decisions/0011-a-close-names-its-image.md` says what goes into it.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct ImageTag(pub [u8; 16]);
+
+impl ImageTag {
+    /// As two little-endian numbers, as records carry it.
+    #[must_use]
+    pub fn halves(self) -> [u64; 2] {
+        let all = u128::from_le_bytes(self.0);
+        [all as u64, (all >> 64) as u64]
+    }
+
+    /// Back from [`ImageTag::halves`].
+    #[must_use]
+    pub fn from_halves([first, second]: [u64; 2]) -> Self {
+        Self((u128::from(second) << 64 | u128::from(first)).to_le_bytes())
+    }
+}
+
 /// Instant on the host's hybrid clock: nanoseconds since 1970-01-01T00:00:00 UTC.
 ///
 /// `max(last + 1, wall clock)`, one clock per host, so stamps of all disks of a host are comparable.

@@ -407,6 +407,9 @@ pub struct DiskOpened {
     /// Not empty when the server cannot take this disk: why and what to do.
     #[prost(string, tag = "5")]
     pub refused: String,
+    /// 16 bytes when the journal ends with a close record: its image tag; else empty.
+    #[prost(bytes = "vec", tag = "6")]
+    pub closed_image: Vec<u8>,
 }
 
 /// Everything of the disk up to this LSN survives a power cut.

@@ -3,6 +3,7 @@
 mod common;
 
 use common::*;
+use journal_format::ImageTag;
 use journal_format::bookmarks::{self, Bookmark};
 use journal_format::durable_mark::DurableMark;
 use journal_format::index::{IndexBuilder, IndexShape, Source, chunk_of};
@@ -52,6 +53,7 @@ fn any_op() -> impl Strategy<Value = Op> {
         1 => (reason, any::<u64>()).prop_map(|(reason, generation)| Op::GapBegin { reason, generation }),
         1 => any::<u64>().prop_map(|generation| Op::GapEnd { generation }),
         1 => Just(Op::Void),
+        1 => any::<[u8; 16]>().prop_map(|tag| Op::Close { image: ImageTag(tag) }),
     ]
 }
 
@@ -90,9 +92,8 @@ fn any_frame() -> impl Strategy<Value = Example> {
 
 fn any_manifest() -> impl Strategy<Value = Manifest> {
     let segment = (0_u64..1000, 0_u64..1000, 0_u64..1000, 0_u64..1 << 30, 0_u64..1 << 30, 0_u64..1 << 30);
-    let open = prop_oneof![Just(None), (1_u64..9).prop_map(Some)];
-    (vec(segment, 0..20), 1..u64::MAX / 2, any::<bool>(), open, any::<[u8; 16]>()).prop_map(
-        |(lengths, mut lsn, active, open_epoch, disk)| {
+    (vec(segment, 0..20), 1..u64::MAX / 2, any::<bool>(), 0_u64..9, any::<[u8; 16]>()).prop_map(
+        |(lengths, mut lsn, active, last_epoch, disk)| {
             let mut segments = Vec::new();
             let mut number = SegmentNumber(1);
             for (records, first, more, data_bytes, meta_bytes, index_bytes) in lengths {
@@ -108,9 +109,7 @@ fn any_manifest() -> impl Strategy<Value = Manifest> {
             }
             Manifest {
                 revision: lsn,
-                last_epoch: Epoch(open_epoch.unwrap_or(4)),
-                epoch_closed: open_epoch.is_none(),
-                closed_lsn: if open_epoch.is_none() { Lsn(lsn) } else { Lsn::ZERO },
+                last_epoch: Epoch(last_epoch),
                 next_segment: number.next(),
                 segments,
                 ..Manifest::new(DiskId(disk), lsn % MAX_DISK_BYTES)

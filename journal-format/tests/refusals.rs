@@ -3,6 +3,7 @@
 mod common;
 
 use common::*;
+use journal_format::ImageTag;
 use journal_format::index::{IndexBuilder, IndexHeader, IndexShape};
 use journal_format::record::RawRecord;
 use journal_format::segment::{
@@ -103,7 +104,8 @@ fn a_record_with_a_field_out_of_range_is_refused() {
         one_of_each().try_into().unwrap();
     type Change = fn(&mut RawRecord);
     let changes: &[(&str, Op, Change)] = &[
-        ("unknown kind", flush, |r| r.kind = 10),
+        ("unknown kind", flush, |r| r.kind = 11),
+        ("close with a flag", Op::Close { image: ImageTag([1; 16]) }, |r| r.flags = 1),
         ("kind 0", void, |r| r.kind = 0),
         ("stamp 0", flush, |r| r.stamp = U64::new(0)),
         ("largest stamp", flush, |r| r.stamp = U64::new(u64::MAX)),

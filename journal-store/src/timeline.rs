@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use journal_format::{Epoch, Lsn, Op, Record, Stamp};
+use journal_format::{Epoch, ImageTag, Lsn, Op, Record, Stamp};
 
 use journal_format::{EpochStart, Gap};
 
@@ -28,6 +28,8 @@ pub(crate) struct Timeline {
     pub(crate) gaps: Vec<Gap>,
     /// Shared with views, which see those up to their LSN.
     pub(crate) sizes: Arc<Vec<SizeChange>>,
+    /// The newest close record.
+    pub(crate) closed: Option<(Lsn, ImageTag)>,
     /// Epoch and generation of the open gap, which is the last of `gaps`.
     open: Option<(Epoch, u64)>,
 }
@@ -64,6 +66,7 @@ impl Timeline {
                 }
                 self.open = None;
             }
+            Op::Close { image } => self.closed = Some((record.lsn, image)),
             _ => {}
         }
     }

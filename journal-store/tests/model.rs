@@ -75,6 +75,7 @@ impl Run {
         assert!(failures.is_empty(), "{failures:?}");
         self.committed = self.model.last();
         assert_eq!(self.disk().durable_lsn(), self.committed);
+        assert_eq!(self.disk().closed_image(), self.model.closed_image());
     }
 
     /// The process ends and starts again; what was written is still in the page cache.
@@ -82,6 +83,7 @@ impl Run {
         let storage = self.storage.clone();
         self.replace(storage);
         assert_eq!(self.disk().durable_lsn(), self.model.last());
+        assert_eq!(self.disk().closed_image(), self.model.closed_image());
         self.committed = self.model.last();
     }
 

@@ -1,5 +1,7 @@
 //! Messages to bytes and back. Pure.
 
+use journal_format::ImageTag;
+
 use crate::control::{DiskInfo, Hello, MESSAGE_HEADER_BYTES, MESSAGE_MAGIC, Message, PROTOCOL_VERSION, text};
 use crate::error::{RingError, RingErrorKind};
 use crate::limits::MAX_MESSAGE_BYTES;
@@ -94,7 +96,12 @@ impl Writer {
             Message::Hello(hello) => self.hello(hello),
             Message::Disks { disks, more } => self.disks(disks, *more),
             Message::List => Ok(KIND_LIST),
-            Message::Attach { request, device } => self.command(KIND_ATTACH, *request, device),
+            Message::Attach { request, device, image } => {
+                self.command(KIND_ATTACH, *request, device)?;
+                self.put(&[u8::from(image.is_some())]);
+                self.put(&image.map_or([0; 16], |image| image.0));
+                Ok(KIND_ATTACH)
+            }
             Message::Detach { request, device } => self.command(KIND_DETACH, *request, device),
             Message::Resync { request, device } => self.command(KIND_RESYNC, *request, device),
             Message::Result { request, ok, message } => {
@@ -203,7 +210,15 @@ impl<'a> Reader<'a> {
             KIND_HELLO => Message::Hello(self.hello()?),
             KIND_DISKS => self.disks()?,
             KIND_LIST => Message::List,
-            KIND_ATTACH => Message::Attach { request: self.u64()?, device: self.text(text::DEVICE)? },
+            KIND_ATTACH => {
+                let (request, device) = (self.u64()?, self.text(text::DEVICE)?);
+                let image = match (self.flag()?, self.array::<16>()?) {
+                    (true, image) => Some(ImageTag(image)),
+                    (false, zeroes) if zeroes == [0; 16] => None,
+                    _ => return Err(bad("a control message has an image tag that it says it has not")),
+                };
+                Message::Attach { request, device, image }
+            }
             KIND_DETACH => Message::Detach { request: self.u64()?, device: self.text(text::DEVICE)? },
             KIND_RESYNC => Message::Resync { request: self.u64()?, device: self.text(text::DEVICE)? },
             KIND_RESULT => {

@@ -15,6 +15,8 @@ pub use socket::{Connection, Listener};
 
 use std::os::fd::OwnedFd;
 
+use journal_format::ImageTag;
+
 /// The version both ends must speak.
 pub const PROTOCOL_VERSION: u16 = 1;
 /// First four bytes of every message.
@@ -102,6 +104,8 @@ pub enum Message {
         request: u64,
         /// Which device.
         device: String,
+        /// How the last epoch left its image, if it was closed: an image that is still so need not be read.
+        image: Option<ImageTag>,
     },
     /// Agent to filter: stop capturing. The result comes when no request is in flight any more.
     Detach {

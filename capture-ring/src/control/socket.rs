@@ -20,6 +20,7 @@ use crate::control::{CaptureFds, DiskInfo, Fds, Message, Received, decode, encod
 use crate::error::{RingError, RingErrorKind};
 use crate::limits::MAX_MESSAGE_BYTES;
 use crate::raw::own;
+use journal_format::ImageTag;
 
 /// A peer that does not read for this long is given up.
 const SEND_TIMEOUT_S: i64 = 5;
@@ -164,8 +165,14 @@ impl Connection {
     ///
     /// # Errors
     /// As [`Connection::send`].
-    pub fn send_attach(&self, request: u64, device: &str, fds: &CaptureFds) -> Result<(), RingError> {
-        self.send_with(&Message::Attach { request, device: device.to_owned() }, &fds.raw())
+    pub fn send_attach(
+        &self,
+        request: u64,
+        device: &str,
+        image: Option<ImageTag>,
+        fds: &CaptureFds,
+    ) -> Result<(), RingError> {
+        self.send_with(&Message::Attach { request, device: device.to_owned(), image }, &fds.raw())
     }
 
     /// Sends [`Message::Held`] with the descriptors that came with an attach.

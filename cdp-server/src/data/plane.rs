@@ -253,6 +253,7 @@ fn open_journal(on: Backing<'_>, id: DiskId, request: &OpenDisk) -> Result<DiskO
         durable_stamp: disk.durable_stamp().0,
         epoch: epoch.0,
         refused: String::new(),
+        closed_image: disk.closed_image().map(|image| image.0.to_vec()).unwrap_or_default(),
     })
 }
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use journal_format::{DiskId, Epoch, Lsn, Stamp, wire};
+use journal_format::{DiskId, Epoch, ImageTag, Lsn, Stamp, wire};
 
 use super::commands::{BookmarkWait, Waiter};
 use super::inventory::Place;
@@ -42,6 +42,17 @@ pub(super) enum DiskLink {
     Open,
     /// The server refused; ask again then.
     Wait(Duration),
+}
+
+/// Where the server's journal of a disk ends.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Opened {
+    pub(super) durable: Lsn,
+    pub(super) stamp: Stamp,
+    /// The epoch to use.
+    pub(super) epoch: Epoch,
+    /// How the last epoch left the image, if the journal ends with its close.
+    pub(super) closed_image: Option<ImageTag>,
 }
 
 /// The state of one protected disk.
@@ -130,15 +141,8 @@ impl Session {
         self.send(ToServer::OpenDisk(wire::OpenDisk { disk: disk.0.to_vec(), disk_bytes, resume_epoch }));
     }
 
-    pub(super) fn disk_opened(
-        &mut self,
-        now: Duration,
-        disk: DiskId,
-        durable: Lsn,
-        stamp: Stamp,
-        epoch: Epoch,
-        refused: &str,
-    ) {
+    pub(super) fn disk_opened(&mut self, now: Duration, disk: DiskId, opened: Opened, refused: &str) {
+        let Opened { durable, epoch, .. } = opened;
         let Some(asked) = self.asked.get_mut(&disk).filter(|asked| **asked > 0) else { return };
         *asked -= 1;
         // Only the answer to the last question counts: an earlier one may speak of another epoch.
@@ -148,7 +152,7 @@ impl Session {
         self.asked.remove(&disk);
         let Some(capture) = self.captures.get_mut(&disk) else { return };
         match capture.phase {
-            Phase::Opening if refused.is_empty() => self.attach(now, disk, durable, stamp, epoch),
+            Phase::Opening if refused.is_empty() => self.attach(now, disk, opened),
             Phase::Opening => {
                 let waiters = core::mem::take(&mut capture.protect);
                 self.captures.remove(&disk);
@@ -163,7 +167,8 @@ impl Session {
         }
     }
 
-    fn attach(&mut self, now: Duration, disk: DiskId, durable: Lsn, stamp: Stamp, epoch: Epoch) {
+    fn attach(&mut self, now: Duration, disk: DiskId, opened: Opened) {
+        let Opened { durable, stamp, epoch, closed_image } = opened;
         let place = self.inventory.find(disk);
         let settings = self.settings.get(&disk).copied().unwrap_or_default();
         let request = self.request();
@@ -191,6 +196,7 @@ impl Session {
             first_lsn: durable.next(),
             disk_bytes: place.disk_bytes,
             clock_floor: stamp,
+            closed_image,
             settings,
         }));
     }

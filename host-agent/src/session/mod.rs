@@ -35,7 +35,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use capture_ring::Policy;
-use journal_format::{DiskId, Epoch, Lsn, Stamp, wire};
+use journal_format::{DiskId, Epoch, ImageTag, Lsn, Stamp, wire};
 
 pub use self::adoption::{Adopt, Holding};
 pub use self::inventory::{DiskInfo, VmInfo};
@@ -243,6 +243,8 @@ pub struct Attach {
     pub disk_bytes: u64,
     /// The host's clock must be past this.
     pub clock_floor: Stamp,
+    /// How the last epoch left the image: if it still is so, nothing has to be read.
+    pub closed_image: Option<ImageTag>,
     /// How it is to be protected.
     pub settings: Settings,
 }

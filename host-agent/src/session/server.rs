@@ -2,8 +2,9 @@
 
 use std::time::Duration;
 
-use journal_format::{DiskId, Epoch, Lsn, Stamp, wire};
+use journal_format::{DiskId, Epoch, ImageTag, Lsn, Stamp, wire};
 
+use super::capture::Opened;
 use super::{Action, Event, Session, Settings, ToServer};
 use crate::compare::Answer;
 use crate::limits::{PING_AFTER, RECONNECT_FIRST, RECONNECT_MOST, SERVER_SILENT};
@@ -23,6 +24,8 @@ pub enum ServerMessage {
         durable_stamp: Stamp,
         /// Epoch to use.
         epoch: Epoch,
+        /// How the last epoch left the image, if the journal ends with its close.
+        closed_image: Option<ImageTag>,
         /// Why not, or empty.
         refused: String,
     },
@@ -142,8 +145,9 @@ impl Session {
     fn dispatch(&mut self, now: Duration, message: ServerMessage) {
         match message {
             ServerMessage::Welcome(_) => self.disconnect(now, "a second welcome".to_owned()),
-            ServerMessage::DiskOpened { disk, durable_lsn, durable_stamp, epoch, refused } => {
-                self.disk_opened(now, disk, durable_lsn, durable_stamp, epoch, &refused);
+            ServerMessage::DiskOpened { disk, durable_lsn, durable_stamp, epoch, closed_image, refused } => {
+                let opened = Opened { durable: durable_lsn, stamp: durable_stamp, epoch, closed_image };
+                self.disk_opened(now, disk, opened, &refused);
             }
             ServerMessage::Ack(disk, lsn) => self.acked(now, disk, lsn),
             ServerMessage::Refused(disk, why, retry_ms) => self.refused(now, disk, &why, retry_ms),

@@ -64,6 +64,7 @@ impl World {
             durable_lsn: Lsn(durable),
             durable_stamp: Stamp(5),
             epoch: Epoch(epoch),
+            closed_image: None,
             refused: String::new(),
         })
     }

@@ -111,7 +111,7 @@ impl FakeFilter {
         while let Ok(received) = self.connection.recv(Some(Duration::from_secs(3600))) {
             let Some(received) = received else { continue };
             let (request, outcome) = match received.message {
-                Message::Attach { request, device } => {
+                Message::Attach { request, device, .. } => {
                     let Fds::Capture(fds) = received.fds else { panic!("no descriptors") };
                     (request, self.disks[&device].attach(fds))
                 }

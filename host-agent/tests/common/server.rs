@@ -282,6 +282,7 @@ impl FakeServer {
                 durable_stamp: journal.stamp,
                 epoch: journal.epoch,
                 refused: String::new(),
+                closed_image: Vec::new(),
             }
         });
         self.send(&answer);

@@ -98,7 +98,11 @@ impl IndexBuilder {
                 });
             }
             Op::Zero { range, .. } | Op::Discard { range } => self.push_range(record.lsn, range, NO_FRAME, 0),
-            Op::Resize { .. } | Op::Bookmark { .. } | Op::GapBegin { .. } | Op::GapEnd { .. } => {
+            Op::Resize { .. }
+            | Op::Bookmark { .. }
+            | Op::GapBegin { .. }
+            | Op::GapEnd { .. }
+            | Op::Close { .. } => {
                 self.marks.push(RawMark { lsn: U64::new(record.lsn.0), record: RawRecord::encode(record) });
             }
             Op::Flush | Op::Void => {}

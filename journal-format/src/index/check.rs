@@ -141,7 +141,11 @@ impl IndexShape {
             }
             last_lsn = mark.lsn.get();
             match mark.record.decode(Lsn(last_lsn))?.op {
-                Op::Resize { .. } | Op::Bookmark { .. } | Op::GapBegin { .. } | Op::GapEnd { .. } => {}
+                Op::Resize { .. }
+                | Op::Bookmark { .. }
+                | Op::GapBegin { .. }
+                | Op::GapEnd { .. }
+                | Op::Close { .. } => {}
                 _ => return bad("a record that is no mark"),
             }
         }

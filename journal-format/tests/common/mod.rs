@@ -104,7 +104,6 @@ pub(crate) fn sample_manifest() -> Manifest {
     Manifest {
         revision: 5,
         last_epoch: Epoch(2),
-        epoch_closed: false,
         next_segment: SegmentNumber(3),
         segments: vec![
             LiveSegment { segment: SegmentNumber(1), first_lsn: Lsn(1), sealed: Some(sealed) },

@@ -20,7 +20,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use journal_format::segment::SegmentKind;
-use journal_format::{DiskId, Epoch, Lsn, SegmentNumber, Stamp};
+use journal_format::{DiskId, Epoch, ImageTag, Lsn, SegmentNumber, Stamp};
 
 pub(crate) use data::FrameCache;
 pub(crate) use manifest::{create, exists};
@@ -127,6 +127,15 @@ impl DiskStore {
     #[must_use]
     pub fn last_epoch(&self) -> Epoch {
         self.state().last_epoch
+    }
+
+    /// How the last epoch left the disk's image, if it was closed in good order: if its close record is the last of all. An
+    /// image that is still so holds what the journal shows.
+    #[must_use]
+    pub fn closed_image(&self) -> Option<ImageTag> {
+        let state = self.state();
+        let (lsn, image) = state.timeline.closed?;
+        (lsn == state.durable_lsn && state.damage.is_none()).then_some(image)
     }
 
     /// Size of the disk in bytes after the last durable record.

@@ -123,7 +123,6 @@ impl DiskStore {
         manifest.revision = manifest.revision.saturating_add(1);
         manifest.disk_bytes = self.disk_bytes();
         manifest.last_epoch = writer.last.epoch;
-        (manifest.epoch_closed, manifest.closed_lsn) = (false, Lsn::ZERO);
         manifest
     }
 

@@ -70,7 +70,9 @@ pub(super) fn events_of(frame: &Frame<'_>, last_epoch: Epoch) -> Vec<Event> {
         let (epoch, lsn, stamp) = (header.epoch(), header.first_lsn(), header.first_stamp());
         events.push(Event::Epoch { epoch, lsn, stamp, disk_bytes: header.disk_bytes() });
     }
-    let is_mark = |op: &Op| matches!(op, Op::Resize { .. } | Op::GapBegin { .. } | Op::GapEnd { .. });
+    let is_mark = |op: &Op| {
+        matches!(op, Op::Resize { .. } | Op::GapBegin { .. } | Op::GapEnd { .. } | Op::Close { .. })
+    };
     events.extend(frame.records().filter(|record| is_mark(&record.op)).map(Event::Mark));
     events
 }

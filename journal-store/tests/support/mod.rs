@@ -8,7 +8,8 @@ use std::ops::ControlFlow;
 use std::sync::{Arc, Mutex};
 
 use journal_format::{
-    ByteRange, DataSpan, DiskId, Epoch, Frame, FrameMeta, GapReason, Lsn, Op, Record, Stamp, codec, frame,
+    ByteRange, DataSpan, DiskId, Epoch, Frame, FrameMeta, GapReason, ImageTag, Lsn, Op, Record, Stamp, codec,
+    frame,
 };
 use journal_store::io::{Answer, Call, CallKind, Hook, MemStorage, Storage};
 use journal_store::{Damage, DiskStore, Store, StoreConfig, StoreError, View};
@@ -113,6 +114,14 @@ impl Model {
         Lsn(self.records.len() as u64)
     }
 
+    /// What the last record says of the image, if it is a close.
+    pub fn closed_image(&self) -> Option<ImageTag> {
+        match self.records.last()?.record.op {
+            Op::Close { image } => Some(image),
+            _ => None,
+        }
+    }
+
     /// Forgets everything after `lsn`, as the store did.
     pub fn cut(&mut self, lsn: Lsn) {
         self.records.truncate(lsn.0 as usize);
@@ -149,7 +158,8 @@ impl Model {
     fn random_op(&mut self, random: &mut Random) -> (Op, Change, Option<String>) {
         match random.below(40) {
             0 => (Op::Flush, Change::Other, None),
-            1 => (Op::Void, Change::Other, None),
+            1 if random.chance(2) => (Op::Void, Change::Other, None),
+            1 => (Op::Close { image: ImageTag([self.stamp as u8; 16]) }, Change::Other, None),
             2..=5 => {
                 let range = self.random_range(random, self.disk_bytes);
                 (Op::Discard { range }, Change::Zero(range.offset(), range.length()), None)

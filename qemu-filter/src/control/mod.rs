@@ -23,6 +23,8 @@ use std::time::Duration;
 pub use capture_ring::control::DiskInfo;
 use capture_ring::control::{Connection, DEFAULT_SOCKET, SOCKET_ENV};
 
+use journal_format::ImageTag;
+
 use crate::engine::{Capture, WakeFn};
 use session::{Captures, Session};
 
@@ -60,11 +62,12 @@ pub trait Host: Send + Sync {
     fn disks(&self) -> Result<Vec<DiskInfo>, String>;
     /// Wakes parked requests of captures that this host runs.
     fn wake_fn(&self) -> WakeFn;
-    /// From now on every request of the device goes through the capture, and its resync runs.
+    /// From now on every request of the device goes through the capture, and its resync runs. `image`: how the journal's last
+    /// epoch left the disk; one that is still so need not be read ([`Capture::unchanged`]).
     ///
     /// # Errors
     /// No such device, not protectable, no answer in time: then nothing is captured and nothing stays behind.
-    fn attach(&self, device: &str, capture: Arc<Capture>) -> Result<(), String>;
+    fn attach(&self, device: &str, capture: Arc<Capture>, image: Option<ImageTag>) -> Result<(), String>;
     /// Whether the process itself waits for the device's requests, so that none of them may wait for the agent. Asked
     /// while one waits, by a thread of the capture's own; may block for a second or so.
     fn must_go(&self, device: &str) -> bool;

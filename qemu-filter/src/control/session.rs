@@ -11,6 +11,8 @@ use std::time::{Duration, Instant};
 use capture_ring::RingError;
 use capture_ring::control::{CaptureFds, Connection, DiskInfo, Fds, Message, text};
 
+use journal_format::ImageTag;
+
 use super::Host;
 use super::text::{cut, hello, told};
 use crate::engine::Capture;
@@ -87,7 +89,7 @@ impl<'a> Session<'a> {
     fn obey(&mut self, message: Message, fds: Fds) -> Result<(), RingError> {
         let (request, outcome) = match message {
             Message::List => return self.look(true),
-            Message::Attach { request, device } => (request, self.attach(&device, fds)),
+            Message::Attach { request, device, image } => (request, self.attach(&device, image, fds)),
             Message::Detach { request, device } => (request, self.detach(&device)),
             Message::Resync { request, device } => (request, self.resync(&device)),
             Message::Hold { request, device } => (request, self.hold(&device, fds)),
@@ -109,7 +111,7 @@ impl<'a> Session<'a> {
         self.connection.send(&Message::Result { request, ok, message })
     }
 
-    fn attach(&mut self, device: &str, fds: Fds) -> Result<(), String> {
+    fn attach(&mut self, device: &str, image: Option<ImageTag>, fds: Fds) -> Result<(), String> {
         let Fds::Capture(fds) = fds else {
             return Err("an attach without a ring; agent and filter must be of one release".to_owned());
         };
@@ -119,7 +121,7 @@ impl<'a> Session<'a> {
         let capture = Capture::attach(fds.ring.as_fd(), fds.clock.as_fd(), bell, self.host.wake_fn())
             .map_err(|error| error.to_string())?;
         let waiter = start_waiter(self.host, device, &capture)?;
-        if let Err(error) = self.host.attach(device, Arc::clone(&capture)) {
+        if let Err(error) = self.host.attach(device, Arc::clone(&capture), image) {
             capture.detach();
             join(waiter);
             return Err(error);

@@ -48,7 +48,7 @@ impl Host for FakeHost {
         |_| {}
     }
 
-    fn attach(&self, device: &str, capture: Arc<Capture>) -> Result<(), String> {
+    fn attach(&self, device: &str, capture: Arc<Capture>, _image: Option<ImageTag>) -> Result<(), String> {
         if device == "broken" {
             panic!("a bug in the glue");
         }
@@ -109,7 +109,7 @@ impl Agent {
         let (_ring, fd) = ring();
         let bell = Bell::create().expect("an eventfd");
         let fds = self.fds(fd, &bell);
-        connection.send_attach(self.next, device, &fds).expect("the filter listens");
+        connection.send_attach(self.next, device, None, &fds).expect("the filter listens");
         self.result(connection)
     }
 
@@ -257,7 +257,7 @@ fn a_panic_in_the_glue_costs_the_connection_and_nothing_else() {
     let connection = agent.accept();
     let (_ring, fd) = ring();
     let bell = Bell::create().expect("an eventfd");
-    connection.send_attach(1, "broken", &agent.fds(fd, &bell)).expect("sent");
+    connection.send_attach(1, "broken", None, &agent.fds(fd, &bell)).expect("sent");
     let began = Instant::now();
     while connection.recv(Some(Duration::from_secs(30))).is_ok() {
         assert!(began.elapsed() < Duration::from_secs(30), "the connection is still there");

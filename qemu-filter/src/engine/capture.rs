@@ -21,7 +21,7 @@ use std::sync::{Arc, OnceLock};
 
 use capture_ring::{Bell, HostClock, Mode, OpKind, Producer, Ring, Ticket};
 use journal_format::limits::MAX_DISK_BYTES;
-use journal_format::{ByteRange, GapReason, Lsn};
+use journal_format::{ByteRange, GapReason, ImageTag, Lsn};
 
 use super::fault::guard;
 use super::grace::InFlightCount;
@@ -217,6 +217,27 @@ impl Capture {
         self.protect(|| {
             self.producer.detach();
             self.let_parked_go();
+        });
+    }
+
+    /// Call it right after [`Capture::attach`], while the disk is drained: it is as the journal's last epoch left it. The gap of
+    /// the initial sync ends without a read.
+    pub fn unchanged(&self) {
+        self.protect(|| self.producer.unchanged());
+    }
+
+    /// As [`Capture::detach`], for a disk that is drained and will not be written through this process any more. `image` says
+    /// how it looks from outside, or that nobody can tell; it is asked when later requests are no longer seen and none is
+    /// in flight. Then history ends with a close, if it is whole.
+    pub fn close(&self, image: impl FnOnce() -> Option<ImageTag>) {
+        self.detach();
+        self.protect(|| {
+            if self.count.total() == 0
+                && let Some(image) = image()
+            {
+                // Without it the next epoch begins with a comparison.
+                let _published = self.producer.close(image);
+            }
         });
     }
 

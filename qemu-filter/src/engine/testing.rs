@@ -212,7 +212,7 @@ impl Replica {
             Op::Resize { disk_bytes } => self.bytes.resize(disk_bytes as usize, 0),
             Op::GapBegin { generation, .. } => self.gap = Some(self.gap.unwrap_or(0).max(generation)),
             Op::GapEnd { generation } => self.gap = self.gap.filter(|open| *open > generation),
-            Op::Flush | Op::Bookmark { .. } | Op::Void => {}
+            Op::Flush | Op::Bookmark { .. } | Op::Void | Op::Close { .. } => {}
         }
     }
 

@@ -12,6 +12,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use journal_format::ImageTag;
+
 use super::copy::all_zero;
 use super::error::Failure;
 use super::types::{cdp_block_status_fn, cdp_pread_fn};
@@ -213,7 +215,8 @@ impl Host for Device {
         futex::wake
     }
 
-    fn attach(&self, device: &str, capture: Arc<Capture>) -> Result<(), String> {
+    /// What the caller's device holds is always read: nothing is known of its image.
+    fn attach(&self, device: &str, capture: Arc<Capture>, _image: Option<ImageTag>) -> Result<(), String> {
         if device != self.name {
             return Err(format!("this process has no device '{device}', only '{}'", self.name));
         }

@@ -7,13 +7,15 @@
 use std::ffi::c_void;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use journal_format::ImageTag;
+
 use super::background::Background;
 use super::devices::{self, ContextLock};
 use super::drain::{AllDrained, Drained, Restless};
 use super::hook::{self, Emptying};
 use super::slots::{self, MAX_DEVICES, Slot};
 use super::types::{AioContext, BlockBackend, Notifier};
-use super::{Glue, glue, mainloop, proof};
+use super::{Glue, glue, image, mainloop, proof};
 use crate::control::DiskInfo;
 use crate::engine::Capture;
 
@@ -120,7 +122,12 @@ fn is_hooked(glue: &Glue, blk: *mut BlockBackend) -> bool {
 ///
 /// # Errors
 /// Why not, for the operator; then nothing is captured and nothing stays behind.
-pub(crate) fn attach(glue: &Glue, device: &str, capture: Arc<Capture>) -> Result<(), String> {
+pub(crate) fn attach(
+    glue: &Glue,
+    device: &str,
+    capture: Arc<Capture>,
+    image: Option<ImageTag>,
+) -> Result<(), String> {
     if attached().iter().any(|attached| attached.device == device && !attached.gone) {
         return Err(format!("'{device}' is protected already"));
     }
@@ -132,7 +139,7 @@ pub(crate) fn attach(glue: &Glue, device: &str, capture: Arc<Capture>) -> Result
     let (index, slot) = free_slot().ok_or("too many disks of this QEMU are protected")?;
     proof::prove(glue, slot)?;
     hook::hook_all(glue)?;
-    let answer = switch_on(glue, device, disk.blk, index, slot, capture);
+    let answer = switch_on(glue, device, disk.blk, (index, slot), capture, image);
     if answer.is_err() {
         unhook_if_unused(glue);
     }
@@ -143,9 +150,9 @@ fn switch_on(
     glue: &Glue,
     device: &str,
     blk: *mut BlockBackend,
-    index: usize,
-    slot: &'static Slot,
+    (index, slot): (usize, &'static Slot),
     capture: Arc<Capture>,
+    image: Option<ImageTag>,
 ) -> Result<(), String> {
     let gone = || format!("'{device}' went away while it was to be protected");
     // The proof has run the main loop.
@@ -158,6 +165,10 @@ fn switch_on(
     }
     if !is_hooked(glue, blk) {
         return Err(format!("'{device}' cannot be protected: its driver cannot be hooked"));
+    }
+    // Drained, and hooked: what is written from here on is seen.
+    if image.is_some() && image == image::tag(glue, blk) {
+        capture.unchanged();
     }
     watch(glue, blk, slot);
     slot.publish(blk, Some(Arc::clone(&capture)));
@@ -295,6 +306,7 @@ pub(crate) unsafe extern "C" fn on_removal(notifier: *mut Notifier, blk: *mut c_
     slot.with_capture(Capture::release_waiters);
     // SAFETY: live, in the main thread.
     unsafe { (glue.symbols.blk_drain)(blk) };
+    slot.with_capture(|capture| capture.close(|| image::settled_tag(glue, blk)));
     end_capture(slot);
     if let Some(background) = background {
         background.stop(glue);

@@ -4,6 +4,8 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use journal_format::ImageTag;
+
 use super::background::Background;
 use super::symbols::Symbols;
 use super::types::Coroutine;
@@ -69,7 +71,7 @@ impl Host for QemuHost {
         wake
     }
 
-    fn attach(&self, device: &str, capture: Arc<Capture>) -> Result<(), String> {
+    fn attach(&self, device: &str, capture: Arc<Capture>, image: Option<ImageTag>) -> Result<(), String> {
         let glue = self.glue()?;
         let (device, late) = (device.to_owned(), device.to_owned());
         let undo = move |answer: Result<(), String>| {
@@ -77,7 +79,8 @@ impl Host for QemuHost {
                 let _gone = attach::detach(glue, &late);
             }
         };
-        mainloop::run(glue, MAIN_THREAD_LIMIT, move || attach::attach(glue, &device, capture), undo)?
+        let attach = move || attach::attach(glue, &device, capture, image);
+        mainloop::run(glue, MAIN_THREAD_LIMIT, attach, undo)?
     }
 
     fn must_go(&self, device: &str) -> bool {

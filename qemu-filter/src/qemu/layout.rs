@@ -56,6 +56,12 @@ pub(crate) const IS_FILTER: usize = 12;
 pub(crate) const IS_FORMAT: usize = 14;
 /// Offset of `drv` in `struct BlockDriverState`, in every release; proven on the scratch node.
 pub(crate) const STATE_DRV: usize = 16;
+/// Offset of `opaque`, the driver's private state, in `struct BlockDriverState`, in every release: right behind `drv`.
+pub(crate) const STATE_OPAQUE: usize = 24;
+/// Offset of `open_flags` (an int) in `struct BlockDriverState`, in every release.
+pub(crate) const STATE_OPEN_FLAGS: usize = 0;
+/// Offset of `fd` (an int) in `BDRVRawState`, the private state of a `file` node (`block/file-posix.c`), in every release.
+pub(crate) const RAW_STATE_FD: usize = 0;
 
 /// One family's layout of `struct BlockDriver`.
 #[derive(Debug)]

@@ -22,7 +22,7 @@
 //! | part | thread |
 //! | --- | --- |
 //! | `callbacks`, `write`, `slots::find` | any of QEMU's, inside a coroutine; never block, lock, allocate |
-//! | `attach`, `devices`, `names`, `hook`, `proof` | QEMU's main thread, entered through [`mainloop`] |
+//! | `attach`, `devices`, `image`, `names`, `hook`, `proof` | QEMU's main thread, entered through [`mainloop`] |
 //! | `background` | the device's AioContext, in a coroutine of ours |
 //! | `host` | the control thread |
 
@@ -36,6 +36,7 @@ mod drain;
 mod driver;
 mod hook;
 mod host;
+mod image;
 mod layout;
 mod mainloop;
 mod maps;

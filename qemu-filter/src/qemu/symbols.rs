@@ -7,8 +7,8 @@
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 
 use super::types::{
-    AioContext, BlockBackend, BlockDriver, BlockDriverState, CoSleep, Coroutine, Notifier, QDict, QemuError,
-    QemuIoVector, VersionInfo,
+    AioContext, BdrvChild, BlockBackend, BlockDriver, BlockDriverState, CoSleep, Coroutine, Notifier, QDict,
+    QemuError, QemuIoVector, VersionInfo,
 };
 
 /// A process with all of these is a QEMU.
@@ -161,6 +161,10 @@ symbols! {
         aio_context_acquire: unsafe extern "C" fn(*mut AioContext),
         /// Only in 7.2.
         aio_context_release: unsafe extern "C" fn(*mut AioContext),
+        /// Without it no image has a tag; likewise the other two.
+        bdrv_cow_child: unsafe extern "C" fn(*mut BlockDriverState) -> *mut BdrvChild,
+        bdrv_getlength: unsafe extern "C" fn(*mut BlockDriverState) -> i64,
+        bdrv_primary_child: unsafe extern "C" fn(*mut BlockDriverState) -> *mut BdrvChild,
         /// Only in 8.0 and later.
         bdrv_drain_all_begin_nopoll: unsafe extern "C" fn(),
         /// Only in 8.0 and later.

@@ -148,7 +148,7 @@ impl Filter<'_> {
         // The ring stands for the outbox, too: the filter looks into neither.
         let (outbox, bell) = (fd.try_clone().unwrap(), bell.as_fd().try_clone_to_owned().unwrap());
         let fds = CaptureFds { ring: fd, clock, bell, outbox };
-        self.connection.send_attach(self.requests, device, &fds).unwrap();
+        self.connection.send_attach(self.requests, device, None, &fds).unwrap();
         self.result()?;
         Ok(Tap::start(ring, self.agent.clock.clone(), disk.disk_bytes))
     }

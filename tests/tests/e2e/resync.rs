@@ -248,3 +248,118 @@ fn a_failed_write_is_read_back() {
     say("failed write", &synced);
     bench.check(&mut run);
 }
+
+/// Waits until that epoch is whole and its numbers are known; what its sync did.
+fn continued(bench: &Bench, run: &Run, epoch: u64) -> Journal {
+    wait_for(&format!("epoch {epoch} to be protected"), || {
+        let disk = bench.site.client().disk(&run.disk).expect("disk");
+        let protected = disk.summary.protection.phase == ProtectionPhase::Protected;
+        // The size of the ring is known when the agent has reported.
+        disk.journal.filter(|journal| protected && journal.epoch == epoch && journal.ring_bytes > 0)
+    })
+}
+
+#[test]
+fn a_vm_that_was_stopped_in_good_order_goes_on_without_a_sync() {
+    let mut bench = Bench::new(&[]);
+    let mut run = bench.start();
+    bench.protect(&run);
+    for epoch in 2..5 {
+        // Stopped in the middle of its work: what the guest did not see complete is recorded, or was not done.
+        let load = bench.load(&run, 10 + epoch);
+        let_through(&load, IN_PIPE + 100);
+        run.qemu.process.terminate();
+        drop(load);
+        run = bench.start();
+        let journal = continued(&bench, &run, epoch);
+        bench.check(&mut run);
+        say("stopped", &journal);
+        assert_eq!((journal.sync_read_bytes, journal.sync_shipped_bytes), (0, 0), "{journal:?}");
+    }
+}
+
+#[test]
+fn a_stopped_vm_whose_image_was_only_touched_is_compared() {
+    let mut bench = Bench::new(&[]);
+    let mut run = bench.start();
+    bench.protect(&run);
+    run.qemu.io(&["write -q -P 1 1M 256k", "flush"]);
+    run.qemu.process.terminate();
+    let image = fs::OpenOptions::new().write(true).open(&bench.image).expect("image");
+    let times =
+        fs::FileTimes::new().set_modified(image.metadata().expect("image").modified().expect("a time"));
+    image.set_times(times).expect("the time it had");
+    drop(image);
+    let mut run = bench.start();
+    let synced = bench.synced(&run, 2);
+    say("touched", &synced);
+    assert_eq!(synced.sync_shipped_bytes, 0, "{synced:?}");
+    bench.check(&mut run);
+}
+
+#[test]
+fn what_a_restarted_vm_wrote_before_it_was_captured_is_not_missed() {
+    let mut bench = Bench::new(&[]);
+    let mut run = bench.start();
+    bench.protect(&run);
+    run.qemu.io(&["write -q -P 1 1M 256k", "flush"]);
+    run.qemu.process.terminate();
+    bench.site.agent.terminate();
+    let mut run = bench.start();
+    run.qemu.io(&["write -q -P 2 9M 256k", "flush"]);
+    bench.site.restart_agent();
+    let synced = bench.synced(&run, 2);
+    say("written before", &synced);
+    assert_eq!(synced.sync_shipped_bytes, 256 << 10, "{synced:?}");
+    bench.check(&mut run);
+}
+
+#[test]
+fn a_stopped_vm_on_qcow2_goes_on_without_a_sync() {
+    let site = Site::start();
+    let (base, image) = (site.directory().join("base.qcow2"), site.directory().join("disk.qcow2"));
+    let made = |arguments: &[&str]| {
+        let status = std::process::Command::new("qemu-img")
+            .args(["create", "-q", "-f", "qcow2"])
+            .args(arguments)
+            .status();
+        assert!(status.expect("qemu-img runs").success());
+    };
+    let (base, image) = (base.to_str().expect("a path"), image.to_str().expect("a path"));
+    made(&[base, "32M"]);
+    made(&["-b", base, "-F", "qcow2", image]);
+    let nodes = [
+        json!({"driver": "qcow2", "node-name": "disk", "discard": "unmap", "file": {"driver": "file", "filename": image}}),
+    ];
+    let mut qemu = Qemu::storage_daemon(&site, "vm", &nodes, "disk");
+    let disk = site.disk("vm", "");
+    site.protect(&disk);
+    qemu.io(&["write -q -P 1 1M 3M", "write -q -z 2M 1M", "flush"]);
+    qemu.process.terminate();
+    let mut qemu = Qemu::storage_daemon(&site, "vm", &nodes, "disk");
+    let journal = wait_for("epoch 2 to be protected", || {
+        let disk = site.client().disk(&disk).expect("disk");
+        let protected = disk.summary.protection.phase == ProtectionPhase::Protected;
+        disk.journal.filter(|journal| protected && journal.epoch == 2 && journal.ring_bytes > 0)
+    });
+    assert_eq!(journal.sync_read_bytes, 0, "{journal:?}");
+    qemu.io(&["write -q -P 3 20M 128k", "flush"]);
+    let end = site.bookmark(&disk, "end");
+    let restored = site.restore(&disk, &PointSpec::Lsn(end), Via::Server);
+    qemu.process.terminate();
+    let raw = site.directory().join("disk.raw");
+    let status =
+        std::process::Command::new("qemu-img").args(["convert", "-O", "raw", image]).arg(&raw).status();
+    assert!(status.expect("qemu-img runs").success());
+    assert!(restored == fs::read(&raw).expect("converted"));
+    // The base of the chain belongs to the image.
+    let touched = fs::OpenOptions::new().write(true).open(base).expect("the base");
+    touched.set_modified(std::time::SystemTime::now()).expect("set");
+    let qemu = Qemu::storage_daemon(&site, "vm", &nodes, "disk");
+    let journal = wait_for("epoch 3 to be synced", || {
+        let journal = site.client().disk(&disk).expect("disk").journal?;
+        (journal.epoch == 3 && journal.sync_read_bytes > 0).then_some(journal)
+    });
+    assert!(journal.sync_read_bytes > 0);
+    drop(qemu);
+}

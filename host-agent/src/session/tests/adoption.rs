@@ -96,6 +96,7 @@ fn a_spool_without_a_ring_is_shipped_where_the_server_goes_on() {
             durable_lsn: Lsn(120),
             durable_stamp: Stamp(5),
             epoch: Epoch(epoch),
+            closed_image: None,
             refused: refused.into(),
         });
         if (epoch, refused) == (3, "") {

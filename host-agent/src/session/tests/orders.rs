@@ -220,6 +220,7 @@ fn run(steps: Vec<Step>) {
                 durable_lsn: Lsn(durable),
                 durable_stamp: Stamp(1),
                 epoch: Epoch(epoch),
+                closed_image: None,
                 refused: if refused { "no".into() } else { String::new() },
             }),
             Step::Ack(lsn) => Event::Server(ServerMessage::Ack(disk(), Lsn(lsn))),
