@@ -154,7 +154,7 @@ impl Filter<'_> {
     }
 
     pub fn attach(&mut self, device: &str) -> Tap {
-        self.try_attach(device).unwrap()
+        at_rest(|| self.try_attach(device))
     }
 
     pub fn try_detach(&mut self, device: &str) -> Result<(), String> {
@@ -165,8 +165,20 @@ impl Filter<'_> {
     }
 
     pub fn detach(&mut self, device: &str) {
-        self.try_detach(device).unwrap();
+        at_rest(|| self.try_detach(device));
     }
+}
+
+/// As an agent does: asks again while QEMU does not come to rest, which is what a client of its NBD server does to it that
+/// connects just then.
+fn at_rest<T>(mut ask: impl FnMut() -> Result<T, String>) -> T {
+    for _ in 0..10 {
+        match ask() {
+            Err(error) if error.contains("did not come to rest") => {}
+            answer => return answer.unwrap(),
+        }
+    }
+    panic!("QEMU does not come to rest")
 }
 
 /// A record and its data.
