@@ -156,7 +156,7 @@ impl Site {
     /// # Panics
     /// When that does not happen.
     pub fn protect(&self, disk: &str) {
-        self.client.set_protection(disk, true).unwrap_or_else(|e| panic!("protect {disk}: {e:?}"));
+        self.switch(disk, true);
         self.wait_for_phase(disk, ProtectionPhase::Protected);
     }
 
@@ -165,8 +165,21 @@ impl Site {
     /// # Panics
     /// When that does not happen.
     pub fn unprotect(&self, disk: &str) {
-        self.client.set_protection(disk, false).unwrap_or_else(|e| panic!("unprotect {disk}: {e:?}"));
+        self.switch(disk, false);
         self.wait_for_phase(disk, ProtectionPhase::Off);
+    }
+
+    /// Orders protection on or off; again when QEMU does not come to rest, which is what a client of its NBD server does to
+    /// it that connects just then.
+    ///
+    /// # Panics
+    /// When it is refused for another reason.
+    pub fn switch(&self, disk: &str, enabled: bool) {
+        let refused = wait_for("QEMU to come to rest", || match self.client.set_protection(disk, enabled) {
+            Err(error) if format!("{error:?}").contains("did not come to rest") => None,
+            answer => Some(answer.map(drop)),
+        });
+        refused.unwrap_or_else(|e| panic!("protection of {disk} to {enabled}: {e:?}"));
     }
 
     /// Waits until the server reports that phase.

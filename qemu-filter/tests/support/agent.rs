@@ -134,7 +134,7 @@ impl Filter<'_> {
 
     /// Attaches with a ring that holds no more than that.
     pub fn attach_over(&mut self, device: &str, arena_bytes: u64) -> Tap {
-        self.try_attach_over(device, arena_bytes).unwrap()
+        at_rest(|| self.try_attach_over(device, arena_bytes))
     }
 
     fn try_attach_over(&mut self, device: &str, arena_bytes: u64) -> Result<Tap, String> {

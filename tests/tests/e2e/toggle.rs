@@ -24,9 +24,9 @@ fn toggle(site: &Site, disk: &str, busy: &Busy, count: usize) {
         wait_for("requests under way", || (busy.sent() >= goal).then_some(()));
     };
     for _ in 0..count {
-        site.client().set_protection(disk, true).expect("on");
+        site.switch(disk, true);
         let_some_through();
-        site.client().set_protection(disk, false).expect("off");
+        site.switch(disk, false);
         let_some_through();
     }
 }
