@@ -179,6 +179,11 @@ mod tests {
         assert!(with.locks && with.writes && !without.locks && !without.writes);
     }
 
+    fn pause() -> bool {
+        std::thread::sleep(std::time::Duration::from_millis(10));
+        false
+    }
+
     #[test]
     fn a_claim_keeps_others_out_until_it_is_closed() {
         let file = tempfile::NamedTempFile::new().expect("a file");
@@ -189,11 +194,12 @@ mod tests {
         let output = qemu_io().expect("qemu-io runs");
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
         assert!(!output.status.success() && said.contains("lock"), "QEMU opens it: {said}");
-        let refused = claim(&open()).expect("looks").expect_err("is claimed");
-        // The only process that holds it is this one, which is not named.
-        assert!(refused.contains("locked"), "{refused}");
+        // The only process that holds it is this one, which is not named. (For a moment, one that another test starts is a copy
+        // of this one, and holds what this one does.)
+        let refused = || claim(&open()).expect("looks").expect_err("is claimed");
+        assert!((0..1000).any(|_| refused().contains("locked") || pause()), "{}", refused());
         drop(first);
-        assert!(qemu_io().expect("qemu-io runs").status.success());
-        assert_eq!(claim(&open()).expect("locks"), Ok(()));
+        assert!((0..1000).any(|_| qemu_io().expect("qemu-io runs").status.success() || pause()));
+        assert!((0..1000).any(|_| claim(&open()).expect("locks").is_ok() || pause()));
     }
 }
