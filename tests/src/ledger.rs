@@ -12,7 +12,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::load::Load;
 use crate::qemu::failed;
@@ -64,6 +64,7 @@ pub struct Writer {
     ledger: Arc<Mutex<Ledger>>,
     load: Arc<Mutex<Load>>,
     stop: Arc<AtomicBool>,
+    pause: Duration,
     thread: Option<JoinHandle<Result<(), String>>>,
 }
 
@@ -89,8 +90,16 @@ impl Writer {
             ledger: Arc::new(Mutex::new(ledger)),
             load: Arc::new(Mutex::new(load)),
             stop: Arc::default(),
+            pause: Duration::ZERO,
             thread: None,
         }
+    }
+
+    /// The same guest, resting that long after each request.
+    #[must_use]
+    pub fn resting(mut self, pause: Duration) -> Self {
+        self.pause = pause;
+        self
     }
 
     /// Begins, or goes on, to write to that export.
@@ -105,14 +114,25 @@ impl Writer {
         let child = command.spawn().expect("qemu-io starts");
         self.stop = Arc::default();
         let (stop, ledger, load) = (Arc::clone(&self.stop), Arc::clone(&self.ledger), Arc::clone(&self.load));
-        let start = self.region.start;
-        self.thread = Some(thread::spawn(move || run(child, &stop, &mut locked(&load), &ledger, start)));
+        let (start, pause) = (self.region.start, self.pause);
+        self.thread =
+            Some(thread::spawn(move || run(child, &stop, &mut locked(&load), &ledger, start, pause)));
     }
 
     /// Requests answered so far.
     #[must_use]
     pub fn answered(&self) -> usize {
         locked(&self.ledger).versions.len()
+    }
+
+    /// How long the requests took that were sent in that time, in nanoseconds, in ascending order.
+    #[must_use]
+    pub fn latencies(&self, sent: Range<u64>) -> Vec<u64> {
+        let ledger = locked(&self.ledger);
+        let in_time = ledger.versions.iter().filter(|version| sent.contains(&version.sent_ns));
+        let mut all: Vec<_> = in_time.filter_map(|v| v.answered_ns?.checked_sub(v.sent_ns)).collect();
+        all.sort_unstable();
+        all
     }
 
     /// Whether it goes on writing; it ends by itself only when a request fails.
@@ -193,6 +213,7 @@ fn run(
     load: &mut Load,
     ledger: &Mutex<Ledger>,
     start: u64,
+    pause: Duration,
 ) -> Result<(), String> {
     let mut input = child.stdin.take().expect("piped");
     let mut output = child.stdout.take().expect("piped");
@@ -211,6 +232,8 @@ fn run(
             let mut ledger = locked(ledger);
             ledger.image = image;
             ledger.versions.last_mut().expect("just pushed").answered_ns = Some(now_ns());
+            drop(ledger);
+            thread::sleep(pause);
         }
     }
     drop(input);

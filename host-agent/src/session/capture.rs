@@ -218,6 +218,8 @@ impl Session {
         }
         capture.link = DiskLink::Open;
         capture.shipped = durable;
+        // How far behind the server is, it should learn at once.
+        capture.last_status = None;
         self.advance(disk, durable);
     }
 

@@ -5,6 +5,7 @@
 mod consistency;
 mod drivers;
 mod interruptions;
+mod outages;
 mod policies;
 mod resync;
 mod toggle;
