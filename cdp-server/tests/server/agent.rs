@@ -199,9 +199,10 @@ pub(crate) fn inventory(disk: DiskId, vm: &str, device: &str) -> wire::Inventory
     wire::Inventory { vms: vec![vm] }
 }
 
-/// The capture of [`DISK`] in one epoch: makes records, packs them into frames, and remembers what the disk holds.
+/// The capture of a disk in one epoch: makes records, packs them into frames, and remembers what the disk holds.
 #[derive(Debug)]
 pub(crate) struct Capture {
+    disk: DiskId,
     pub(crate) epoch: Epoch,
     pub(crate) next: Lsn,
     pub(crate) stamp: u64,
@@ -215,6 +216,7 @@ impl Capture {
     /// Goes on where the server says that its journal ends. Stamps count up by a millisecond.
     pub(crate) fn new(opened: &wire::DiskOpened, stamp: u64) -> Self {
         Self {
+            disk: wire::disk_id(&opened.disk).expect("an id"),
             epoch: Epoch(opened.epoch),
             next: Lsn(opened.durable_lsn).next(),
             stamp,
@@ -282,7 +284,7 @@ impl Capture {
     pub(crate) fn frame(&mut self) -> Vec<u8> {
         let (records, data) = (std::mem::take(&mut self.records), std::mem::take(&mut self.data));
         let meta = FrameMeta {
-            disk: DISK,
+            disk: self.disk,
             epoch: self.epoch,
             first_lsn: records.first().expect("a record").lsn,
             disk_bytes: DISK_BYTES,

@@ -1,10 +1,12 @@
 //! What the server says and does when its store fails.
 
-use cdp_api::{FaultKind, Kind, VerificationState};
-use journal_format::Lsn;
-use journal_format::wire::{self, MessageType};
+use std::time::{Duration, Instant};
 
-use crate::agent::{Agent, Capture, DISK};
+use cdp_api::{FaultKind, Kind, VerificationState};
+use journal_format::wire::{self, MessageType};
+use journal_format::{DiskId, Lsn};
+
+use crate::agent::{Agent, Capture, DISK, inventory};
 use crate::{Fixture, eventually, now_ns, problem};
 
 /// A disk with three records.
@@ -183,4 +185,77 @@ fn a_check_finds_a_flipped_byte_and_the_disk_has_a_fault_until_it_is_whole() {
     std::fs::write(&path, mended).expect("writes");
     assert_eq!(checked(&fixture).damage, []);
     assert_eq!(fixture.client.disk("vm/disk0").expect("known").summary.fault, None);
+}
+
+#[test]
+fn while_one_disk_fails_the_others_go_on() {
+    const OTHER: DiskId = DiskId([0xd2; 16]);
+    let mut fixture = Fixture::start();
+    drop(with_journal(&fixture));
+    let manifest = fixture.dir.path().join("disks").join(DISK.to_string()).join("manifest");
+    fixture.server.take().expect("runs").stop();
+    std::fs::remove_file(&manifest).expect("removes");
+    std::fs::create_dir(&manifest).expect("makes a folder");
+    fixture.start_again();
+
+    // One agent with both, so on one connection.
+    let mut agent = Agent::connect(fixture.data());
+    let mut both = inventory(DISK, "vm", "disk0");
+    both.vms.extend(inventory(OTHER, "other", "disk0").vms);
+    agent.send(&both);
+    let mut open = |disk: DiskId| {
+        agent.send(&wire::OpenDisk { disk: disk.0.to_vec(), disk_bytes: 1 << 20, resume_epoch: 0 });
+        agent.expect::<wire::DiskOpened>()
+    };
+    assert!(open(DISK).refused.contains("manifest"));
+    let opened = open(OTHER);
+    assert_eq!(opened.refused, "");
+    let mut capture = Capture::new(&opened, now_ns() - 1_000_000_000);
+    let frame = capture.begin().write(0, &[7; 4096]).frame();
+    agent.ship(&frame, Lsn(3));
+    // Not even a frame of the one that fails disturbs them.
+    let mut stray =
+        Capture::new(&wire::DiskOpened { disk: DISK.0.to_vec(), epoch: 2, ..opened.clone() }, now_ns());
+    agent.send_frame(&stray.begin().frame());
+    assert_eq!(agent.expect::<wire::Refused>().disk, DISK.0);
+    let frame = capture.write(4096, &[8; 4096]).frame();
+    agent.ship(&frame, Lsn(4));
+    assert_eq!(fixture.client.data("other/disk0", 4, 4096, 4096).expect("reads"), vec![8; 4096]);
+    let faults = fixture.client.disks().expect("lists").into_iter().filter(|disk| disk.fault.is_some());
+    assert_eq!(faults.map(|disk| disk.vm).collect::<Vec<_>>(), ["vm"]);
+}
+
+#[test]
+fn while_the_stores_disk_hangs_the_server_answers_and_nothing_is_acknowledged() {
+    let drill = "freeze-for=3s@1s";
+    let fixture = Fixture::start_with(|config| config.drill = Some(drill.parse().expect("a drill")));
+    let mut agent = Agent::with_disk(fixture.data());
+    let mut capture = Capture::new(&agent.open(None), now_ns() - 1_000_000_000);
+    let frame = capture.begin().frame();
+    agent.ship(&frame, Lsn(2));
+    let health = fixture.url("/healthz");
+    let answers = std::thread::spawn(move || {
+        let end = Instant::now() + Duration::from_secs(6);
+        let mut answers = Vec::new();
+        while Instant::now() < end {
+            let text = reqwest::blocking::get(&health).expect("answers").text().expect("text");
+            assert!(text.contains(drill), "a drill is no secret: {text}");
+            answers.push(Instant::now());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        answers
+    });
+    let hung = loop {
+        let frame = capture.write(0, &[capture.last().0 as u8; 512]).frame();
+        let sent = Instant::now();
+        agent.ship(&frame, capture.last());
+        if sent.elapsed() >= Duration::from_secs(1) {
+            break sent..Instant::now();
+        }
+    };
+    let answers = answers.join().expect("every request is answered");
+    let meanwhile = answers.iter().filter(|answer| hung.contains(answer)).count();
+    assert!(meanwhile > 0, "no answer while the disk hung");
+    let disk = fixture.client.disk("vm/disk0").expect("known");
+    assert_eq!((disk.summary.fault, disk.journal.expect("one").durable_lsn), (None, capture.last().0));
 }
