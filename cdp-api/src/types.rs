@@ -107,6 +107,8 @@ pub enum FaultKind {
     DiskFull,
     /// Stored bytes are not what was written.
     Damaged,
+    /// The host's agent cannot write to its spool. Nothing is lost as long as the server takes the frames.
+    SpoolFailing,
     /// The store's disk or file system fails. Nothing is acknowledged until it works; then it goes on by itself.
     #[serde(other)]
     IoError,
@@ -119,6 +121,7 @@ impl FaultKind {
         match self {
             Self::DiskFull => "disk-full",
             Self::Damaged => "damaged",
+            Self::SpoolFailing => "spool-failing",
             Self::IoError => "io-error",
         }
     }
@@ -195,6 +198,15 @@ pub struct Journal {
     pub ring_used_bytes: u64,
     /// Bytes of the host's capture ring.
     pub ring_bytes: u64,
+    /// Bytes of frames in the host's spool.
+    #[serde(default)]
+    pub spool_used_bytes: u64,
+    /// Most bytes that it may take; 0 for no spool.
+    #[serde(default)]
+    pub spool_bytes: u64,
+    /// Whether it cannot be written to; the disk's fault says why.
+    #[serde(default)]
+    pub spool_failing: bool,
 }
 
 /// Protection of a disk: wanted and real.

@@ -15,12 +15,18 @@ pub const DEFAULT_LISTEN: &str = "127.0.0.1:7411";
 /// Default address for REST.
 pub const DEFAULT_HTTP: &str = "127.0.0.1:7410";
 
+const AFTER_HELP: &str = "\
+Exit codes:
+  0  stopped by SIGTERM or SIGINT
+  1  could not start; what to do is on standard error
+  2  the command line, the environment or the --config file is wrong";
+
 /// Takes frames from agents, keeps them durable, and serves the REST API.
 ///
 /// When it is ready it prints one line on standard output: `ready http=ADDR data=ADDR`. It logs to standard error
 /// (RUST_LOG sets how much) and stops cleanly on SIGTERM and SIGINT.
 #[derive(Parser, Debug, Default)]
-#[command(name = "cdp-server", version)]
+#[command(name = "cdp-server", version, after_help = AFTER_HELP)]
 pub struct Args {
     /// TOML file with the same settings (store, catalog, listen, http, token_file)
     #[arg(long, env = "CDP_CONFIG", value_name = "FILE")]
@@ -32,10 +38,10 @@ pub struct Args {
     #[arg(long, env = "CDP_CATALOG", value_name = "FILE")]
     pub catalog: Option<PathBuf>,
     /// Address for agents; port 0 takes a free one [default: 127.0.0.1:7411]
-    #[arg(long, env = "CDP_LISTEN", value_name = "ADDR")]
+    #[arg(long, env = "CDP_LISTEN", value_name = "ADDR", value_parser = parse_address)]
     pub listen: Option<SocketAddr>,
     /// Address for REST; port 0 takes a free one [default: 127.0.0.1:7410]
-    #[arg(long, env = "CDP_HTTP", value_name = "ADDR")]
+    #[arg(long, env = "CDP_HTTP", value_name = "ADDR", value_parser = parse_address)]
     pub http: Option<SocketAddr>,
     /// File with the token that agents must know; without it every agent that can connect is taken
     #[arg(long, env = "CDP_TOKEN_FILE", value_name = "FILE")]
@@ -109,16 +115,27 @@ impl Config {
         };
         let listen = address(args.listen.or(file.listen), DEFAULT_LISTEN)?;
         let http = address(args.http.or(file.http), DEFAULT_HTTP)?;
+        if listen == http && listen.port() != 0 {
+            return Err(ServerError::Config(format!(
+                "--listen and --http are both {http}: agents and REST need a port each"
+            )));
+        }
         let token = args.token_file.or(file.token_file).map(|path| read_token(&path)).transpose()?;
         Ok(Self { store, catalog, listen, http, token, drill: args.drill, patience: Patience::DEFAULT })
     }
 }
 
+/// Reads an address as a user gives it.
+fn parse_address(text: &str) -> Result<SocketAddr, String> {
+    text.parse().map_err(|_| "give IP:PORT, such as 127.0.0.1:7411, 0.0.0.0:7411 or [::1]:7411".to_owned())
+}
+
 const CATALOG_FILE: &str = "catalog.sqlite3";
 
 fn read_text(path: &Path) -> Result<String, ServerError> {
-    std::fs::read_to_string(path)
-        .map_err(|e| ServerError::Config(format!("cannot read {}: {e}", path.display())))
+    std::fs::read_to_string(path).map_err(|e| {
+        ServerError::Config(format!("cannot read {}: {e}; check the path and its mode", path.display()))
+    })
 }
 
 fn read_file(path: &Path) -> Result<FileConfig, ServerError> {
@@ -129,7 +146,10 @@ fn read_file(path: &Path) -> Result<FileConfig, ServerError> {
 fn read_token(path: &Path) -> Result<String, ServerError> {
     let token = read_text(path)?.trim().to_owned();
     if token.is_empty() {
-        return Err(ServerError::Config(format!("{}: the token is empty", path.display())));
+        return Err(ServerError::Config(format!(
+            "{}: the token is empty: put one into the file, or leave --token-file out",
+            path.display()
+        )));
     }
     Ok(token)
 }

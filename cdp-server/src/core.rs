@@ -1,5 +1,6 @@
 //! What all parts of the server share: catalog, store, live state, counters.
 
+use std::fs::File;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -9,7 +10,7 @@ use journal_store::io::RealStorage;
 use journal_store::{Store, StoreConfig, StoreError};
 use tokio::sync::Semaphore;
 
-use crate::catalog::Catalog;
+use crate::catalog::{self, Catalog};
 use crate::checks::Checks;
 use crate::config::Config;
 use crate::drill;
@@ -38,15 +39,18 @@ pub(crate) struct Core {
     pub(crate) checks: Checks,
     pub(crate) token: Option<String>,
     store_dir: PathBuf,
+    /// Held while this server lives, however it ends.
+    _catalog_lock: File,
 }
 
 impl Core {
     /// Opens store and catalog, and makes the store's disks known to the catalog.
     pub(crate) fn open(config: &Config) -> Result<Self, ServerError> {
-        let io = |e| ServerError::io("create", config.store.display().to_string(), e);
+        let io = |e| ServerError::io("create the store", config.store.display().to_string(), e);
         std::fs::create_dir_all(&config.store).map_err(io)?;
         let storage = drill::storage(Arc::new(RealStorage), config.drill.as_ref());
         let store = Store::open_with(&config.store, storage, StoreConfig::default())?;
+        let catalog_lock = catalog::lock(&config.catalog)?;
         let (catalog, faults) = (Catalog::open(&config.catalog)?, Faults::default());
         for id in store.disks() {
             let Some(disk) = store.disk(id) else { continue };
@@ -76,6 +80,7 @@ impl Core {
             checks: Checks::default(),
             token,
             store_dir,
+            _catalog_lock: catalog_lock,
         })
     }
 

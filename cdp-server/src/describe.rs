@@ -10,7 +10,7 @@ use crate::catalog::DiskRow;
 use crate::core::Core;
 use crate::error::ServerError;
 use crate::fleet::LiveDisk;
-use crate::{protection, resolve};
+use crate::{faults, protection, resolve};
 
 /// Everything that is known of a disk now.
 pub(crate) fn disk(core: &Core, row: &DiskRow) -> Result<Disk, ServerError> {
@@ -18,7 +18,7 @@ pub(crate) fn disk(core: &Core, row: &DiskRow) -> Result<Disk, ServerError> {
     let live = core.fleet.live(row.id, now);
     let store = core.store.disk(row.id);
     let gap_open = store.as_ref().is_none_or(|disk| gap_is_open(row, disk));
-    let fault = core.faults.of(row.id);
+    let fault = core.faults.of(row.id).or_else(|| live.as_ref().and_then(faults::spool));
     let summary = DiskSummary {
         id: row.id.to_string(),
         vm: row.vm.clone(),
@@ -80,6 +80,9 @@ fn journal(core: &Core, id: DiskId, disk: &DiskStore, live: Option<&LiveDisk>, n
     journal.sync_shipped_bytes = status.sync_shipped_bytes;
     journal.ring_used_bytes = status.ring_used_bytes;
     journal.ring_bytes = status.ring_bytes;
+    journal.spool_used_bytes = status.spool_used_bytes;
+    journal.spool_bytes = status.spool_bytes;
+    journal.spool_failing = !status.spool_trouble.is_empty();
     journal
 }
 

@@ -46,6 +46,38 @@ pub enum ServerError {
     Stopping,
 }
 
+impl daemon::Fatal for ServerError {
+    fn is_usage(&self) -> bool {
+        matches!(self, Self::Config(_))
+    }
+
+    fn hint(&self) -> String {
+        let hint = match self {
+            Self::Io { operation: LISTEN, source, .. } => match source.kind() {
+                io::ErrorKind::AddrInUse => {
+                    "another program has that port (ss -ltnp shows which; perhaps a cdp-server that still runs): stop it, or \
+                     give another --listen (for agents) or --http (for REST)"
+                }
+                io::ErrorKind::AddrNotAvailable => {
+                    "this host has no such address (ip addr shows those it has; 0.0.0.0 and [::] take all)"
+                }
+                io::ErrorKind::PermissionDenied => {
+                    "ports below 1024 are for root: give another --listen or --http"
+                }
+                _ => daemon::advice(source),
+            },
+            Self::Io { source, .. } | Self::Store(journal_store::StoreError::Io { source, .. }) => {
+                daemon::advice(source)
+            }
+            _ => "",
+        };
+        hint.to_owned()
+    }
+}
+
+/// What a server does with its two addresses.
+pub(crate) const LISTEN: &str = "listen on";
+
 impl ServerError {
     pub(crate) fn io(operation: &'static str, subject: impl Into<String>, source: io::Error) -> Self {
         Self::Io { operation, subject: subject.into(), source }

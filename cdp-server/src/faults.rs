@@ -9,6 +9,8 @@ use cdp_api::{Fault, FaultKind, time};
 use journal_format::{DiskId, Lsn};
 use journal_store::{Damage, StoreError};
 
+use crate::fleet::LiveDisk;
+
 /// The faults there are now.
 #[derive(Debug, Default)]
 pub(crate) struct Faults {
@@ -28,7 +30,13 @@ impl Faults {
             return;
         }
         let (message, since) = (error.to_string(), time::rfc3339(now_ns));
-        let fault = Fault { kind, message, hint: hint(kind).to_owned(), since };
+        let hint = match error {
+            StoreError::Io { source, .. } if daemon::advice(source) == daemon::MORE_FILES => {
+                daemon::MORE_FILES
+            }
+            _ => hint(kind),
+        };
+        let fault = Fault { kind, message, hint: hint.to_owned(), since };
         log(disk, &fault);
         disks.insert(disk, fault);
     }
@@ -82,6 +90,14 @@ impl Faults {
     }
 }
 
+/// The fault of a disk whose host cannot write to its spool.
+pub(crate) fn spool(live: &LiveDisk) -> Option<Fault> {
+    let since = live.spool_failing_since.filter(|_| live.fresh)?;
+    let message = format!("the spool of the disk's host fails: {}", live.status.spool_trouble);
+    let kind = FaultKind::SpoolFailing;
+    Some(Fault { kind, message, hint: hint(kind).to_owned(), since: time::rfc3339(since.0) })
+}
+
 fn log(disk: DiskId, fault: &Fault) {
     tracing::error!(%disk, kind = fault.kind.as_str(), error = fault.message, hint = fault.hint, "the journal fails");
 }
@@ -111,6 +127,10 @@ pub(crate) const fn hint(kind: FaultKind) -> &'static str {
         FaultKind::IoError => {
             "look at the store's disk and file system (the kernel's log, smartctl); the journal is opened anew, and \
              goes on by itself once writing works"
+        }
+        FaultKind::SpoolFailing => {
+            "see that the agent's user can write to --spool-dir and that there is space; until then a server that is away, or \
+             slow, soon costs a gap"
         }
         FaultKind::Damaged => {
             "cdpctl verify shows what is damaged; put back a copy of the file and restart the server, or restore points \

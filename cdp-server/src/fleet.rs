@@ -64,6 +64,8 @@ struct Live {
     last_error: String,
     /// What this agent was last told about how to protect it.
     told: Option<ProtectionOptions>,
+    /// Since when its host cannot write to its spool, on the host's clock.
+    spool_failing_since: Option<Stamp>,
 }
 
 /// A copy of a live disk's state, for a moment.
@@ -82,6 +84,8 @@ pub(crate) struct LiveDisk {
     pub(crate) resting: bool,
     /// What its agent was last told about how to protect it.
     pub(crate) told: Option<ProtectionOptions>,
+    /// Since when its host cannot write to its spool, on the host's clock.
+    pub(crate) spool_failing_since: Option<Stamp>,
 }
 
 #[derive(Debug, Default)]
@@ -176,6 +180,8 @@ impl Fleet {
         if live.mode == Mode::Capturing {
             live.mark(Stamp(status.host_stamp), Lsn(status.captured_lsn));
         }
+        live.spool_failing_since = (!status.spool_trouble.is_empty())
+            .then(|| live.spool_failing_since.unwrap_or(Stamp(status.host_stamp)));
         live.status = status;
     }
 
@@ -316,6 +322,7 @@ impl Live {
             command_running: false,
             last_error: String::new(),
             told: None,
+            spool_failing_since: None,
         }
     }
 
@@ -352,6 +359,7 @@ impl Live {
             fresh: self.is_fresh(now),
             resting: failed && recent,
             told: self.told,
+            spool_failing_since: self.spool_failing_since,
         }
     }
 }

@@ -55,7 +55,7 @@ pub(crate) async fn serve(
                 start(stream, &router, patience, &places, &graceful);
             }
             Err(error) => {
-                tracing::warn!(%error, "cannot accept a REST connection; raise the limit of open files if this goes on");
+                tracing::warn!(%error, hint = daemon::advice(&error), "cannot accept a REST connection; trying again");
                 sleep(Duration::from_millis(200)).await;
             }
         }

@@ -8,9 +8,10 @@ use clap::Parser;
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    daemon::start_logging();
-    daemon::raise_open_files();
-    daemon::exit_code("cdp-server", run(args), |error| matches!(error, ServerError::Config(_)))
+    match daemon::start("cdp-server") {
+        Ok(()) => daemon::exit_code("cdp-server", run(args)),
+        Err(code) => code,
+    }
 }
 
 fn run(args: Args) -> Result<(), ServerError> {

@@ -92,7 +92,7 @@ fn labels(disk: &Disk) -> Labels {
 #[expect(clippy::cast_precision_loss, reason = "a gauge is a float; 2^53 bytes are 8 PiB")]
 fn register_gauges(registry: &mut Registry, samples: &[Sample]) {
     type Read = fn(&Disk) -> Option<f64>;
-    let journal: [(&str, &str, Option<Unit>, Read); 14] = [
+    let journal: [(&str, &str, Option<Unit>, Read); 17] = [
         ("lag", "Records captured and not yet durable", Some(Unit::Other("lsns".to_owned())), |d| {
             d.journal.as_ref().map(|j| j.lag_lsns as f64)
         }),
@@ -107,6 +107,15 @@ fn register_gauges(registry: &mut Registry, samples: &[Sample]) {
         }),
         ("ring", "Bytes of the capture ring", Some(Unit::Bytes), |d| {
             d.journal.as_ref().map(|j| j.ring_bytes as f64)
+        }),
+        ("spool_used", "Bytes of frames in the host's spool", Some(Unit::Bytes), |d| {
+            d.journal.as_ref().map(|j| j.spool_used_bytes as f64)
+        }),
+        ("spool", "Most bytes that the host's spool may take", Some(Unit::Bytes), |d| {
+            d.journal.as_ref().map(|j| j.spool_bytes as f64)
+        }),
+        ("spool_failing", "1 while the host's spool cannot be written to", None, |d| {
+            d.journal.as_ref().map(|j| f64::from(u8::from(j.spool_failing)))
         }),
         ("dirty", "Bytes that a sync still has to read", Some(Unit::Bytes), |d| {
             d.journal.as_ref().map(|j| j.dirty_bytes as f64)
@@ -148,9 +157,12 @@ fn register_gauges(registry: &mut Registry, samples: &[Sample]) {
             Some(f64::from(u8::from(in_force)))
         }),
         ("disk", "Size of the disk", Some(Unit::Bytes), |d| Some(d.summary.disk_bytes as f64)),
-        ("fault", "1 while the disk's journal takes no writes or is damaged", None, |d| {
-            Some(f64::from(u8::from(d.summary.fault.is_some())))
-        }),
+        (
+            "fault",
+            "1 while the disk's journal takes no writes or is damaged, or its host's spool fails",
+            None,
+            |d| Some(f64::from(u8::from(d.summary.fault.is_some()))),
+        ),
         ("protection_wanted", "1 when the disk is to be protected", None, |d| {
             Some(f64::from(u8::from(d.summary.protection.enabled)))
         }),

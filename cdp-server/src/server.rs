@@ -13,7 +13,7 @@ use tokio::sync::oneshot;
 use crate::config::Config;
 use crate::core::Core;
 use crate::data::DataPlane;
-use crate::error::ServerError;
+use crate::error::{LISTEN, ServerError};
 use crate::http;
 use crate::limits::{RECONCILE_EVERY, STOP_TIMEOUT};
 use crate::{protection, rest};
@@ -52,9 +52,9 @@ impl Server {
             .map_err(|e| ServerError::io("start", "the async runtime", e))?;
         let listener = runtime
             .block_on(TcpListener::bind(config.http))
-            .map_err(|e| ServerError::io("listen on", config.http.to_string(), e))?;
+            .map_err(|e| ServerError::io(LISTEN, config.http.to_string(), e))?;
         let http_address =
-            listener.local_addr().map_err(|e| ServerError::io("listen on", config.http.to_string(), e))?;
+            listener.local_addr().map_err(|e| ServerError::io(LISTEN, config.http.to_string(), e))?;
         let (http_stop, stopped) = oneshot::channel::<()>();
         let router = rest::router(Arc::clone(&core));
         let http_task = runtime.spawn(http::serve(listener, router, config.patience, stopped));

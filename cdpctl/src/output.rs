@@ -141,7 +141,7 @@ fn sync(state: &ProtectionState) -> String {
     }
 }
 
-fn journal_lines(journal: &Journal) -> [(&'static str, String); 5] {
+fn journal_lines(journal: &Journal) -> [(&'static str, String); 6] {
     let stored = journal.stored_data_bytes.saturating_add(journal.stored_meta_bytes);
     [
         (
@@ -161,7 +161,16 @@ fn journal_lines(journal: &Journal) -> [(&'static str, String); 5] {
             ),
         ),
         ("ring", format!("{} of {}", bytes(journal.ring_used_bytes), bytes(journal.ring_bytes))),
+        ("spool", spool(journal)),
     ]
+}
+
+fn spool(journal: &Journal) -> String {
+    match (journal.spool_bytes, journal.spool_failing) {
+        (0, _) => "-".to_owned(),
+        (most, false) => format!("{} of {}", bytes(journal.spool_used_bytes), bytes(most)),
+        (_, true) => format!("{} used; it cannot be written to", bytes(journal.spool_used_bytes)),
+    }
 }
 
 fn points_text(points: &Points) -> String {

@@ -67,6 +67,18 @@ fn run(server: &str, args: &[&str]) -> Output {
     command.env("CDP_SERVER", server).env("TZ", "UTC").args(args).output().expect("runs")
 }
 
+/// Waits until `what` gives something.
+fn eventually<T>(mut what: impl FnMut() -> Option<T>) -> T {
+    let end = Instant::now() + Duration::from_secs(30);
+    loop {
+        if let Some(value) = what() {
+            return value;
+        }
+        assert!(Instant::now() < end, "it never came true");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
 fn stderr(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
@@ -162,11 +174,7 @@ fn protection_is_switched_through_the_agent() {
     assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
     assert!(String::from_utf8_lossy(&output.stdout).contains("vm/disk0: protection on"));
     drop(agent);
-    let end = Instant::now() + Duration::from_secs(30);
-    while fixture.json(&["disk", "show", "vm/disk0"])["online"] == true {
-        assert!(Instant::now() < end, "the server notices that the agent is gone");
-        std::thread::sleep(Duration::from_millis(50));
-    }
+    eventually(|| (fixture.json(&["disk", "show", "vm/disk0"])["online"] == false).then_some(()));
     let state = fixture.json(&["unprotect", "vm/disk0"]);
     assert_eq!((state["enabled"].as_bool(), state["phase"].as_str()), (Some(false), Some("off")));
 }
@@ -240,4 +248,26 @@ fn a_result_that_cannot_be_written_is_a_failure_and_a_reader_that_is_gone_a_quie
     assert_eq!(output.status.code(), Some(2));
     let output = command().env("CDP_SERVER", "http://127.0.0.1:1").stderr(full()).output().expect("runs");
     assert_eq!(output.status.code(), Some(1));
+}
+
+#[test]
+fn the_spool_is_shown_and_that_it_fails() {
+    let (fixture, mut agent, _) = Fixture::with_journal();
+    let mut status = wire::DiskStatus {
+        disk: DISK.0.to_vec(),
+        mode: "capturing".to_owned(),
+        spool_used_bytes: 3 << 20,
+        spool_bytes: 64 << 20,
+        ..wire::DiskStatus::default()
+    };
+    agent.send(&status);
+    let shows = |text: &str| fixture.text(&["disk", "show", "vm/disk0"]).contains(text).then_some(());
+    eventually(|| shows("spool:        3.0 MiB of 64.0 MiB"));
+    status.spool_trouble = "cannot write to /spool: no space".to_owned();
+    agent.send(&status);
+    eventually(|| shows("spool:        3.0 MiB used; it cannot be written to"));
+    for command in [&["disk", "show", "vm/disk0"][..], &["disk", "list"]] {
+        let text = fixture.text(command);
+        assert!(text.contains("cannot write to /spool: no space") && text.contains("--spool-dir"), "{text}");
+    }
 }

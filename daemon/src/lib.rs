@@ -7,10 +7,12 @@
 #![forbid(unsafe_code)]
 
 use std::error::Error;
-use std::io::IsTerminal;
+use std::io::{self, ErrorKind, IsTerminal, Write};
 use std::process::ExitCode;
 
+use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::signal::{SigSet, Signal};
 use tracing_subscriber::EnvFilter;
 
 /// Exit code of a program that was called the wrong way or has a wrong configuration; the same as for a wrong flag.
@@ -19,18 +21,59 @@ pub const USAGE: u8 = 2;
 /// Open files that a daemon should be able to have at least: connections, and some files for each protected disk.
 pub const WANTED_FILES: u64 = 4096;
 
+/// With fewer a daemon could not even listen to its signals, and does not start.
+pub const LEAST_FILES: u64 = 64;
+
+/// What to do when a process has as many open files as it may have.
+pub const MORE_FILES: &str =
+    "raise the limit of open files (LimitNOFILE= of the systemd unit, or ulimit -Hn)";
+
+/// What ends a daemon.
+pub trait Fatal: Error {
+    /// Whether the caller can mend it by calling the program another way.
+    fn is_usage(&self) -> bool;
+
+    /// What to do next; empty where the error says so itself.
+    fn hint(&self) -> String;
+}
+
+/// Everything that comes first: logs, signals, limits. To be called before any other thread exists.
+///
+/// # Errors
+/// The exit code, after saying why this process cannot work.
+pub fn start(name: &str) -> Result<(), ExitCode> {
+    start_logging();
+    // What would become larger than `ulimit -f` allows is then a write that fails, not the end of the process.
+    let mut file_size = SigSet::empty();
+    file_size.add(Signal::SIGXFSZ);
+    if let Err(error) = file_size.thread_block() {
+        tracing::warn!(%error, "cannot block SIGXFSZ; a limit of file sizes may end this process");
+    }
+    let most = raise_open_files();
+    if most < LEAST_FILES {
+        say(&format!(
+            "{name}: only {most} open files are allowed, {LEAST_FILES} are the least\nhint: {MORE_FILES}"
+        ));
+        return Err(ExitCode::FAILURE);
+    }
+    Ok(())
+}
+
 /// Logs go to standard error: coloured on a terminal (unless `NO_COLOR` is set), plain elsewhere; `RUST_LOG` says how
 /// much.
-pub fn start_logging() {
+fn start_logging() {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
     let plain = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
-    let coloured = std::io::stderr().is_terminal() && !plain;
-    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(coloured).with_writer(std::io::stderr).init();
+    let coloured = io::stderr().is_terminal() && !plain;
+    let subscriber = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(coloured);
+    // A log on a full disk, or whose reader is gone, is lost and nothing else: what tracing would say about that, it
+    // would say on standard error, with a panic when that fails.
+    subscriber.with_writer(io::stderr).log_internal_errors(false).init();
 }
 
 /// Raises the number of files that this process may have open to what the system allows it, and warns when that is
-/// less than [`WANTED_FILES`].
-pub fn raise_open_files() {
+/// less than [`WANTED_FILES`]. Returns it.
+fn raise_open_files() -> u64 {
     let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(soft, hard)| {
         if soft < hard {
             setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
@@ -41,20 +84,53 @@ pub fn raise_open_files() {
         Ok(most) if most < WANTED_FILES => tracing::warn!(
             most,
             wanted = WANTED_FILES,
-            "few open files are allowed; with many disks or connections new ones will be turned away: raise the hard \
-             limit (LimitNOFILE= of the systemd unit, or ulimit -Hn)"
+            hint = MORE_FILES,
+            "few open files are allowed; with many disks or connections new ones will be turned away"
         ),
         Ok(most) => tracing::debug!(most, "open files"),
         Err(error) => tracing::warn!(%error, "cannot raise the number of open files; see ulimit -n"),
     }
+    raised.unwrap_or(u64::MAX)
 }
 
-/// How the program ends: 0; or 1 after saying why, with the causes; or [`USAGE`] when `is_usage` says that the caller
-/// can mend it by calling it another way.
-pub fn exit_code<E: Error>(name: &str, ended: Result<(), E>, is_usage: impl FnOnce(&E) -> bool) -> ExitCode {
+/// What to do about an answer of the system to an operation on a file or folder; empty where nothing general helps.
+#[must_use]
+pub fn advice(error: &io::Error) -> &'static str {
+    if matches!(error.raw_os_error().map(Errno::from_raw), Some(Errno::EMFILE | Errno::ENFILE)) {
+        return MORE_FILES;
+    }
+    match error.kind() {
+        ErrorKind::PermissionDenied => {
+            "let the user that this runs as write there (chown, chmod), or name another place"
+        }
+        ErrorKind::ReadOnlyFilesystem => {
+            "its filesystem is mounted read-only (dmesg may say why): mount it for writing, or name another place"
+        }
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => "free space there, or name another place",
+        ErrorKind::AlreadyExists | ErrorKind::NotADirectory => {
+            "a part of the path is a file: name a folder, or move the file away"
+        }
+        ErrorKind::InvalidFilename => "name a shorter path",
+        _ => "",
+    }
+}
+
+/// How the program ends: 0; or 1 after saying why, with the causes, and what to do; or [`USAGE`] for an error that
+/// [`Fatal::is_usage`].
+pub fn exit_code<E: Fatal>(name: &str, ended: Result<(), E>) -> ExitCode {
     let Err(error) = ended else { return ExitCode::SUCCESS };
-    eprintln!("{name}: {}", chain(&error));
-    if is_usage(&error) { ExitCode::from(USAGE) } else { ExitCode::FAILURE }
+    let mut text = format!("{name}: {}", chain(&error));
+    let hint = error.hint();
+    if !hint.is_empty() {
+        text += &format!("\nhint: {hint}");
+    }
+    say(&text);
+    if error.is_usage() { ExitCode::from(USAGE) } else { ExitCode::FAILURE }
+}
+
+/// Writes a line to standard error. Unlike `eprintln!` it does not panic when that is a full disk or a closed pipe.
+fn say(line: &str) {
+    let _ = writeln!(io::stderr(), "{line}");
 }
 
 /// The error and its causes, on one line; a cause that its effect has named already is not said again.
@@ -104,7 +180,7 @@ mod tests {
     fn after_raising_the_soft_limit_is_the_hard_one() {
         let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).expect("a limit");
         setrlimit(Resource::RLIMIT_NOFILE, hard.min(512), hard).expect("lowering is allowed");
-        raise_open_files();
+        assert_eq!(raise_open_files(), hard);
         assert_eq!(getrlimit(Resource::RLIMIT_NOFILE).expect("a limit"), (hard, hard));
     }
 }

@@ -1,5 +1,6 @@
 //! The whole agent, to start and to stop.
 
+use std::fs::File;
 use std::thread::JoinHandle;
 
 use crate::config::Config;
@@ -16,6 +17,8 @@ pub struct Agent {
     filters: Option<Filters>,
     sender: Sender,
     hub: Option<JoinHandle<()>>,
+    /// Held while this agent lives, however it ends.
+    _spool_lock: Option<File>,
 }
 
 /// What stops a running agent, from any thread.
@@ -36,10 +39,11 @@ impl Agent {
     /// What keeps it from starting, and what to do.
     pub fn start(config: Config) -> Result<Self, AgentError> {
         let identity = Identity {
-            host_id: host_id(&config.machine_id, &config.host_name)?,
+            host_id: host_id(config.machine_id.as_deref(), &config.host_name)?,
             host_name: config.host_name.clone(),
             token: config.token.clone(),
         };
+        let spool_lock = config.spool.take()?;
         let (sender, inputs, wake) = queue()?;
         let filters = Filters::listen(&config, sender.clone())?;
         let hub = Hub::new(config, identity, sender.clone(), inputs, wake)?;
@@ -47,7 +51,7 @@ impl Agent {
             .name("cdp-hub".into())
             .spawn(move || hub.run())
             .map_err(AgentError::os("cannot start a thread"))?;
-        Ok(Self { filters: Some(filters), sender, hub: Some(hub) })
+        Ok(Self { filters: Some(filters), sender, hub: Some(hub), _spool_lock: spool_lock })
     }
 
     /// What stops it.

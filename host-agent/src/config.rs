@@ -1,17 +1,24 @@
 //! Settings: defaults, then the TOML file, then the command line, the later winning.
 
+use core::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
 use clap::Parser;
 use serde::Deserialize;
 
 use crate::error::AgentError;
-use crate::limits::{MAX_BUFFER_BYTES, MIN_OUTBOX_BYTES, MIN_RING_BYTES, MIN_SPOOL_BYTES};
+use crate::limits::{OUTBOX_MIB, RING_MIB, SPOOL_MIB};
 use crate::spool::SpoolPlace;
+
+const AFTER_HELP: &str = "\
+Exit codes:
+  0  stopped by SIGTERM or SIGINT
+  1  could not start; what to do is on standard error
+  2  the command line, the environment or the --config file is wrong";
 
 /// Drains the capture rings of this host's QEMU processes and ships their writes to a cdp-server.
 #[derive(Parser, Debug, Default)]
-#[command(name = "cdp-agent", version)]
+#[command(name = "cdp-agent", version, after_help = AFTER_HELP)]
 pub struct Args {
     /// TOML file with settings; its keys are the long names of these options with `_` for `-`.
     #[arg(long, value_name = "FILE", env = "CDP_AGENT_CONFIG")]
@@ -28,17 +35,17 @@ pub struct Args {
     /// Group that owns the socket, so that QEMU may connect (libvirt-qemu, kvm, …) [default: the agent's own].
     #[arg(long, value_name = "GROUP")]
     pub socket_group: Option<String>,
-    /// Room for written data in each disk's capture ring, in MiB [default: 64].
-    #[arg(long, value_name = "MIB")]
+    /// Room for written data in each disk's capture ring, 8 to 16384 MiB [default: 64].
+    #[arg(long, value_name = "MIB", value_parser = |text: &str| mib(text, RING_MIB))]
     pub ring_mib: Option<u64>,
-    /// Room for packed frames that wait for the server, for each disk, in MiB [default: 256].
-    #[arg(long, value_name = "MIB")]
+    /// Room for packed frames that wait for the server, for each disk, 16 to 65536 MiB [default: 256].
+    #[arg(long, value_name = "MIB", value_parser = |text: &str| mib(text, OUTBOX_MIB))]
     pub outbox_mib: Option<u64>,
     /// Folder for frames that memory has no room for while the server is away [default: /var/lib/qemu-cdp/spool].
     #[arg(long, value_name = "DIR")]
     pub spool_dir: Option<PathBuf>,
-    /// Most room there for each disk, in MiB; 0 for none [default: 1024].
-    #[arg(long, value_name = "MIB")]
+    /// Most room there for each disk, 64 to 16777216 MiB, or 0 for no spool [default: 1024].
+    #[arg(long, value_name = "MIB", value_parser = |text: &str| if text == "0" { Ok(0) } else { mib(text, SPOOL_MIB) })]
     pub spool_mib: Option<u64>,
     /// Name of this host for people [default: its host name].
     #[arg(long, value_name = "NAME")]
@@ -91,8 +98,8 @@ pub struct Config {
     pub spool: SpoolPlace,
     /// Name of the host for people.
     pub host_name: String,
-    /// File that names the host for ever.
-    pub machine_id: PathBuf,
+    /// File that names the host for ever; `None` for the system's.
+    pub machine_id: Option<PathBuf>,
     /// Token for the server, or empty.
     pub token: String,
     /// Plain system calls only.
@@ -112,32 +119,40 @@ impl Config {
         let spool_mib = args.spool_mib.or(file.spool_mib).unwrap_or(1024);
         let mode = args.socket_mode.or(file.socket_mode).unwrap_or_else(|| "660".into());
         let server = args.server.or(file.server).unwrap_or_else(|| "127.0.0.1:7411".into());
-        if !server
-            .rsplit_once(':')
-            .is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok())
-        {
-            return Err(bad("server", format!("`{server}` is not HOST:PORT")));
+        if !is_address(&server) {
+            let detail =
+                format!("`{server}` is not HOST:PORT, such as backup1:7411, 10.0.0.2:7411 or [fd00::2]:7411");
+            return Err(bad("server", detail));
         }
         Ok(Self {
             server,
             socket: args.socket.or(file.socket).unwrap_or_else(|| "/run/qemu-cdp/agent.sock".into()),
             socket_mode: parse_mode(&mode)?,
             socket_group: args.socket_group.or(file.socket_group),
-            ring_bytes: buffer_bytes("ring_mib", ring_mib, MIN_RING_BYTES)?,
-            outbox_bytes: buffer_bytes("outbox_mib", outbox_mib, MIN_OUTBOX_BYTES)?,
+            ring_bytes: bytes("ring_mib", ring_mib, RING_MIB)?,
+            outbox_bytes: bytes("outbox_mib", outbox_mib, OUTBOX_MIB)?,
             spool: SpoolPlace {
                 folder: args.spool_dir.or(file.spool_dir).unwrap_or_else(|| "/var/lib/qemu-cdp/spool".into()),
                 limit_bytes: match spool_mib {
                     0 => 0,
-                    mib => buffer_bytes("spool_mib", mib, MIN_SPOOL_BYTES)?,
+                    mib => bytes("spool_mib", mib, SPOOL_MIB)?,
                 },
             },
             host_name: args.host_name.or(file.host_name).unwrap_or_else(host_name),
-            machine_id: args.machine_id.or(file.machine_id).unwrap_or_else(|| "/etc/machine-id".into()),
+            machine_id: args.machine_id.or(file.machine_id),
             token: token_file.as_deref().map(read_token).transpose()?.unwrap_or_default(),
             no_io_uring: args.no_io_uring || file.no_io_uring.unwrap_or(false),
         })
     }
+}
+
+fn is_address(server: &str) -> bool {
+    let Some((host, port)) = server.rsplit_once(':') else { return false };
+    let is_host = match host.strip_prefix('[').map(|host| host.strip_suffix(']')) {
+        Some(inside) => inside.is_some_and(|host| host.parse::<std::net::Ipv6Addr>().is_ok()),
+        None => !host.is_empty() && !host.contains([':', '/', ' ']),
+    };
+    is_host && port.parse::<u16>().is_ok_and(|port| port > 0)
 }
 
 fn bad(setting: &'static str, detail: String) -> AgentError {
@@ -163,10 +178,17 @@ fn parse_mode(text: &str) -> Result<u32, AgentError> {
         .ok_or_else(|| bad("socket_mode", format!("`{text}` is not an octal mode such as 660")))
 }
 
-fn buffer_bytes(setting: &'static str, mib: u64, least: u64) -> Result<u64, AgentError> {
-    mib.checked_mul(1 << 20).filter(|bytes| (least..=MAX_BUFFER_BYTES).contains(bytes)).ok_or_else(|| {
-        bad(setting, format!("{mib} is outside {} to {} MiB", least >> 20, MAX_BUFFER_BYTES >> 20))
-    })
+/// Reads a size as a user gives it.
+fn mib(text: &str, range: RangeInclusive<u64>) -> Result<u64, String> {
+    let value = text.parse().ok().filter(|value| range.contains(value));
+    value.ok_or_else(|| format!("give a whole number of MiB from {} to {}", range.start(), range.end()))
+}
+
+fn bytes(setting: &'static str, mib: u64, range: RangeInclusive<u64>) -> Result<u64, AgentError> {
+    if !range.contains(&mib) {
+        return Err(bad(setting, format!("{mib} is outside {} to {} MiB", range.start(), range.end())));
+    }
+    Ok(mib << 20)
 }
 
 fn host_name() -> String {
@@ -200,7 +222,40 @@ mod tests {
         assert!(with_file("ring_mb = 32\n", Args::default()).is_err());
         assert!(with_file("ring_mib = 1\n", Args::default()).is_err());
         assert!(with_file("socket_mode = \"9\"\n", Args::default()).is_err());
-        assert!(with_file("server = \"nowhere\"\n", Args::default()).is_err());
+        for server in ["nowhere", ":1", "a:0", "a:70000", "1:2:3", "[::1:7411", "http://a:7411", "a b:7411"] {
+            assert!(with_file(&format!("server = \"{server}\"\n"), Args::default()).is_err(), "{server}");
+        }
+        for server in ["a:1", "10.0.0.2:7411", "[fd00::2]:7411"] {
+            assert!(with_file(&format!("server = \"{server}\"\n"), Args::default()).is_ok(), "{server}");
+        }
+    }
+
+    #[test]
+    fn help_and_errors_say_the_range_of_every_size() {
+        let help = <Args as clap::CommandFactory>::command().render_long_help().to_string();
+        for (flag, range) in
+            [("--ring-mib", RING_MIB), ("--outbox-mib", OUTBOX_MIB), ("--spool-mib", SPOOL_MIB)]
+        {
+            let (least, most) = (*range.start(), *range.end());
+            let text = help.split(flag).nth(1).unwrap();
+            assert!(text.contains(&format!("{least} to {most} MiB")), "{flag}: {text}");
+            let parse = |value: String| Args::try_parse_from(["cdp-agent", flag, &value]);
+            for good in [least, most] {
+                let args = parse(good.to_string()).unwrap();
+                assert!(Config::load(args).is_ok(), "{flag} {good}");
+            }
+            for wrong in
+                [(least - 1).to_string(), (most + 1).to_string(), format!("{}0", u64::MAX), "x".into()]
+            {
+                let said = parse(wrong.clone()).unwrap_err().to_string();
+                assert!(said.contains(&format!("from {least} to {most}")), "{flag} {wrong}: {said}");
+            }
+            let setting = flag.trim_start_matches("--").replace('-', "_");
+            let said =
+                with_file(&format!("{setting} = {}\n", most + 1), Args::default()).unwrap_err().to_string();
+            assert!(said.contains(&format!("{least} to {most}")), "{said}");
+        }
+        assert_eq!(Args::try_parse_from(["cdp-agent", "--spool-mib", "0"]).unwrap().spool_mib, Some(0));
     }
 
     #[test]

@@ -46,6 +46,19 @@ pub enum AgentError {
     Ring(String),
 }
 
+impl daemon::Fatal for AgentError {
+    fn is_usage(&self) -> bool {
+        matches!(self, Self::Config { .. })
+    }
+
+    fn hint(&self) -> String {
+        match self {
+            Self::Os { source, .. } => daemon::advice(source).to_owned(),
+            _ => String::new(),
+        }
+    }
+}
+
 impl AgentError {
     /// Wraps an answer of the operating system.
     pub fn os(what: &'static str) -> impl FnOnce(io::Error) -> Self {

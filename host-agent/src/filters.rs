@@ -4,10 +4,10 @@
 //! limits here, and goes to the hub's bounded queue; a filter that breaks a rule loses its connection. Commands are
 //! sent by the hub, which never waits for a filter: one that does not read is closed.
 
-use std::fs::{self, File, OpenOptions, Permissions, TryLockError};
-use std::io::{Read, Write};
+use std::fs::{self, File, Permissions};
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -25,6 +25,7 @@ use crate::config::Config;
 use crate::error::AgentError;
 use crate::events::{Gone, Input, Sender};
 use crate::limits::{HELLO_TIMEOUT, MAX_DISKS_PER_FILTER, MAX_FILTERS, MAX_HELD_PER_FILTER};
+use crate::lock::{self, LockError};
 use crate::seam::process::ProcessHandle;
 use crate::session::{DiskInfo, Event, FilterId, Holding, VmInfo};
 use journal_format::ImageTag;
@@ -134,7 +135,15 @@ impl Filters {
     pub fn listen(config: &Config, events: Sender) -> Result<Self, AgentError> {
         let path = config.socket.clone();
         let fail = |detail: String| AgentError::Socket { path: path.clone(), detail };
-        make_folder(&path).map_err(|error| fail(format!("cannot make its folder: {error}")))?;
+        let bytes = path.as_os_str().len();
+        if bytes > MAX_SOCKET_PATH {
+            let why = format!(
+                "a socket's path has at most {MAX_SOCKET_PATH} bytes, not {bytes}: give a shorter --socket"
+            );
+            return Err(fail(why));
+        }
+        make_folder(&path)
+            .map_err(|error| fail(format!("cannot make its folder: {error}; {}", elsewhere(&error))))?;
         let lock = lock(&path).map_err(&fail)?;
         let listener = Listener::bind(&path).map_err(|error| fail(with_source(&error)))?;
         set_access(config).map_err(fail)?;
@@ -173,29 +182,28 @@ fn lock(socket: &Path) -> Result<File, String> {
     let mut path = socket.as_os_str().to_owned();
     path.push(".lock");
     let path = PathBuf::from(path);
-    let mut options = OpenOptions::new();
-    let file = options.read(true).write(true).create(true).truncate(false).mode(0o600).open(&path);
-    let mut file = file.map_err(|error| format!("cannot open {}: {error}", path.display()))?;
-    match file.try_lock() {
-        Ok(()) => {
-            let text = format!("{}\n", std::process::id());
-            // For people only.
-            let _ = file.set_len(0).and_then(|()| file.write_all(text.as_bytes()));
-            Ok(file)
+    lock::take(&path).map_err(|error| match error {
+        LockError::Held(pid) => format!(
+            "another agent (process {pid}) serves it; stop that one first, or give this one another --socket"
+        ),
+        LockError::Os(error) => {
+            format!("cannot make {}: {error}; {}", path.display(), elsewhere(&error))
         }
-        Err(TryLockError::WouldBlock) => {
-            let mut pid = String::new();
-            let _ = file.read_to_string(&mut pid);
-            Err(format!(
-                "another agent (process {}) serves it; stop that one first, or give this one another --socket",
-                pid.trim()
-            ))
-        }
-        Err(TryLockError::Error(error)) => Err(format!("cannot lock {}: {error}", path.display())),
+    })
+}
+
+/// What to do about a place where no socket can be.
+fn elsewhere(error: &io::Error) -> &'static str {
+    match daemon::advice(error) {
+        "" => "give another --socket",
+        advice => advice,
     }
 }
 
-fn make_folder(path: &Path) -> std::io::Result<()> {
+/// Most bytes of a socket's path: `sun_path` of unix(7), without the byte that ends it.
+const MAX_SOCKET_PATH: usize = 107;
+
+fn make_folder(path: &Path) -> io::Result<()> {
     match path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
         Some(folder) => fs::DirBuilder::new().recursive(true).mode(0o755).create(folder),
         None => Ok(()),

@@ -44,25 +44,49 @@ pub fn disk_id(host: &HostId, vm_uuid: &[u8; 16], vm_name: &str, device: &str) -
     DiskId(uuid_v8(&hasher.finalize()))
 }
 
-/// Reads the machine id (32 hexadecimal digits, `man machine-id`). Where there is none, the id is derived from the
-/// host's name, which is as stable as the name is.
+/// Where a host's machine id is (machine-id(5)).
+pub const MACHINE_ID: &str = "/etc/machine-id";
+
+/// Reads the machine id: 32 hexadecimal digits, in the named file or in [`MACHINE_ID`]. Where no file was named and that one
+/// has none, the id is derived from the host's name, which is as stable as the name is; the log says so.
 ///
 /// # Errors
-/// [`AgentError::Config`] when the file holds something else.
-pub fn host_id(machine_id: &Path, host_name: &str) -> Result<HostId, AgentError> {
-    let text = std::fs::read_to_string(machine_id).unwrap_or_default();
+/// [`AgentError::Config`] when a file was named that cannot be read or has none, or holds something else.
+pub fn host_id(named: Option<&Path>, host_name: &str) -> Result<HostId, AgentError> {
+    host_id_from(named, Path::new(MACHINE_ID), host_name)
+}
+
+fn host_id_from(named: Option<&Path>, default: &Path, host_name: &str) -> Result<HostId, AgentError> {
+    let path = named.unwrap_or(default);
+    let bad = |detail: String| AgentError::Config { setting: "machine_id", detail };
+    let hint =
+        "name a file that holds 32 hexadecimal digits (systemd-machine-id-setup makes one), or leave it out";
+    let text = match (std::fs::read_to_string(path), named) {
+        (Ok(text), _) => text,
+        (Err(error), Some(_)) => {
+            return Err(bad(format!("cannot read {}: {error}; {hint}", path.display())));
+        }
+        (Err(_), None) => String::new(),
+    };
     let text = text.trim();
     // Images that have never booted have an empty file, or this word in it (machine-id(5)).
     if text.is_empty() || text == "uninitialized" {
+        if named.is_some() {
+            return Err(bad(format!("{} holds no machine id yet; {hint}", path.display())));
+        }
+        tracing::warn!(
+            host_name,
+            "this host has no machine id: it is known by its name, and another one with that name would be taken for it; \
+             run systemd-machine-id-setup"
+        );
         let mut hasher = blake3::Hasher::new_derive_key("qemu-cdp host id v1");
         hash_field(&mut hasher, host_name.as_bytes());
         return Ok(uuid_v8(&hasher.finalize()));
     }
     let number = u128::from_str_radix(text, 16).ok().filter(|_| text.len() == 32);
-    number.map(u128::to_be_bytes).ok_or_else(|| AgentError::Config {
-        setting: "machine_id",
-        detail: format!("{} does not hold 32 hexadecimal digits", machine_id.display()),
-    })
+    number
+        .map(u128::to_be_bytes)
+        .ok_or_else(|| bad(format!("{} does not hold 32 hexadecimal digits; {hint}", path.display())))
 }
 
 #[cfg(test)]
@@ -93,16 +117,21 @@ mod tests {
     fn host_id_is_the_machine_id_or_comes_from_the_name() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("machine-id");
-        let from_name = host_id(&path, "alpha").unwrap();
-        assert_eq!(from_name, host_id(&path, "alpha").unwrap());
-        assert_ne!(from_name, host_id(&path, "beta").unwrap());
+        let from_name = host_id_from(None, &path, "alpha").unwrap();
+        assert_eq!(from_name, host_id_from(None, &path, "alpha").unwrap());
+        assert_ne!(from_name, host_id_from(None, &path, "beta").unwrap());
+        assert!(host_id_from(Some(&path), &path, "alpha").is_err(), "a file that was named is not there");
         std::fs::write(&path, "000102030405060708090a0b0c0d0e0f\n").unwrap();
-        assert_eq!(host_id(&path, "alpha").unwrap(), [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15]);
+        for named in [None, Some(path.as_path())] {
+            let id = host_id_from(named, &path, "alpha").unwrap();
+            assert_eq!(id, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15]);
+        }
         for unset in ["", "uninitialized\n"] {
             std::fs::write(&path, unset).unwrap();
-            assert_eq!(host_id(&path, "alpha").unwrap(), from_name);
+            assert_eq!(host_id_from(None, &path, "alpha").unwrap(), from_name);
+            assert!(host_id_from(Some(&path), &path, "alpha").is_err(), "a file that was named has none");
         }
         std::fs::write(&path, "0001\n").unwrap();
-        assert!(host_id(&path, "alpha").is_err());
+        assert!(host_id_from(None, &path, "alpha").is_err());
     }
 }

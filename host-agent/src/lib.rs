@@ -37,6 +37,7 @@ pub mod inbox;
 pub mod limits;
 pub mod link;
 pub mod live;
+mod lock;
 pub mod outbox;
 pub mod packer;
 pub mod seam;

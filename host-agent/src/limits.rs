@@ -1,5 +1,6 @@
 //! Every limit of the agent, and the relations between them.
 
+use core::ops::RangeInclusive;
 use core::time::Duration;
 
 use journal_format::limits::{MAX_FRAME_BYTES, TARGET_FRAME_RAW_BYTES};
@@ -29,11 +30,18 @@ pub const DRAIN_NAP: Duration = Duration::from_secs(1);
 /// Smallest outbox: two of the largest frames, or the drain could wait for room that never comes.
 pub const MIN_OUTBOX_BYTES: u64 = 16 << 20;
 
-/// Smallest ring arena, in bytes: twice the largest record.
-pub const MIN_RING_BYTES: u64 = 16 << 20;
+/// Sizes of a ring's arena that may be asked for, in MiB. The smallest takes two of the largest records. The same as the
+/// server's for one disk.
+pub const RING_MIB: RangeInclusive<u64> = 8..=16_384;
 
-/// Largest ring arena and outbox, in bytes, that a configuration may ask for.
-pub const MAX_BUFFER_BYTES: u64 = 64 << 30;
+/// Sizes of an outbox that may be asked for, in MiB.
+pub const OUTBOX_MIB: RangeInclusive<u64> = (MIN_OUTBOX_BYTES >> 20)..=65_536;
+
+/// No outbox has more bytes, whoever made it.
+pub const MAX_OUTBOX_BYTES: u64 = *OUTBOX_MIB.end() << 20;
+
+/// Sizes of a disk's spool that may be asked for, in MiB: up to 16 TiB.
+pub const SPOOL_MIB: RangeInclusive<u64> = (MIN_SPOOL_BYTES >> 20)..=16_777_216;
 
 /// An empty outbox whose position is past this begins again at its start: while the server keeps up, only so much of
 /// the memory is ever touched.
@@ -140,7 +148,7 @@ pub const MAX_WAITERS: usize = 256;
 
 const _: () = assert!(MIN_OUTBOX_BYTES as usize >= 2 * (MAX_FRAME_BYTES + 4096));
 const _: () = assert!(FRAME_MAX_RECORDS <= journal_format::limits::MAX_FRAME_RECORDS as usize);
-const _: () = assert!(MIN_RING_BYTES >= 2 * journal_format::limits::MAX_RECORD_DATA_BYTES as u64);
+const _: () = assert!(*RING_MIB.start() << 20 >= 2 * journal_format::limits::MAX_RECORD_DATA_BYTES as u64);
 const _: () = assert!(PING_AFTER.as_secs() * 2 < SERVER_SILENT.as_secs());
 const _: () = assert!(HASH_ASK_CHUNKS <= journal_format::wire::MAX_HASH_CHUNKS);
 const _: () = assert!(HASH_FIRST_AHEAD >= HASH_ASK_CHUNKS as u64 && HASH_WINDOW >= HASH_FIRST_AHEAD);

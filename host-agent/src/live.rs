@@ -271,7 +271,7 @@ impl Live {
     /// What it looks like now. Counts the dirty bitmap's bits, so not for every tick.
     #[must_use]
     pub fn sample(&self) -> Sample {
-        let (spool_used_bytes, spool_failing) = self.drain().map(Drain::spool).unwrap_or_default();
+        let (spool_used_bytes, spool_trouble) = self.drain().map(Drain::spool).unwrap_or_default();
         let [sync_read_bytes, sync_compared_bytes, sync_equal_bytes, sync_shipped_bytes] =
             self.drain().map(|drain| drain.sync_bytes().get()).unwrap_or_default();
         let sample = Sample {
@@ -285,7 +285,7 @@ impl Live {
             outbox_bytes: self.outbox.capacity_bytes(),
             spool_used_bytes,
             spool_bytes: self.spool_limit,
-            spool_failing,
+            spool_trouble,
             unacked_bytes: self.outbox.raw_bytes(),
             ..Sample::default()
         };

@@ -11,9 +11,10 @@ use nix::sys::signal::{SigSet, Signal};
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    daemon::start_logging();
-    daemon::raise_open_files();
-    daemon::exit_code("cdp-agent", run(args), |error| matches!(error, AgentError::Config { .. }))
+    match daemon::start("cdp-agent") {
+        Ok(()) => daemon::exit_code("cdp-agent", run(args)),
+        Err(code) => code,
+    }
 }
 
 fn run(args: Args) -> Result<(), AgentError> {

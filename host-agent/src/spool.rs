@@ -14,15 +14,21 @@ use std::time::Duration;
 
 use journal_format::wire::{MESSAGE_HEADER_BYTES, MessageHeader, MessageType};
 use journal_format::{DiskId, Epoch, Lsn};
+use nix::libc::ELOOP;
 use zerocopy::{FromBytes, IntoBytes};
 
+use crate::error::AgentError;
 use crate::limits::{SPOOL_FILE_BYTES, SPOOL_RETRY};
+use crate::lock::{self, LockError};
 use crate::outbox::adopt::{packed_frame, read_entry, read_message};
 use crate::outbox::layout::{KIND_FRAME, RawEntry, SpoolHeader, entry_bytes};
 use crate::outbox::{Packed, PackedFrame};
 
 /// Bytes before the first entry of a file.
 const HEADER_BYTES: u64 = size_of::<SpoolHeader>() as u64;
+
+/// What is written to find out whether something can be: a block, so that a full disk refuses it.
+const PROBE_BYTES: usize = 4096;
 
 /// Where spools are, and how large one may become.
 #[derive(Clone, Debug)]
@@ -31,6 +37,53 @@ pub struct SpoolPlace {
     pub folder: PathBuf,
     /// Most bytes of files for one disk; 0 for no spool.
     pub limit_bytes: u64,
+}
+
+impl SpoolPlace {
+    /// Makes the folder and takes it for this agent alone. A place that no agent could ever use is an error; one that fails
+    /// (a full or failing disk) is only warned of: the agent is of use without it, and tries again. `None` when there is
+    /// no spool to be, or none that works.
+    ///
+    /// # Errors
+    /// [`AgentError::Config`] when the folder cannot be one, may not be written to, or is another agent's.
+    pub fn take(&self) -> Result<Option<File>, AgentError> {
+        if self.limit_bytes == 0 {
+            return Ok(None);
+        }
+        let folder = self.folder.display();
+        let made = DirBuilder::new().recursive(true).mode(0o700).create(&self.folder).map_err(LockError::Os);
+        let error = match made.and_then(|()| lock::take(&self.folder.join("lock"))) {
+            Ok(lock) => return Ok(Some(lock)),
+            Err(error) => error,
+        };
+        let bad = |detail| AgentError::Config { setting: "spool_dir", detail };
+        use io::ErrorKind as E;
+        match error {
+            LockError::Held(pid) => Err(bad(format!(
+                "another agent (process {pid}) spools to {folder}; stop that one first, or give this one another --spool-dir"
+            ))),
+            LockError::Os(error)
+                if matches!(
+                    error.kind(),
+                    E::PermissionDenied
+                        | E::AlreadyExists
+                        | E::NotADirectory
+                        | E::InvalidFilename
+                        | E::NotFound
+                ) || error.raw_os_error() == Some(ELOOP) =>
+            {
+                Err(bad(format!(
+                    "cannot write to {folder}: {error}; give --spool-dir a folder that this user may write to, or \
+                     --spool-mib 0 for no spool"
+                )))
+            }
+            LockError::Os(error) => {
+                tracing::warn!(%folder, %error, hint = daemon::advice(&error),
+                    "the spool cannot be written to; frames wait in memory, and writes go by uncaptured when that is full");
+                Ok(None)
+            }
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -57,7 +110,14 @@ pub struct Spool {
     unread: u64,
     /// The next of them, once it was looked at: with the bytes of its entry.
     ahead: Option<(PackedFrame, u64)>,
-    retry_at: Option<Duration>,
+    trouble: Option<Trouble>,
+}
+
+/// Why its files cannot be written to, and when that is tried again.
+#[derive(Debug)]
+struct Trouble {
+    error: String,
+    retry_at: Duration,
 }
 
 impl Spool {
@@ -74,9 +134,13 @@ impl Spool {
             reading: (0, HEADER_BYTES),
             unread: 0,
             ahead: None,
-            retry_at: None,
+            trouble: None,
         };
         spool.scan();
+        // Who needs it first finds out too late.
+        if let Some(error) = spool.probe().err().filter(|_| spool.limit > 0) {
+            spool.fails(Duration::ZERO, &error);
+        }
         spool
     }
 
@@ -98,10 +162,49 @@ impl Spool {
         self.segments.iter().map(|segment| segment.bytes).sum()
     }
 
-    /// Whether its files cannot be written to now.
+    /// Why its files cannot be written to now, and what to do.
     #[must_use]
-    pub fn is_failing(&self) -> bool {
-        self.retry_at.is_some()
+    pub fn trouble(&self) -> Option<&str> {
+        self.trouble.as_ref().map(|trouble| trouble.error.as_str())
+    }
+
+    /// Tries again, now and then, whether it can be written to, also while no frame needs it.
+    pub fn tend(&mut self, now: Duration) {
+        if self.trouble.as_ref().is_none_or(|trouble| now < trouble.retry_at) {
+            return;
+        }
+        match self.probe() {
+            Ok(()) => self.works(),
+            Err(error) => self.fails(now, &error),
+        }
+    }
+
+    /// Whether a file can be made and filled in its folder.
+    fn probe(&self) -> io::Result<()> {
+        DirBuilder::new().recursive(true).mode(0o700).create(&self.folder)?;
+        let path = self.folder.join("probe");
+        let written = fs::write(&path, [0; PROBE_BYTES]);
+        let _ = fs::remove_file(&path);
+        if self.segments.is_empty() {
+            let _ = fs::remove_dir(&self.folder);
+        }
+        written
+    }
+
+    fn works(&mut self) {
+        if self.trouble.take().is_some() {
+            tracing::info!(disk = %self.disk, "the spool can be written to again");
+        }
+    }
+
+    fn fails(&mut self, now: Duration, error: &io::Error) {
+        let (folder, hint) = (self.folder.display(), daemon::advice(error));
+        if self.trouble.is_none() {
+            tracing::warn!(disk = %self.disk, %folder, %error, hint,
+                "cannot write to the spool; frames wait in memory, and writes go by uncaptured when that is full");
+        }
+        let error = format!("cannot write to {folder}: {error}");
+        self.trouble = Some(Trouble { error, retry_at: now.saturating_add(SPOOL_RETRY) });
     }
 
     /// Whether all its frames were read back.
@@ -114,25 +217,18 @@ impl Spool {
     pub fn append(&mut self, now: Duration, frame: &PackedFrame) -> bool {
         let need = entry_bytes(MESSAGE_HEADER_BYTES.saturating_add(frame.bytes()));
         let room = self.used_bytes().saturating_add(need).saturating_add(HEADER_BYTES) <= self.limit;
-        if !room || self.retry_at.is_some_and(|at| now < at) {
+        if !room || self.trouble.as_ref().is_some_and(|trouble| now < trouble.retry_at) {
             return false;
         }
         match self.try_append(frame, need) {
             Ok(()) => {
-                if self.retry_at.take().is_some() {
-                    tracing::info!(disk = %self.disk, "the spool can be written to again");
-                }
+                self.works();
                 self.unread = self.unread.saturating_add(1);
                 self.last = Some(frame.packed());
                 true
             }
             Err(error) => {
-                if self.retry_at.is_none() {
-                    let folder = self.folder.display();
-                    tracing::warn!(disk = %self.disk, %folder, %error,
-                        "cannot write to the spool; frames wait in memory, and writes go by uncaptured when that is full");
-                }
-                self.retry_at = Some(now.saturating_add(SPOOL_RETRY));
+                self.fails(now, &error);
                 false
             }
         }

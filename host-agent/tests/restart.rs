@@ -110,6 +110,22 @@ impl Bench {
     }
 }
 
+/// `docs/operating/running.md` tells operators to count on this.
+#[test]
+fn a_protected_disk_costs_few_descriptors() {
+    const DISKS: usize = 5;
+    let devices = ["virtio0", "virtio1", "virtio2", "virtio3", "virtio4"];
+    let bench = Bench::start(&devices);
+    let count = || std::fs::read_dir(format!("/proc/{}/fd", bench.agent.0.id())).unwrap().count();
+    let with_one = count();
+    for device in &devices[1..] {
+        let id = bench.server.wait_for_disk("vm", device).disk;
+        assert_eq!(bench.server.set_protection(&id, true).error, "");
+    }
+    let more = count() - with_one;
+    assert!(more > 0 && more <= 10 * (DISKS - 1), "{more} for {} more disks", DISKS - 1);
+}
+
 fn scribble(disk: &FakeDisk, seed: u64, count: u64) {
     for i in 0..count {
         let n = seed.wrapping_mul(1000).wrapping_add(i);

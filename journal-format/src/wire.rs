@@ -564,6 +564,15 @@ pub struct DiskStatus {
     /// Those that were shipped.
     #[prost(uint64, tag = "27")]
     pub sync_shipped_bytes: u64,
+    /// Bytes of files in the disk's spool.
+    #[prost(uint64, tag = "30")]
+    pub spool_used_bytes: u64,
+    /// Most bytes of files that it may have; 0 for no spool.
+    #[prost(uint64, tag = "31")]
+    pub spool_bytes: u64,
+    /// Not empty while the spool cannot be written to: why.
+    #[prost(string, tag = "32")]
+    pub spool_trouble: String,
 }
 
 /// Keeps a quiet connection alive.

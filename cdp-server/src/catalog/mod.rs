@@ -9,13 +9,14 @@
 
 mod schema;
 
+use std::fs::{File, TryLockError};
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use cdp_api::{OverflowPolicy, ProtectionOptions};
 use journal_format::{DiskId, Epoch};
-use rusqlite::{Connection, OptionalExtension, Row, Transaction, params};
+use rusqlite::{Connection, ErrorCode, OptionalExtension, Row, Transaction, params};
 
 use crate::error::ServerError;
 use crate::model::{DiskReport, HostId, HostReport, VmReport};
@@ -69,6 +70,47 @@ pub struct Catalog {
     db: Mutex<Connection>,
 }
 
+/// Takes the lock beside the catalog's file, until what it returns is dropped: two servers with one catalog would hand out
+/// the same epochs.
+///
+/// # Errors
+/// `Catalog` when another server has it, or the file cannot be made.
+pub(crate) fn lock(path: &Path) -> Result<File, ServerError> {
+    let fail = |detail: String| ServerError::Catalog { path: path.to_owned(), detail };
+    let mut beside = path.as_os_str().to_owned();
+    beside.push(".lock");
+    let file = File::options().write(true).create(true).truncate(false).open(&beside);
+    let file = file.map_err(|e| {
+        let (beside, hint) =
+            (Path::new(&beside).display(), "name a file in a folder that this user may write to");
+        fail(format!("cannot make {beside}: {e}; {hint} with --catalog"))
+    })?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(fail(
+            "another cdp-server has it: stop that one, or give this one another --catalog".to_owned(),
+        )),
+        Err(TryLockError::Error(error)) => {
+            Err(fail(format!("cannot lock {}: {error}", Path::new(&beside).display())))
+        }
+    }
+}
+
+/// What to do about a file that SQLite does not open.
+fn advice(error: &rusqlite::Error) -> &'static str {
+    match error.sqlite_error_code() {
+        Some(ErrorCode::NotADatabase | ErrorCode::DatabaseCorrupt) => {
+            "move it away: the disks come back from the store, their settings not"
+        }
+        Some(ErrorCode::CannotOpen | ErrorCode::PermissionDenied | ErrorCode::ReadOnly) => {
+            "name a file in a folder that this user may write to with --catalog"
+        }
+        Some(ErrorCode::DiskFull) => "free space in its file system",
+        Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => "end the program that has it locked",
+        _ => "if it is damaged, move it away: the disks come back from the store, their settings not",
+    }
+}
+
 impl Catalog {
     /// Opens the file, creating or upgrading it.
     ///
@@ -84,11 +126,7 @@ impl Catalog {
             db.pragma_update(None, "foreign_keys", true)?;
             Ok(db)
         };
-        let mut db = open().map_err(|e| {
-            fail(format!(
-                "{e}; if it is damaged, move it away: the disks come back from the store, their settings not"
-            ))
-        })?;
+        let mut db = open().map_err(|error| fail(format!("{error}; {}", advice(&error))))?;
         schema::migrate(&mut db).map_err(fail)?;
         Ok(Self { db: Mutex::new(db) })
     }

@@ -30,7 +30,7 @@ use crate::data::committer::Work;
 use crate::data::door::Door;
 use crate::data::hashes::Hashers;
 use crate::data::queue::Queue;
-use crate::error::ServerError;
+use crate::error::{LISTEN, ServerError};
 use crate::limits::{INGEST_QUEUE_BYTES, MAX_AGENTS, MAX_STRANGERS, STOP_TIMEOUT};
 
 /// The running data plane.
@@ -54,7 +54,7 @@ struct Shared {
 impl DataPlane {
     /// Starts listening and committing.
     pub(crate) fn start(core: Arc<Core>, listen: SocketAddr) -> Result<Self, ServerError> {
-        let io = |e| ServerError::io("listen on", listen.to_string(), e);
+        let io = |e| ServerError::io(LISTEN, listen.to_string(), e);
         let listener = TcpListener::bind(listen).map_err(io)?;
         let address = listener.local_addr().map_err(io)?;
         let queue = Arc::new(Queue::new(INGEST_QUEUE_BYTES));
@@ -110,7 +110,7 @@ fn accept_loop(shared: &Arc<Shared>, listener: &TcpListener) {
             Ok((stream, _)) => serve(shared, stream),
             Err(error) => {
                 // Out of file descriptors, most likely: the ones in use have to go first.
-                tracing::warn!(%error, "cannot accept a connection; raise the limit of open files if this goes on");
+                tracing::warn!(%error, hint = daemon::advice(&error), "cannot accept a connection; trying again");
                 thread::sleep(Duration::from_millis(200));
             }
         }

@@ -18,7 +18,7 @@ use crate::data::peer::{self, Peer};
 use crate::data::plane::Request;
 use crate::data::queue::Queue;
 use crate::error::ServerError;
-use crate::limits::{MAX_AGENTS, MAX_INVENTORY_ITEMS, MAX_NAME_BYTES};
+use crate::limits::{MAX_AGENTS, MAX_INVENTORY_ITEMS, MAX_NAME_BYTES, MAX_REASON_BYTES};
 use crate::model::{HostId, HostReport, cut};
 use crate::protection;
 
@@ -123,7 +123,8 @@ impl<'a> Session<'a> {
                 self.core.fleet.completed(session, wire::decode(&body)?, Instant::now())
             }
             MessageType::DiskStatus => {
-                let status: wire::DiskStatus = wire::decode(&body)?;
+                let mut status: wire::DiskStatus = wire::decode(&body)?;
+                status.spool_trouble = cut(status.spool_trouble, MAX_REASON_BYTES);
                 self.core.fleet.status(session, wire::disk_id(&status.disk)?, status, Instant::now());
             }
             MessageType::HashRequest => self.hashers.ask(&self.peer, &self.hashing, wire::decode(&body)?)?,

@@ -259,3 +259,56 @@ fn while_the_stores_disk_hangs_the_server_answers_and_nothing_is_acknowledged() 
     let disk = fixture.client.disk("vm/disk0").expect("known");
     assert_eq!((disk.summary.fault, disk.journal.expect("one").durable_lsn), (None, capture.last().0));
 }
+
+#[test]
+fn a_spool_of_the_host_that_fails_is_a_fault_of_the_disk_until_it_works() {
+    let fixture = Fixture::start();
+    let (mut agent, _) = with_journal(&fixture);
+    let status = |trouble: &str| wire::DiskStatus {
+        disk: DISK.0.to_vec(),
+        mode: "capturing".to_owned(),
+        captured_lsn: 3,
+        host_stamp: now_ns(),
+        spool_used_bytes: 123_456,
+        spool_bytes: 64 << 20,
+        spool_trouble: trouble.to_owned(),
+        ..wire::DiskStatus::default()
+    };
+    agent.send(&status("cannot write to /spool: no space"));
+    let disk =
+        eventually(|| fixture.client.disk("vm/disk0").ok().filter(|disk| disk.summary.fault.is_some()));
+    let fault = disk.summary.fault.expect("it has one");
+    assert_eq!(fault.kind, FaultKind::SpoolFailing);
+    assert!(fault.message.contains("/spool: no space") && fault.hint.contains("--spool-dir"), "{fault:?}");
+    let journal = disk.journal.expect("its journal works");
+    assert_eq!(
+        (journal.spool_used_bytes, journal.spool_bytes, journal.spool_failing),
+        (123_456, 64 << 20, true)
+    );
+    assert!(fixture.client.points("vm/disk0").is_ok(), "its history is whole");
+    let metrics = || reqwest::blocking::get(fixture.url("/metrics")).expect("answers").text().expect("text");
+    let has = |text: &str, name: &str, value: &str| {
+        text.lines()
+            .any(|line| line.starts_with(&format!("{name}{{")) && line.ends_with(&format!(" {value}")))
+    };
+    let text = metrics();
+    for (name, value) in [
+        ("cdp_spool_used_bytes", "123456.0"),
+        ("cdp_spool_bytes", "67108864.0"),
+        ("cdp_spool_failing", "1.0"),
+        ("cdp_fault", "1.0"),
+    ] {
+        assert!(has(&text, name, value), "{name} {value}: {text}");
+    }
+    // It has failed since it began to.
+    agent.send(&status("cannot write to /spool: still"));
+    eventually(|| {
+        let fault = fixture.client.disk("vm/disk0").ok()?.summary.fault?;
+        fault.message.contains("still").then_some(fault.since)
+    });
+    let since = fixture.client.disk("vm/disk0").expect("known").summary.fault.expect("still").since;
+    assert_eq!(since, fault.since);
+    agent.send(&status(""));
+    eventually(|| fixture.client.disk("vm/disk0").ok()?.summary.fault.is_none().then_some(()));
+    assert!(has(&metrics(), "cdp_spool_failing", "0.0"));
+}

@@ -13,6 +13,7 @@ mod openapi;
 mod program;
 mod protection;
 mod rest;
+mod start;
 
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 

@@ -10,7 +10,7 @@ use journal_format::wire::{self, MessageType};
 use crate::agent::{Agent, Capture, DISK_BYTES};
 use crate::{eventually, now_ns};
 
-struct Program(Child);
+pub(crate) struct Program(pub(crate) Child);
 
 impl Drop for Program {
     fn drop(&mut self) {
@@ -19,21 +19,21 @@ impl Drop for Program {
     }
 }
 
-fn command(store: &std::path::Path) -> Command {
+pub(crate) fn command(store: &std::path::Path) -> Command {
     arguments(Command::new(env!("CARGO_BIN_EXE_cdp-server")), store)
 }
 
-fn arguments(mut command: Command, store: &std::path::Path) -> Command {
+pub(crate) fn arguments(mut command: Command, store: &std::path::Path) -> Command {
     command.arg("--store").arg(store).args(["--listen", "127.0.0.1:0", "--http", "127.0.0.1:0"]);
     command.stdout(Stdio::piped()).stderr(Stdio::null());
     command
 }
 
-fn start(store: &std::path::Path) -> (Program, String, std::net::SocketAddr) {
+pub(crate) fn start(store: &std::path::Path) -> (Program, String, std::net::SocketAddr) {
     start_as(Command::new(env!("CARGO_BIN_EXE_cdp-server")), store)
 }
 
-fn start_as(program: Command, store: &std::path::Path) -> (Program, String, std::net::SocketAddr) {
+pub(crate) fn start_as(program: Command, store: &std::path::Path) -> (Program, String, std::net::SocketAddr) {
     let mut child = arguments(program, store).spawn().expect("starts");
     let mut line = String::new();
     BufReader::new(child.stdout.take().expect("piped")).read_line(&mut line).expect("a line");
@@ -110,14 +110,16 @@ fn a_second_server_on_the_same_store_refuses_to_start() {
     assert_eq!(second.status.code(), Some(1));
 }
 
+pub(crate) fn is_root() -> bool {
+    std::fs::metadata("/proc/self").is_ok_and(|me| std::os::unix::fs::MetadataExt::uid(&me) == 0)
+}
+
 /// A store in a small file system of its own, in a mount namespace that ends with the program.
 fn start_in_a_small_file_system(store: &std::path::Path) -> (Program, String, std::net::SocketAddr) {
     let script =
         "mount -t tmpfs -o size=24m cdp-test \"$0\" && head -c 8M /dev/zero >\"$0/ballast\" && exec \"$@\"";
     let mut unshare = Command::new("unshare");
-    let is_root =
-        std::fs::metadata("/proc/self").is_ok_and(|me| std::os::unix::fs::MetadataExt::uid(&me) == 0);
-    unshare.arg(if is_root { "-m" } else { "-rm" }).args(["sh", "-c", script]).arg(store);
+    unshare.arg(if is_root() { "-m" } else { "-rm" }).args(["sh", "-c", script]).arg(store);
     unshare.arg(env!("CARGO_BIN_EXE_cdp-server"));
     start_as(unshare, store)
 }

@@ -9,8 +9,8 @@ pub mod parked;
 pub mod worker;
 
 use std::os::fd::AsFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -36,7 +36,8 @@ struct Shared {
     discard: AtomicBool,
     captured_stamp: AtomicU64,
     spool_bytes: AtomicU64,
-    spool_failing: AtomicBool,
+    /// Why the spool cannot be written to; empty when it can.
+    spool_trouble: Mutex<String>,
 }
 
 /// A drain, begun or not.
@@ -122,11 +123,12 @@ impl Drain {
         Stamp(self.shared.captured_stamp.load(Ordering::Relaxed))
     }
 
-    /// Bytes in the spool, and whether it cannot be written to now.
+    /// Bytes in the spool, and why it cannot be written to now; empty when it can.
     #[must_use]
-    pub fn spool(&self) -> (u64, bool) {
-        // ORDERING: gauges.
-        (self.shared.spool_bytes.load(Ordering::Relaxed), self.shared.spool_failing.load(Ordering::Relaxed))
+    pub fn spool(&self) -> (u64, String) {
+        let trouble = self.shared.spool_trouble.lock().unwrap_or_else(PoisonError::into_inner);
+        // ORDERING: a gauge.
+        (self.shared.spool_bytes.load(Ordering::Relaxed), trouble.clone())
     }
 }
 
@@ -220,7 +222,11 @@ impl Driver {
         // ORDERING: gauges.
         shared.captured_stamp.store(self.worker.captured().0, Ordering::Relaxed);
         shared.spool_bytes.store(spool.used_bytes(), Ordering::Relaxed);
-        shared.spool_failing.store(spool.is_failing(), Ordering::Relaxed);
+        let trouble = spool.trouble().unwrap_or_default();
+        let mut told = shared.spool_trouble.lock().unwrap_or_else(PoisonError::into_inner);
+        if *told != trouble {
+            trouble.clone_into(&mut told);
+        }
     }
 
     fn pause(&mut self, pace: Pace) {

@@ -284,7 +284,7 @@ fn a_spool_that_cannot_be_written_costs_nothing_but_itself() {
     std::fs::write(bench.folder.path().join(DISK.to_string()), b"").unwrap();
     let (mut now, mut seen, mut worker) = (Duration::ZERO, Vec::new(), worker);
     fill(&bench, &mut worker, &mut now);
-    assert!(worker.spool().is_failing());
+    assert!(worker.spool().trouble().is_some());
     assert!(
         worker.writer().outbox().used_bytes() > MIN_OUTBOX_BYTES / 4 * 3,
         "the outbox is used to its end"
@@ -297,7 +297,7 @@ fn a_spool_that_cannot_be_written_costs_nothing_but_itself() {
     std::fs::remove_file(bench.folder.path().join(DISK.to_string())).unwrap();
     now += crate::limits::SPOOL_RETRY;
     fill(&bench, &mut worker, &mut now);
-    assert!(!worker.spool().is_failing() && worker.spool().used_bytes() > 0, "it is tried again");
+    assert!(worker.spool().trouble().is_none() && worker.spool().used_bytes() > 0, "it is tried again");
 }
 
 #[test]

@@ -216,6 +216,7 @@ impl Worker {
     /// Why nothing more will come. What was taken before is in the outbox, or goes there with later steps.
     pub fn step(&mut self, now: Duration, ending: Option<Ending>) -> Result<Step, Stop> {
         self.spool.release(self.writer.outbox().durable());
+        self.spool.tend(now);
         self.comparer.take_answers(now, &self.hashes);
         let refilled = self.refill()?;
         let pace = self.go_on(now, ending, refilled)?;

@@ -20,7 +20,7 @@ use super::layout::{
     KIND_FRAME, KIND_SKIP, RECORDS_AT, RawEntry, RawStaged, STAGED_BYTES, VERSION, crc_of, entry_bytes,
 };
 use super::{Outbox, OutboxWriter, Packed, PackedFrame};
-use crate::limits::{FRAME_MAX_RECORDS, MAX_BUFFER_BYTES};
+use crate::limits::{FRAME_MAX_RECORDS, MAX_OUTBOX_BYTES};
 
 /// What an outbox of before held.
 #[derive(Debug)]
@@ -101,7 +101,7 @@ fn read_header(kept: &File, disk: DiskId, epoch: Epoch) -> io::Result<Header> {
     }
     let area = header.area_bytes.get();
     let size = (AREA_START as u64).checked_add(area);
-    if area > MAX_BUFFER_BYTES || !area.is_multiple_of(ENTRY_ALIGN) || Some(kept.metadata()?.len()) != size {
+    if area > MAX_OUTBOX_BYTES || !area.is_multiple_of(ENTRY_ALIGN) || Some(kept.metadata()?.len()) != size {
         return Err(bad("its size is impossible"));
     }
     if header.packed_lsn.get().max(header.last_lsn.get()) >= u64::MAX / 2 {

@@ -487,7 +487,7 @@ impl Session {
             return;
         };
         let keeps_up = sample.outbox_used_bytes <= sample.outbox_bytes / 2;
-        let spools = !sample.spool_failing && sample.spool_used_bytes < sample.spool_bytes / 2;
+        let spools = sample.spool_trouble.is_empty() && sample.spool_used_bytes < sample.spool_bytes / 2;
         let room = sample.ring_has_room && (keeps_up || spools);
         let due = capture.last_resync.is_none_or(|last| now.saturating_sub(last) >= RESYNC_EVERY);
         if capture.phase == Phase::Capturing && sample.mode == "tracking" && room && due {
@@ -532,5 +532,8 @@ fn status(disk: DiskId, capture: &Capture, sample: &Sample) -> wire::DiskStatus 
         sync_compared_bytes: sample.sync_compared_bytes,
         sync_equal_bytes: sample.sync_equal_bytes,
         sync_shipped_bytes: sample.sync_shipped_bytes,
+        spool_used_bytes: sample.spool_used_bytes,
+        spool_bytes: sample.spool_bytes,
+        spool_trouble: sample.spool_trouble.clone(),
     }
 }

@@ -115,8 +115,8 @@ pub struct Sample {
     pub spool_used_bytes: u64,
     /// Most bytes of files that the spool may have.
     pub spool_bytes: u64,
-    /// Whether the spool cannot be written to.
-    pub spool_failing: bool,
+    /// Why the spool cannot be written to; empty when it can.
+    pub spool_trouble: String,
     /// Raw bytes in the outbox.
     pub unacked_bytes: u64,
     /// Guest requests and flushes that wait.

@@ -39,7 +39,7 @@ pub fn config(dir: &Path, server: &server::FakeServer, no_io_uring: bool) -> Con
         outbox_bytes: 16 << 20,
         spool: SpoolPlace { folder: dir.join("spool"), limit_bytes: 0 },
         host_name: "testhost".into(),
-        machine_id: dir.join("no-machine-id"),
+        machine_id: None,
         token: "token".into(),
         no_io_uring,
     }

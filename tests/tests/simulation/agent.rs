@@ -166,7 +166,7 @@ impl Agent {
                 outbox_bytes: live.outbox.capacity_bytes(),
                 spool_used_bytes: live.worker.spool().used_bytes(),
                 spool_bytes: self.sizes.spool.limit_bytes,
-                spool_failing: live.worker.spool().is_failing(),
+                spool_trouble: live.worker.spool().trouble().unwrap_or_default().to_owned(),
                 unacked_bytes: live.outbox.raw_bytes(),
                 host_stamp,
                 waiting: 0,
