@@ -220,6 +220,11 @@ impl Spool {
         if !room || self.trouble.as_ref().is_some_and(|trouble| now < trouble.retry_at) {
             return false;
         }
+        if self.last.is_some_and(|last| last.lsn.next() != frame.first_lsn) {
+            // Frames have gone to the outbox directly, which they do only when it has all that is here. Files with a hole
+            // would be taken for torn ones.
+            self.clear();
+        }
         match self.try_append(frame, need) {
             Ok(()) => {
                 self.works();

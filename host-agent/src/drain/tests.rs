@@ -258,6 +258,35 @@ fn a_full_outbox_spools_and_everything_comes_out_in_order() {
     assert_eq!(worker.spool().used_bytes(), 0, "its files are gone");
 }
 
+/// Frames went to the spool, were read back, and others went to the outbox directly before the next ones came to the spool:
+/// its file then had a hole, and the agent that came next took what was behind it for torn, and threw it away.
+#[test]
+fn what_is_spooled_after_a_while_without_survives_the_agent() {
+    let (mut bench, mut worker) = Bench::new(MIN_OUTBOX_BYTES, 64 << 20, u64::MAX);
+    let (mut now, mut seen, mut number) = (Duration::ZERO, Vec::new(), 0);
+    let mut until = |worker: &mut Worker, now: &mut Duration, what: &dyn Fn(&Worker) -> bool| {
+        while !what(worker) {
+            assert!(noisy(&bench, number, 64 << 10), "the ring has room");
+            number += 1;
+            run(worker, now, None);
+        }
+    };
+    until(&mut worker, &mut now, &|worker| worker.spool().used_bytes() > 1 << 20);
+    ship(worker.writer().outbox(), &mut seen);
+    run(&mut worker, &mut now, None);
+    assert!(worker.spool().is_read() && worker.spool().used_bytes() > 0, "read back, and not durable");
+    let most = worker.writer().outbox().capacity_bytes() / 2;
+    until(&mut worker, &mut now, &|worker| worker.writer().outbox().used_bytes() > most);
+    until(&mut worker, &mut now, &|worker| !worker.spool().is_read());
+    drop(worker);
+    let mut worker = bench.adopt();
+    while run(&mut worker, &mut now, None) == Pace::Blocked {
+        ship(worker.writer().outbox(), &mut seen);
+    }
+    ship(worker.writer().outbox(), &mut seen);
+    assert_eq!(lsns(&seen), (FIRST.0..=bench.ring.captured_lsn().0).collect::<Vec<_>>());
+}
+
 #[test]
 fn stopping_with_everything_full_loses_nothing() {
     for spool_bytes in [0, 64 << 20] {
