@@ -1,0 +1,172 @@
+//! What a guest sees through an export: `fio` on an NBD export of `qemu-storage-daemon`.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Stdio};
+
+use cdp_tests::process::Process;
+use cdp_tests::qmp::Qmp;
+use cdp_tests::wait_for;
+use serde_json::Value;
+
+use crate::Effort;
+use crate::machine::{self, GUEST_CORE, SINK_CORE};
+use crate::ours::Ours;
+use crate::report::{Report, Row};
+use crate::variants::{DISK_BYTES, Medium, PATTERNS, Pattern, Variant};
+
+/// A storage daemon with one variant's nodes, and the server that drops what it gets, where the variant needs one.
+pub(crate) struct Export {
+    pub(crate) daemon: Process,
+    pub(crate) sink: Option<Process>,
+    socket: PathBuf,
+}
+
+impl Export {
+    /// Starts them, protects the disk or starts the job, and waits until writes are captured.
+    pub(crate) fn start(ours: &Ours, variant: Variant, directory: &Path, vm: &str) -> Self {
+        for (name, bytes) in [("disk", DISK_BYTES), ("log", 16 * DISK_BYTES), ("second", DISK_BYTES)] {
+            let path = directory.join(format!("{name}.raw"));
+            if name == "log" || !path.exists() {
+                File::create(&path).expect("a file").set_len(bytes).expect("its size");
+            }
+        }
+        let path = |name: &str| directory.join(name);
+        let (socket, monitor, sink_socket) = (path("nbd"), path("qmp"), path("sink"));
+        for old in [&socket, &monitor, &sink_socket] {
+            let _absent = std::fs::remove_file(old);
+        }
+        let sink = variant.has_sink().then(|| {
+            let mut command = machine::pinned(SINK_CORE, "nbdkit");
+            // A log grows; a second copy is as large as the first.
+            let bytes = if variant == Variant::BlkLogWritesNbd { 16 * DISK_BYTES } else { DISK_BYTES };
+            let bytes = bytes.to_string();
+            command.args(["-f", "-U"]).arg(&sink_socket).args(["null", &bytes]);
+            let sink = Process::start(directory, "sink", &mut command);
+            wait_for("the sink's socket", || sink_socket.exists().then_some(()));
+            sink
+        });
+        let mut command = machine::pinned(GUEST_CORE, "qemu-storage-daemon");
+        if variant == Variant::Throttle {
+            command.args(["--object", "throttle-group,id=none"]);
+        }
+        for node in variant.nodes(directory, &sink_socket) {
+            command.args(["--blockdev", &node.to_string()]);
+        }
+        command.args([
+            "--nbd-server",
+            &format!("addr.type=unix,addr.path={},max-connections=0", socket.display()),
+        ]);
+        let export = serde_json::json!({"type": "nbd", "id": "export0", "name": "disk", "node-name": variant.top(), "writable": true});
+        command.args(["--export", &export.to_string()]);
+        command.args(["--chardev", &format!("socket,id=qmp,path={},server=on,wait=off", monitor.display())]);
+        command.args(["--monitor", "chardev=qmp"]);
+        if variant.is_ours() {
+            ours.load(&mut command, if variant == Variant::OursOn { vm } else { "bench-off" });
+        }
+        let daemon = Process::start(directory, "daemon", &mut command);
+        wait_for("the export's socket", || socket.exists().then_some(()));
+        if let Some((job, arguments)) = variant.job() {
+            Qmp::connect(&monitor).run(job, arguments);
+        }
+        if variant == Variant::OursOn {
+            let disk = ours.site.disk(vm, "");
+            ours.site.protect(&disk);
+        }
+        Self { daemon, sink, socket }
+    }
+
+    /// Starts a load on it, for some seconds.
+    pub(crate) fn load(&self, pattern: Pattern, seconds: f64) -> Child {
+        let mut command = machine::pinned(GUEST_CORE, "fio");
+        command.args(["--name=load", "--ioengine=nbd", "--rw=randwrite", "--norandommap", "--time_based=1"]);
+        command.args(["--output-format=json", "--randrepeat=0", "--refill_buffers=1", "--group_reporting=1"]);
+        command.arg(format!("--uri=nbd+unix:///disk?socket={}", self.socket.display()));
+        command.arg(format!("--bs={}", pattern.bytes)).arg(format!("--iodepth={}", pattern.depth));
+        command.arg(format!("--runtime={}ms", (seconds * 1000.0) as u64)).arg(format!("--size={DISK_BYTES}"));
+        command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().expect("fio runs")
+    }
+}
+
+/// What a load saw of its writes.
+pub(crate) struct Seen {
+    pub(crate) writes: f64,
+    pub(crate) iops: f64,
+    pub(crate) p50_us: f64,
+    pub(crate) p99_us: f64,
+    pub(crate) p999_us: f64,
+    pub(crate) max_us: f64,
+}
+
+/// Waits for a load's end.
+pub(crate) fn finish(load: Child) -> Seen {
+    let output = load.wait_with_output().expect("fio ends");
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    // It may say something before its document.
+    let document = text.get(text.find('{').unwrap_or(0)..).unwrap_or_default();
+    let parsed: Value = serde_json::from_str(document).unwrap_or_else(|e| panic!("fio said {text:?}: {e}"));
+    let write = &parsed["jobs"][0]["write"];
+    assert_eq!(parsed["jobs"][0]["error"].as_i64(), Some(0), "a request failed: {text}");
+    let number = |value: &Value| value.as_f64().unwrap_or_default();
+    let percentile = |name: &str| number(&write["clat_ns"]["percentile"][name]) / 1000.0;
+    Seen {
+        writes: number(&write["total_ios"]),
+        iops: number(&write["iops"]),
+        p50_us: percentile("50.000000"),
+        p99_us: percentile("99.000000"),
+        p999_us: percentile("99.900000"),
+        max_us: number(&write["clat_ns"]["max"]) / 1000.0,
+    }
+}
+
+pub(crate) fn run(effort: Effort, report: &mut Report) {
+    let ours = Ours::start();
+    for medium in [Medium::Tmpfs, Medium::Disk] {
+        let directories = Variant::ALL.map(|_| medium.directory());
+        let vm = format!("bench-export-{}", medium.name());
+        for pattern in PATTERNS {
+            for round in 0..effort.rounds {
+                let quiet = !effort.patient || machine::wait_until_idle();
+                for (variant, directory) in Variant::ALL.into_iter().zip(&directories) {
+                    let mut row =
+                        measure(&ours, variant, medium, directory.path(), (pattern, &vm), effort.seconds);
+                    (row.round, row.quiet) = (round, quiet);
+                    report.add(row);
+                }
+            }
+        }
+    }
+}
+
+fn measure(
+    ours: &Ours,
+    variant: Variant,
+    medium: Medium,
+    directory: &Path,
+    (pattern, vm): (Pattern, &str),
+    seconds: f64,
+) -> Row {
+    let mut export = Export::start(ours, variant, directory, vm);
+    let sinks = || match (&export.sink, variant) {
+        (Some(sink), _) => machine::cpu_seconds(sink.pid()),
+        (None, Variant::OursOn) => {
+            machine::cpu_seconds(ours.site.agent.pid()) + machine::cpu_seconds(ours.site.server.pid())
+        }
+        _ => 0.0,
+    };
+    let (daemon_before, sinks_before) = (machine::cpu_seconds(export.daemon.pid()), sinks());
+    let seen = finish(export.load(pattern, seconds));
+    let mut row = Row::new("through an export", medium.name(), pattern.name, variant.name(), 0);
+    let writes = seen.writes.max(1.0);
+    row.set("iops", seen.iops);
+    row.set("p50_us", seen.p50_us);
+    row.set("p99_us", seen.p99_us);
+    row.set("p999_us", seen.p999_us);
+    row.set("cpu_qemu_us", (machine::cpu_seconds(export.daemon.pid()) - daemon_before) * 1e6 / writes);
+    if variant == Variant::OursOn {
+        ours.records(vm);
+    }
+    row.set("cpu_sink_us", (sinks() - sinks_before) * 1e6 / writes);
+    export.daemon.terminate();
+    row
+}

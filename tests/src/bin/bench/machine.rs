@@ -1,0 +1,95 @@
+//! The machine: its idleness, its processors, what ran on it.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// The core of everything that is the guest's: the load and QEMU.
+pub(crate) const GUEST_CORE: &str = "0";
+/// The core of agent, server, and of the peers' sinks.
+pub(crate) const SINK_CORE: &str = "1";
+
+/// More of others than this, in cores, and a round does not count as quiet.
+const IDLE_BELOW: f64 = 0.3;
+const LOOK: Duration = Duration::from_millis(500);
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Waits until the machine does nothing else; whether it came to that.
+pub(crate) fn wait_until_idle() -> bool {
+    let end = Instant::now() + PATIENCE;
+    loop {
+        let before = busy_ticks();
+        thread::sleep(LOOK);
+        let busy = (busy_ticks() - before) as f64 / ticks_per_second() / LOOK.as_secs_f64();
+        if busy < IDLE_BELOW {
+            return true;
+        }
+        if Instant::now() > end {
+            return false;
+        }
+    }
+}
+
+/// Everything but idle and waiting for the disk, of all processors.
+fn busy_ticks() -> u64 {
+    let text = fs::read_to_string("/proc/stat").expect("/proc/stat");
+    let line = text.lines().next().expect("a first line");
+    let ticks: Vec<u64> = line.split_whitespace().skip(1).map(|word| word.parse().expect("ticks")).collect();
+    let idle = ticks[3] + ticks[4];
+    // The last two are parts of the first two.
+    ticks.iter().take(8).sum::<u64>() - idle
+}
+
+/// Processor time of a process so far, in seconds; 0 when it is gone.
+pub(crate) fn cpu_seconds(pid: u32) -> f64 {
+    let text = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // The name, in parentheses, may hold spaces.
+    let fields = text.rsplit_once(") ").map_or("", |(_, rest)| rest);
+    let ticks: u64 = fields.split(' ').skip(11).take(2).filter_map(|word| word.parse::<u64>().ok()).sum();
+    ticks as f64 / ticks_per_second()
+}
+
+fn ticks_per_second() -> f64 {
+    // USER_HZ of every Linux on a 64-bit PC.
+    100.0
+}
+
+/// A command that runs on one core only.
+pub(crate) fn pinned(core: &str, program: impl AsRef<OsStr>) -> Command {
+    let mut command = Command::new("taskset");
+    command.args(["-c", core]).arg(program);
+    command
+}
+
+/// Restricts a running process, all its threads, to one core.
+pub(crate) fn pin(pid: u32, core: &str) {
+    let status = Command::new("taskset").args(["-a", "-c", "-p", core, &pid.to_string()]).output();
+    assert!(status.expect("taskset runs").status.success(), "cannot pin process {pid}");
+}
+
+/// Processor, kernel and program versions, for the report.
+pub(crate) fn describe() -> Vec<(String, String)> {
+    let cpu = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let model = cpu.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
+    let cores = thread::available_parallelism().map_or(0, usize::from);
+    let first_line = |program: &str, argument: &str| {
+        let output = Command::new(program).arg(argument).output().ok();
+        let text = output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
+        text.and_then(|text| text.lines().next().map(str::to_owned)).unwrap_or_else(|| "missing".to_owned())
+    };
+    vec![
+        ("processor".to_owned(), format!("{} × {cores}", model.map_or("unknown", |(_, name)| name))),
+        ("kernel".to_owned(), first_line("uname", "-r")),
+        ("QEMU".to_owned(), first_line("qemu-img", "--version")),
+        ("fio".to_owned(), first_line("fio", "--version")),
+        ("nbdkit".to_owned(), first_line("nbdkit", "--version")),
+        (
+            "pinning".to_owned(),
+            format!(
+                "load and QEMU on core {GUEST_CORE}; agent, server and the peers' sinks on core {SINK_CORE}"
+            ),
+        ),
+    ]
+}

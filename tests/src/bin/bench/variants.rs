@@ -1,0 +1,192 @@
+//! Who takes part: the plain disk, ours, and everything that QEMU itself can capture writes with. Each peer has its best
+//! settings: direct I/O, native or io_uring submission as the disk has, log sectors of 4 KiB.
+
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+/// Bytes of the disk, and of each peer's second copy.
+pub(crate) const DISK_BYTES: u64 = 1 << 30;
+
+/// What the disk is on.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Medium {
+    /// A file in memory.
+    Tmpfs,
+    /// A file on the disk that the working directory is on.
+    Disk,
+}
+
+impl Medium {
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Self::Tmpfs => "tmpfs",
+            Self::Disk => "disk",
+        }
+    }
+
+    /// Where its files lie.
+    pub(crate) fn directory(self) -> tempfile::TempDir {
+        let builder =
+            |at: &str| tempfile::Builder::new().prefix("cdp-bench-").tempdir_in(at).expect("a directory");
+        match self {
+            Self::Tmpfs => builder("/dev/shm"),
+            Self::Disk => builder("target"),
+        }
+    }
+
+    /// The node `disk`.
+    fn disk(directory: &Path) -> Value {
+        file("disk", &directory.join("disk.raw"))
+    }
+}
+
+/// A variant of the disk.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Variant {
+    /// The disk alone.
+    Plain,
+    /// Below a filter that does nothing: what one more layer costs.
+    Throttle,
+    /// Our library is loaded, and the disk is not protected.
+    OursOff,
+    /// Protected: agent and server are alive.
+    OursOn,
+    /// Every write also to a local log.
+    BlkLogWrites,
+    /// Every write to two disks.
+    Quorum,
+    /// Every write also to a log on an NBD server that drops it.
+    BlkLogWritesNbd,
+    /// Every write also to an NBD server that drops it.
+    QuorumNbd,
+    /// A mirror to that server that guests wait for.
+    MirrorBlocking,
+    /// A mirror to that server that follows behind: no history.
+    MirrorBackground,
+    /// A backup to that server, of what is overwritten, once per cluster.
+    Backup,
+}
+
+impl Variant {
+    /// Everybody.
+    pub(crate) const ALL: [Self; 11] = [
+        Self::Plain,
+        Self::Throttle,
+        Self::OursOff,
+        Self::OursOn,
+        Self::BlkLogWrites,
+        Self::Quorum,
+        Self::BlkLogWritesNbd,
+        Self::QuorumNbd,
+        Self::MirrorBlocking,
+        Self::MirrorBackground,
+        Self::Backup,
+    ];
+
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Self::Plain => "plain",
+            Self::Throttle => "throttle, no limit",
+            Self::OursOff => "qemu-cdp, off",
+            Self::OursOn => "qemu-cdp, on",
+            Self::BlkLogWrites => "blklogwrites, local",
+            Self::Quorum => "quorum of 2, local",
+            Self::BlkLogWritesNbd => "blklogwrites, NBD",
+            Self::QuorumNbd => "quorum of 2, NBD",
+            Self::MirrorBlocking => "mirror, write-blocking",
+            Self::MirrorBackground => "mirror, background",
+            Self::Backup => "backup, sync=none",
+        }
+    }
+
+    pub(crate) const fn is_ours(self) -> bool {
+        matches!(self, Self::OursOff | Self::OursOn)
+    }
+
+    /// Whether it needs the server that drops what it gets.
+    pub(crate) const fn has_sink(self) -> bool {
+        matches!(
+            self,
+            Self::BlkLogWritesNbd
+                | Self::QuorumNbd
+                | Self::MirrorBlocking
+                | Self::MirrorBackground
+                | Self::Backup
+        )
+    }
+
+    /// Its nodes; the first one, `disk` or `top`, is written to. Files lie in `directory`, where every variant has its own.
+    pub(crate) fn nodes(self, directory: &Path, sink: &Path) -> Vec<Value> {
+        let disk = || Medium::disk(directory);
+        let remote = || {
+            let server = json!({"type": "unix", "path": sink});
+            json!({"driver": "nbd", "node-name": "sink", "server": server})
+        };
+        let local = |name: &str| file(name, &directory.join(format!("{name}.raw")));
+        let logged = |log: Value| json!({"driver": "blklogwrites", "node-name": "top", "file": disk(), "log": log, "log-sector-size": 4096});
+        let quorum = |second: Value| json!({"driver": "quorum", "node-name": "top", "vote-threshold": 2, "children": [disk(), second]});
+        match self {
+            Self::Plain | Self::OursOff | Self::OursOn => vec![disk()],
+            Self::Throttle => {
+                vec![
+                    json!({"driver": "throttle", "node-name": "top", "throttle-group": "none", "file": disk()}),
+                ]
+            }
+            Self::BlkLogWrites => vec![logged(local("log"))],
+            Self::Quorum => vec![quorum(local("second"))],
+            Self::BlkLogWritesNbd => vec![logged(remote())],
+            Self::QuorumNbd => vec![quorum(remote())],
+            Self::MirrorBlocking | Self::MirrorBackground | Self::Backup => vec![disk(), remote()],
+        }
+    }
+
+    /// The node that is written to.
+    pub(crate) fn top(self) -> &'static str {
+        match self {
+            Self::Throttle | Self::BlkLogWrites | Self::Quorum | Self::BlkLogWritesNbd | Self::QuorumNbd => {
+                "top"
+            }
+            _ => "disk",
+        }
+    }
+
+    /// The job that captures, as a QMP command and its arguments.
+    pub(crate) fn job(self) -> Option<(&'static str, Value)> {
+        let mirror = |mode: &str| {
+            let job = json!({"job-id": "job0", "device": "disk", "target": "sink", "sync": "none", "copy-mode": mode});
+            Some(("blockdev-mirror", job))
+        };
+        match self {
+            Self::MirrorBlocking => mirror("write-blocking"),
+            Self::MirrorBackground => mirror("background"),
+            Self::Backup => {
+                let job = json!({"job-id": "job0", "device": "disk", "target": "sink", "sync": "none"});
+                Some(("blockdev-backup", job))
+            }
+            _ => None,
+        }
+    }
+}
+
+fn file(name: &str, path: &Path) -> Value {
+    json!({"driver": "file", "node-name": name, "filename": path, "aio": "native", "cache": {"direct": true}})
+}
+
+/// A pattern of writes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Pattern {
+    pub(crate) name: &'static str,
+    /// Bytes of a write.
+    pub(crate) bytes: u64,
+    /// Writes in flight.
+    pub(crate) depth: u32,
+}
+
+/// 4 KiB one at a time and many at once, 64 KiB, 1 MiB.
+pub(crate) const PATTERNS: [Pattern; 4] = [
+    Pattern { name: "4 KiB, depth 1", bytes: 4 << 10, depth: 1 },
+    Pattern { name: "4 KiB, depth 32", bytes: 4 << 10, depth: 32 },
+    Pattern { name: "64 KiB, depth 8", bytes: 64 << 10, depth: 8 },
+    Pattern { name: "1 MiB, depth 4", bytes: 1 << 20, depth: 4 },
+];
