@@ -131,13 +131,6 @@ pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(20);
 /// How long a clean stop waits for open REST requests.
 pub const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How long a guest's write may wait for room under the policy `throttle`, in milliseconds.
-pub const THROTTLE_MS: core::ops::RangeInclusive<u32> = 1..=600_000;
-/// Sizes of a disk's capture ring in MiB: the smallest takes two of the largest writes.
-pub const RING_MIB: core::ops::RangeInclusive<u32> = 8..=16_384;
-/// How long a guest's flush may wait in sync mode, in milliseconds.
-pub const SYNC_TIMEOUT_MS: core::ops::RangeInclusive<u32> = 1..=3_600_000;
-
 const _: () = assert!(MAX_FRAME_BYTES < INGEST_QUEUE_BYTES);
 const _: () = assert!(BATCH_BYTES <= INGEST_QUEUE_BYTES);
 const _: () = assert!(PING_EVERY.as_secs() * 3 < Patience::DEFAULT.idle.as_secs());

@@ -17,6 +17,7 @@ use core::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use cdp_api::limits::{RING_MIB, SYNC_TIMEOUT_MS, THROTTLE_MS};
 use cdp_api::{
     Kind, OverflowPolicy, Problem, Protection, ProtectionOptions, ProtectionPhase, ProtectionState, SyncState,
 };
@@ -26,7 +27,7 @@ use crate::catalog::DiskRow;
 use crate::core::Core;
 use crate::error::ServerError;
 use crate::fleet::{Command, LiveDisk, Mode};
-use crate::limits::{COMMAND_TIMEOUT, FORGET_EVERY, RING_MIB, SYNC_TIMEOUT_MS, THROTTLE_MS};
+use crate::limits::{COMMAND_TIMEOUT, FORGET_EVERY};
 use crate::model::cut;
 use crate::rest::problem::{ApiError, agent_refused};
 

@@ -1,6 +1,9 @@
 //! The command line.
 
+use core::ops::RangeInclusive;
+
 use cdp_api::client::{parse_disk, parse_server};
+use cdp_api::limits::{RING_MIB, SYNC_TIMEOUT_MS, THROTTLE_MS};
 use clap::{Parser, Subcommand, ValueEnum};
 
 const AFTER_HELP: &str = "\
@@ -65,25 +68,27 @@ pub(crate) enum Command {
     #[command(subcommand)]
     Disk(DiskCommand),
     /// Switch protection of a disk on, or change how it is protected; works while its VM runs
+    ///
+    /// What no option speaks of stays as it is.
     Protect {
         /// UUID or vm/device
         #[arg(value_parser = parse_disk)]
         disk: String,
         /// What a guest's write does that finds the capture ring full: track (go on, a gap), throttle (wait for up to
-        /// --throttle-ms, then track), strict (wait)
-        #[arg(long, value_name = "POLICY")]
+        /// --throttle-ms, then track), strict (wait) [at first: track]
+        #[arg(long, value_name = "POLICY", value_parser = ["track", "throttle", "strict"], hide_possible_values = true)]
         policy: Option<String>,
-        /// With throttle: longest wait of a write
-        #[arg(long, value_name = "MS")]
+        /// With throttle: longest wait of a write, 1 to 600000 ms [at first: 1000]
+        #[arg(long, value_name = "MS", value_parser = |text: &str| within(text, THROTTLE_MS))]
         throttle_ms: Option<u64>,
-        /// Size of the capture ring; counts from the next capture on
-        #[arg(long, value_name = "MIB")]
+        /// Size of the capture ring, 8 to 16384 MiB; counts from the next capture on [at first: the agent's --ring-mib]
+        #[arg(long, value_name = "MIB", value_parser = |text: &str| within(text, RING_MIB))]
         ring_mib: Option<u64>,
         /// Whether a guest's flush waits until the server has made everything before it durable
         #[arg(long, value_enum, value_name = "on|off")]
         sync: Option<Switch>,
-        /// With sync: longest wait of a flush
-        #[arg(long, value_name = "MS")]
+        /// With sync: longest wait of a flush, 1 to 3600000 ms [at first: 10000]
+        #[arg(long, value_name = "MS", value_parser = |text: &str| within(text, SYNC_TIMEOUT_MS))]
         sync_timeout_ms: Option<u64>,
     },
     /// Switch protection of a disk off; its history stays
@@ -132,4 +137,12 @@ pub(crate) enum DiskCommand {
         #[arg(value_parser = parse_disk)]
         disk: String,
     },
+}
+
+/// Reads a number that the server would take.
+fn within(text: &str, range: RangeInclusive<u32>) -> Result<u64, String> {
+    let value = text.parse().ok().filter(|value| range.contains(value));
+    value
+        .map(u64::from)
+        .ok_or_else(|| format!("give a whole number from {} to {}", range.start(), range.end()))
 }

@@ -211,7 +211,7 @@ fn with_json_every_end_is_one_document() {
         (fixture.url.as_str(), &["disk", "show", "vm/none"][..], 1, "no-such-disk"),
         (&fixture.url, &["points", "vm/disk0", "--at", "lsn:1"], 3, "point-in-gap"),
         (&fixture.url, &["points", "vm/disk0", "--at", "noon"], 2, "bad-point"),
-        (&fixture.url, &["protect", "vm/disk0", "--policy", "maybe"], 2, "bad-value"),
+        (&fixture.url, &["protect", "vm/disk0", "--policy", "maybe"], 2, "usage"),
         (&fixture.url, &["nonsense"], 2, "usage"),
         (away, &["disk", "list"], 1, "server-not-reached"),
     ] {
@@ -270,4 +270,117 @@ fn the_spool_is_shown_and_that_it_fails() {
         let text = fixture.text(command);
         assert!(text.contains("cannot write to /spool: no space") && text.contains("--spool-dir"), "{text}");
     }
+}
+
+/// How a disk is protected, in the API's words.
+fn options(state: &serde_json::Value) -> serde_json::Value {
+    let names = ["enabled", "policy", "throttle_ms", "ring_mib", "sync", "sync_timeout_ms"];
+    names.iter().map(|name| ((*name).to_owned(), state[name].clone())).collect()
+}
+
+#[test]
+fn protect_changes_what_it_is_told_and_leaves_the_rest() {
+    let (mut fixture, agent, _) = Fixture::with_journal();
+    // Without the agent a wish is only kept, so that nobody has to answer.
+    drop(agent);
+    eventually(|| (fixture.json(&["disk", "show", "vm/disk0"])["online"] == false).then_some(()));
+    let protect = |fixture: &Fixture, flags: &[&str]| {
+        options(&fixture.json(&[&["protect", "vm/disk0"][..], flags].concat()))
+    };
+    let expected = |policy: &str, throttle: u32, ring: Option<u32>, sync: bool, timeout: u32| {
+        serde_json::json!({"enabled": true, "policy": policy, "throttle_ms": throttle, "ring_mib": ring, "sync": sync,
+            "sync_timeout_ms": timeout})
+    };
+    let steps: [(&[&str], serde_json::Value); 8] = [
+        (&[], expected("track", 1000, None, false, 10_000)),
+        (&["--policy", "throttle", "--throttle-ms", "250"], expected("throttle", 250, None, false, 10_000)),
+        (&["--ring-mib", "128"], expected("throttle", 250, Some(128), false, 10_000)),
+        (
+            &["--sync", "on", "--sync-timeout-ms", "3600000"],
+            expected("throttle", 250, Some(128), true, 3_600_000),
+        ),
+        (&[], expected("throttle", 250, Some(128), true, 3_600_000)),
+        (&["--sync", "off"], expected("throttle", 250, Some(128), false, 3_600_000)),
+        (&["--policy", "strict", "--ring-mib", "8"], expected("strict", 250, Some(8), false, 3_600_000)),
+        (&["--policy", "track"], expected("track", 250, Some(8), false, 3_600_000)),
+    ];
+    for (flags, wanted) in steps {
+        // Once more changes nothing.
+        for time in ["first", "second"] {
+            assert_eq!(protect(&fixture, flags), wanted, "{flags:?}, the {time} time");
+        }
+        assert_eq!(options(&fixture.json(&["disk", "show", "vm/disk0"])["protection"]), wanted, "{flags:?}");
+    }
+    let last = protect(&fixture, &[]);
+    let off = options(&fixture.json(&["unprotect", "vm/disk0"]));
+    assert_eq!((&off["enabled"], &off["ring_mib"]), (&false.into(), &8.into()), "how stays known");
+    assert_eq!(protect(&fixture, &[]), last);
+    // And it is kept.
+    let store = fixture._dir.path().to_owned();
+    fixture.server.take().expect("runs").stop();
+    let server = Server::start(Config::on_free_ports(&store)).expect("starts again");
+    fixture.url = format!("http://{}", server.http_address());
+    fixture.server = Some(server);
+    assert_eq!(options(&fixture.json(&["disk", "show", "vm/disk0"])["protection"]), last);
+    let text = fixture.text(&["protect", "vm/disk0", "--policy", "throttle", "--sync", "on"]);
+    assert!(text.contains("vm/disk0: protection on, now offline"), "{text}");
+    let text = fixture.text(&["disk", "show", "vm/disk0"]);
+    assert!(text.contains("throttle for up to 250 ms") && text.contains("for up to 3600000 ms"), "{text}");
+}
+
+#[test]
+fn how_a_disk_is_protected_reaches_its_agent() {
+    let (fixture, mut agent, _) = Fixture::with_journal();
+    let url = fixture.url.clone();
+    let flags = [
+        "--policy",
+        "strict",
+        "--throttle-ms",
+        "7",
+        "--ring-mib",
+        "32",
+        "--sync",
+        "on",
+        "--sync-timeout-ms",
+        "9",
+    ];
+    let protect = std::thread::spawn(move || run(&url, &[&["protect", "vm/disk0"][..], &flags].concat()));
+    let command: wire::SetProtection = agent.expect();
+    let wanted =
+        wire::ProtectionOptions { overflow: 2, throttle_ms: 7, ring_mib: 32, sync: true, sync_timeout_ms: 9 };
+    assert_eq!((command.enabled, command.options), (true, Some(wanted)));
+    agent.done(command.request);
+    let output = protect.join().expect("no panic");
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+}
+
+#[test]
+fn help_and_refusals_say_the_range_of_every_value() {
+    use cdp_api::limits::{RING_MIB, SYNC_TIMEOUT_MS, THROTTLE_MS};
+    let (fixture, _agent, _) = Fixture::with_journal();
+    let before = fixture.json(&["disk", "show", "vm/disk0"])["protection"].clone();
+    let help = fixture.text(&["protect", "--help"]);
+    let help = help.split_whitespace().collect::<Vec<_>>().join(" ");
+    for (flag, range) in
+        [("--throttle-ms", THROTTLE_MS), ("--ring-mib", RING_MIB), ("--sync-timeout-ms", SYNC_TIMEOUT_MS)]
+    {
+        let (least, most) = (u64::from(*range.start()), u64::from(*range.end()));
+        assert!(
+            help.contains(&format!("{least} to {most} M")) || help.contains(&format!("{least} to {most} ms")),
+            "{help}"
+        );
+        for wrong in
+            [(least - 1).to_string(), (most + 1).to_string(), "18446744073709551616".into(), "x".into()]
+        {
+            let output = fixture.run(&["protect", "vm/disk0", flag, &wrong]);
+            assert_eq!(output.status.code(), Some(2), "{flag} {wrong}");
+            assert!(stderr(&output).contains(&format!("from {least} to {most}")), "{}", stderr(&output));
+        }
+    }
+    for (flag, hint) in [("--policy", "strict"), ("--sync", "off")] {
+        let output = fixture.run(&["protect", "vm/disk0", flag, "maybe"]);
+        assert_eq!(output.status.code(), Some(2), "{flag}");
+        assert!(stderr(&output).contains(hint), "{}", stderr(&output));
+    }
+    assert_eq!(fixture.json(&["disk", "show", "vm/disk0"])["protection"], before, "nothing has changed");
 }
