@@ -17,7 +17,8 @@ Exit codes:
 
 /// Looks after the disks that a qemu-cdp server protects.
 ///
-/// A disk is named by its UUID or as vm/device. A point in time is `lsn:N`, `bookmark:NAME`, `latest`, a time such as
+/// A disk is named by its UUID or as vm/device, as `disk list` shows it; before a name that begins with a minus put `--`.
+/// A point in time is `lsn:N`, `bookmark:NAME`, `latest`, a time such as
 /// `2026-11-20T10:00:03Z`, `2026-11-20 10:00:03` or `10:00:03` (local), or how long ago, such as `-5m` or
 /// `5 minutes ago`. A time to the second means the start of that second.
 #[derive(Parser, Debug)]

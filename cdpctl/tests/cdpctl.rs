@@ -384,3 +384,17 @@ fn help_and_refusals_say_the_range_of_every_value() {
     }
     assert_eq!(fixture.json(&["disk", "show", "vm/disk0"])["protection"], before, "nothing has changed");
 }
+
+#[test]
+fn a_name_that_begins_with_a_minus_goes_behind_two() {
+    let (fixture, mut agent, _) = Fixture::with_journal();
+    let mut report = agent::inventory(DISK, "-5m", "it's \"a\" disk");
+    report.vms[0].uuid = vec![9; 16];
+    agent.send(&report);
+    eventually(|| fixture.text(&["disk", "list"]).contains("-5m/it's").then_some(()));
+    let shown = fixture.text(&["disk", "show", "--", "-5m/it's \"a\" disk"]);
+    assert!(shown.contains(&DISK.to_string()), "{shown}");
+    let output = fixture.run(&["disk", "show", "-5m/it's \"a\" disk"]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(stderr(&output).contains("-- "), "it says how: {}", stderr(&output));
+}

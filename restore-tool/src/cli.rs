@@ -55,7 +55,7 @@ pub(crate) struct RestoreArgs {
     #[arg(long, value_name = "POINT", allow_hyphen_values = true)]
     pub(crate) at: String,
     /// The disk, by UUID or by VM and device.
-    #[arg(long, value_name = "UUID|VM/DEVICE", value_parser = parse_disk)]
+    #[arg(long, value_name = "UUID|VM/DEVICE", value_parser = parse_disk, allow_hyphen_values = true)]
     pub(crate) disk: String,
     /// The file or block device to write.
     #[arg(long, short, value_name = "FILE|DEVICE", value_parser = PathBufValueParser::new().try_map(not_standard_output))]
@@ -71,7 +71,7 @@ pub(crate) struct RestoreArgs {
 #[derive(Debug, Args)]
 pub(crate) struct ListArgs {
     /// Only this disk, by UUID or by VM and device.
-    #[arg(long, value_name = "UUID|VM/DEVICE", value_parser = parse_disk)]
+    #[arg(long, value_name = "UUID|VM/DEVICE", value_parser = parse_disk, allow_hyphen_values = true)]
     pub(crate) disk: Option<String>,
 }
 

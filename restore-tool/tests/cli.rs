@@ -328,3 +328,44 @@ fn a_full_filesystem_leaves_what_is_documented() {
     let said = stderr(&output);
     assert!(said.contains("is as it was before") && said.contains("free some space"), "{said}");
 }
+
+#[test]
+fn names_of_any_kind_are_found_and_one_that_two_disks_have_is_refused_with_both() {
+    let journal = example();
+    let folder = |id: &str| journal.path("store").join("disks").join(id);
+    let target = journal.path("restored");
+    let target = target.to_str().expect("UTF-8");
+    for (vm, device) in [("-5m", "disk0"), ("it's", "\"a\" b/\u{fc}"), ("..", ".")] {
+        let name = serde_json::json!({"vm": vm, "device": device, "host": "h1", "vm_uuid": null});
+        fs::write(folder(&DISK.to_string()).join("name.json"), name.to_string()).expect("name");
+        let disk = format!("{vm}/{device}");
+        journal
+            .command(&["--at", "latest", "--disk", &disk, "--output", target, "--force"])
+            .assert()
+            .success();
+        journal.command(&["list", "--disk", &disk]).assert().success();
+    }
+    let name = r#"{"vm": "web", "device": "disk0", "host": "h1", "vm_uuid": null}"#;
+    let other = "07070707-0707-0707-0707-070707070708";
+    fs::create_dir(folder(other)).expect("a journal");
+    for entry in fs::read_dir(folder(&DISK.to_string())).expect("files") {
+        let path = entry.expect("an entry").path();
+        fs::copy(&path, folder(other).join(path.file_name().expect("a name"))).expect("copies");
+    }
+    for id in [DISK.to_string().as_str(), other] {
+        fs::write(folder(id).join("name.json"), name).expect("name");
+    }
+    let output = journal
+        .command(&["--at", "latest", "--disk", "web/disk0", "--output", target, "--force"])
+        .args(["--output-format", "json"])
+        .output()
+        .expect("runs");
+    assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+    let error = &json(&output)["error"];
+    let detail = error["detail"].as_str().expect("text");
+    assert_eq!(error["kind"], "ambiguous-disk");
+    assert!(
+        detail.contains(&DISK.to_string()) && detail.contains(other) && detail.contains("h1"),
+        "{detail}"
+    );
+}

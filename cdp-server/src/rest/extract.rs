@@ -1,6 +1,7 @@
 //! What requests carry: the disk in the path, query, JSON body. Each failure is a problem, not axum's plain text.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use axum::body::Bytes;
 use axum::extract::{FromRequest, FromRequestParts, Query, RawPathParams, Request};
@@ -46,15 +47,20 @@ impl DiskName {
                 "GET /v1/disks (cdpctl disk list) shows them; a disk is named by its UUID or as vm/device",
             )
             .into()),
-            _ => Err(ambiguous(&self.0, &rows).into()),
+            _ => Err(ambiguous(core, &self.0, &rows).into()),
         }
     }
 }
 
-fn ambiguous(name: &str, rows: &[DiskRow]) -> Problem {
-    let each = |row: &DiskRow| format!("{} on host {}", row.id, row.host_name);
+fn ambiguous(core: &Core, name: &str, rows: &[DiskRow]) -> Problem {
+    let each = |row: &DiskRow| {
+        let runs =
+            if core.fleet.live(row.id, Instant::now()).is_some() { "runs now" } else { "does not run" };
+        format!("{} on host {} ({runs})", row.id, row.host_name)
+    };
     let all = rows.iter().map(each).collect::<Vec<_>>().join(", ");
-    Problem::new(Kind::AmbiguousDisk, format!("several disks are called '{name}': {all}"), "use the UUID")
+    let hint = "use the UUID of the one you mean";
+    Problem::new(Kind::AmbiguousDisk, format!("several disks are called '{name}': {all}"), hint)
 }
 
 /// A query that fits `T`.

@@ -115,6 +115,10 @@ fn two_hosts_with_the_same_vm_name_are_told_apart_by_uuid() {
     let refused = problem(fixture.client.disk("vm/disk0"));
     assert_eq!((refused.kind, refused.status), (Kind::AmbiguousDisk, 409));
     assert!(refused.detail.contains("host1") && refused.detail.contains("host2"), "{}", refused.detail);
+    for part in [&DISK.to_string(), &DiskId([0xd2; 16]).to_string(), "runs now"] {
+        assert!(refused.detail.contains(part), "{part} is missing in: {}", refused.detail);
+    }
+    assert!(refused.hint.contains("UUID"), "{}", refused.hint);
     assert_eq!(fixture.client.disk(&DISK.to_string()).expect("by id").summary.host, "host1");
     one.send(&journal_format::wire::Ping { number: 1 });
 }
@@ -162,4 +166,47 @@ fn health_and_metrics_tell_what_monitoring_needs() {
     assert_eq!(value("cdp_ingest_raw_bytes_total").to_string(), "4096");
     assert!(value("cdp_journal_stored_meta_bytes") > 0.0);
     assert_eq!(value("cdp_journal_raw_bytes").to_string(), "4096");
+}
+
+/// Whatever a VM and its device are called, the name that the list shows is the name that finds the disk.
+#[test]
+fn any_name_that_is_listed_is_found() {
+    let fixture = Fixture::start();
+    let mut agent = Agent::connect(fixture.data());
+    let names = [
+        ("-5m", "disk0"),
+        ("..", "."),
+        ("a b", "c d"),
+        ("\u{e9}t\u{e9} \u{1f600}", "\u{fc}"),
+        ("it's \"quoted\"", "`$(x)`;&|*?"),
+        ("100%25", "%2F%00"),
+        ("a?b#c", "d=e&f+g"),
+        ("new\nline\u{1b}[2J", "disk"),
+        ("/leading", "/machine/peripheral-anon/device[0]"),
+        ("00000000-0000-0000-0000-000000000000", "disk0"),
+    ];
+    let mut report = journal_format::wire::Inventory::default();
+    for (number, (vm, device)) in (1_u8..).zip(names) {
+        report.vms.extend(inventory(DiskId([number; 16]), vm, device).vms);
+    }
+    agent.send(&report);
+    let disks = eventually(|| fixture.client.disks().ok().filter(|disks| disks.len() == names.len()));
+    for disk in &disks {
+        let name = format!("{}/{}", disk.vm, disk.device);
+        assert!(!name.chars().any(char::is_control), "{name:?}");
+        assert_eq!(
+            fixture.client.disk(&name).map(|found| found.summary.id).ok(),
+            Some(disk.id.clone()),
+            "{name:?}"
+        );
+    }
+    // The same text from two splits of it.
+    let mut report = journal_format::wire::Inventory::default();
+    report.vms.extend(inventory(DiskId([0x71; 16]), "a/b", "c").vms);
+    report.vms.extend(inventory(DiskId([0x72; 16]), "a", "b/c").vms);
+    agent.send(&report);
+    eventually(|| fixture.client.disks().ok().filter(|disks| disks.len() == names.len() + 2));
+    let refused = problem(fixture.client.disk("a/b/c"));
+    assert_eq!(refused.kind, Kind::AmbiguousDisk);
+    assert!(refused.detail.contains(&DiskId([0x72; 16]).to_string()), "{}", refused.detail);
 }

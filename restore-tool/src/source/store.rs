@@ -56,11 +56,13 @@ impl StoreSource {
         let is_it = |(disk, name): &(DiskId, DiskName)| id == Some(*disk) || name.label() == wanted;
         let mut found: Vec<_> = self.names().into_iter().filter(is_it).collect();
         if found.len() > 1 {
-            let detail = format!("several disks are called {wanted}");
+            let each = found.iter().map(|(id, name)| format!("{id} on host {}", name.host));
+            let all = each.collect::<Vec<_>>().join(", ");
+            let detail = format!("several disks are called '{wanted}': {all}");
             return Err(RestoreError::problem(
                 Kind::AmbiguousDisk,
                 detail,
-                "give its UUID; 'list' shows them",
+                "give the UUID of the one you mean",
             ));
         }
         let (id, name) = found.pop().ok_or_else(|| no_such_disk(wanted))?;
