@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use capture_ring::{Bell, Consumer, HostClock, Next, Ring, RingConfig};
-use cdp_filter::engine::{Begin, Capture, InFlight, Mode, Outcome, Request, WaitToken};
+use cdp_filter::engine::{Begin, Capture, InFlight, Mode, Outcome, Request, Runtime, WaitToken};
 use cdp_filter::ffi::copy::copy_in;
 use journal_format::{DiskId, Epoch, Lsn};
 
@@ -104,7 +104,8 @@ fn main() {
     let (ring, ring_fd) = Ring::create(&config).expect("a ring");
     let (clock, clock_fd) = HostClock::create().expect("a clock");
     let bell = Bell::create().expect("an eventfd").as_fd().try_clone_to_owned().expect("a descriptor");
-    let capture = Capture::attach(ring_fd.as_fd(), clock_fd.as_fd(), bell, |_| {}).expect("a capture");
+    let capture =
+        Capture::attach(ring_fd.as_fd(), clock_fd.as_fd(), bell, Runtime::real(|_| {})).expect("a capture");
     let stop = Arc::new(AtomicBool::new(false));
     let consumer = {
         let (ring, stop) = (Arc::clone(&ring), Arc::clone(&stop));

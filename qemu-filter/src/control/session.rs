@@ -15,7 +15,7 @@ use journal_format::ImageTag;
 
 use super::Host;
 use super::text::{cut, hello, told};
-use crate::engine::Capture;
+use crate::engine::{Capture, Runtime};
 
 /// How often disks and faults are looked at.
 const LOOK_PERIOD: Duration = Duration::from_secs(1);
@@ -118,7 +118,8 @@ impl<'a> Session<'a> {
         // An agent that attaches what is captured has lost the old ring: its epoch ends here.
         self.detach(device)?;
         let bell = fds.bell.try_clone().map_err(|error| format!("cannot duplicate a descriptor: {error}"))?;
-        let capture = Capture::attach(fds.ring.as_fd(), fds.clock.as_fd(), bell, self.host.wake_fn())
+        let runtime = Runtime::real(self.host.wake_fn());
+        let capture = Capture::attach(fds.ring.as_fd(), fds.clock.as_fd(), bell, runtime)
             .map_err(|error| error.to_string())?;
         let waiter = start_waiter(self.host, device, &capture)?;
         if let Err(error) = self.host.attach(device, Arc::clone(&capture), image) {

@@ -28,7 +28,7 @@ use super::grace::InFlightCount;
 use super::inflight::{Entered, Slot, Span, Table};
 use super::request::{InFlight, State};
 use super::waiting::{Permission, WaitList};
-use super::{Begin, EngineError, Kind, Outcome, Request, SyncWait, WaitToken, WakeFn};
+use super::{Begin, EngineError, Kind, Outcome, Request, Runtime, SyncWait, WaitToken};
 
 /// What a capture is doing, for people and metrics.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -61,6 +61,7 @@ pub struct Capture {
     room: WaitList,
     durable: WaitList,
     permission: Permission,
+    now_ns: fn() -> u64,
 }
 
 impl core::fmt::Debug for Capture {
@@ -82,26 +83,27 @@ impl Capture {
         ring: BorrowedFd<'_>,
         clock: BorrowedFd<'_>,
         wake: OwnedFd,
-        wake_fn: WakeFn,
+        runtime: Runtime,
     ) -> Result<Arc<Self>, EngineError> {
         let producer = Producer::new(Ring::open(ring)?, HostClock::open(clock)?, Bell::from(wake));
-        Self::over(producer, wake_fn)
+        Self::over(producer, runtime)
     }
 
     /// As [`Capture::attach`], over a producer of this process.
-    pub(crate) fn over(producer: Producer, wake_fn: WakeFn) -> Result<Arc<Self>, EngineError> {
+    pub(crate) fn over(producer: Producer, runtime: Runtime) -> Result<Arc<Self>, EngineError> {
         producer.attach().map_err(|_| EngineError::ring_used())?;
         let disk_bytes = AtomicU64::new(producer.ring().disk_bytes());
         Ok(Arc::new(Self {
             producer,
-            table: Table::new(wake_fn),
+            table: Table::new(runtime.wake),
             count: InFlightCount::new(),
             disk_bytes,
             resyncing: AtomicBool::new(false),
             fault: OnceLock::new(),
-            room: WaitList::new(wake_fn),
-            durable: WaitList::new(wake_fn),
+            room: WaitList::new(runtime.wake),
+            durable: WaitList::new(runtime.wake),
             permission: Permission::new(),
+            now_ns: runtime.now_ns,
         }))
     }
 
@@ -290,6 +292,10 @@ impl Capture {
 
     pub(super) const fn permission(&self) -> &Permission {
         &self.permission
+    }
+
+    pub(super) fn now_ns(&self) -> u64 {
+        (self.now_ns)()
     }
 
     pub(crate) const fn count(&self) -> &InFlightCount {

@@ -144,9 +144,12 @@ fn a_ring_serves_one_capture_only() {
     let (_ring, ring) = Ring::create(&config).expect("a ring");
     let (_clock, clock) = HostClock::create().expect("a clock");
     let bell = || Bell::create().expect("an eventfd").as_fd().try_clone_to_owned().expect("a descriptor");
-    let _first = Capture::attach(ring.as_fd(), clock.as_fd(), bell(), |_| {}).expect("a capture");
-    let error = Capture::attach(ring.as_fd(), clock.as_fd(), bell(), |_| {}).expect_err("used");
+    let _first =
+        Capture::attach(ring.as_fd(), clock.as_fd(), bell(), Runtime::real(|_| {})).expect("a capture");
+    let error =
+        Capture::attach(ring.as_fd(), clock.as_fd(), bell(), Runtime::real(|_| {})).expect_err("used");
     assert_eq!(error.kind(), EngineErrorKind::RingUsed);
-    let error = Capture::attach(clock.as_fd(), clock.as_fd(), bell(), |_| {}).expect_err("no ring");
+    let error =
+        Capture::attach(clock.as_fd(), clock.as_fd(), bell(), Runtime::real(|_| {})).expect_err("no ring");
     assert_eq!(error.kind(), EngineErrorKind::Ring);
 }

@@ -47,7 +47,7 @@ pub(crate) use fault::guard;
 pub(crate) use grace::{InFlightCount, Phase};
 pub use request::{InFlight, Piece};
 pub use resync::Resync;
-pub use waiting::SyncWait;
+pub use waiting::{SyncWait, Waiters};
 
 /// Largest write that one request may carry, in bytes; longer ones are split by the caller.
 pub const MAX_WRITE_BYTES: u64 = journal_format::limits::MAX_RECORD_DATA_BYTES as u64;
@@ -59,6 +59,23 @@ pub struct WaitToken(pub usize);
 /// Wakes the request that parked with this token. Called from any thread, perhaps before the request has
 /// parked (`aio_co_wake` allows that), exactly once for each [`Begin::Wait`]. Must not block.
 pub type WakeFn = fn(WaitToken);
+
+/// What a capture needs of the program that it runs in. Time is an input (I8): a simulation has its own.
+#[derive(Clone, Copy, Debug)]
+pub struct Runtime {
+    /// Wakes parked requests.
+    pub wake: WakeFn,
+    /// A clock for time-outs that never goes back, in nanoseconds from any origin.
+    pub now_ns: fn() -> u64,
+}
+
+impl Runtime {
+    /// A real program's: time is the host's monotonic clock.
+    #[must_use]
+    pub const fn real(wake: WakeFn) -> Self {
+        Self { wake, now_ns: capture_ring::monotonic_ns }
+    }
+}
 
 /// What a guest asks of its disk.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use capture_ring::{Bell, Consumer, HostClock, Next, Ring, RingConfig};
 use journal_format::{ByteRange, DiskId, Epoch, Lsn, Op, Record};
 
-use super::{Answer, Begin, Capture, InFlight, Outcome, Request, Resync, Step, WaitToken};
+use super::{Answer, Begin, Capture, InFlight, Outcome, Request, Resync, Runtime, Step, WaitToken};
 use crate::ffi::testing::{bytes_of, fill};
 
 pub(super) const SECTOR: usize = 512;
@@ -237,7 +237,8 @@ pub(super) fn capture(disk_bytes: u64, arena_bytes: u64, slots: u32) -> (Arc<Cap
     let (clock, clock_fd) = HostClock::create().expect("a clock");
     let bell = Bell::create().expect("an eventfd");
     let bell_fd = bell.as_fd().try_clone_to_owned().expect("a descriptor");
-    let capture = Capture::attach(ring_fd.as_fd(), clock_fd.as_fd(), bell_fd, wake).expect("a capture");
+    let capture =
+        Capture::attach(ring_fd.as_fd(), clock_fd.as_fd(), bell_fd, Runtime::real(wake)).expect("a capture");
     let replica = Replica {
         bytes: vec![0xee; disk_bytes as usize],
         gap: None,

@@ -13,7 +13,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use capture_ring::{Mode, Overflow, Policy, Ring, SyncState, monotonic_ns};
+use capture_ring::{Mode, Overflow, Policy, Ring, SyncState};
 use journal_format::Lsn;
 
 use super::capture::Capture;
@@ -41,7 +41,7 @@ struct Entry {
     token: AtomicUsize,
     /// Bytes of room, or an LSN.
     need: AtomicU64,
-    /// When the wait is over, in nanoseconds of `CLOCK_MONOTONIC`.
+    /// When the wait is over, by the capture's clock.
     until_ns: AtomicU64,
 }
 
@@ -175,7 +175,7 @@ impl Capture {
         if !self.may_wait_for_room(policy) || !ring.can_fit(bytes) || in_flight.looks > MAX_LOOKS {
             return None;
         }
-        let now_ns = monotonic_ns();
+        let now_ns = self.now_ns();
         let since_ns = *in_flight.waiting_since_ns.get_or_insert(now_ns);
         let until_ns = match policy.overflow {
             Overflow::Throttle => after(since_ns, policy.throttle_ms),
@@ -218,7 +218,7 @@ impl Capture {
         let ring = self.producer().ring();
         while !self.is_sync_over(wait.lsn) {
             let policy = ring.policy();
-            let now_ns = monotonic_ns();
+            let now_ns = self.now_ns();
             let since_ns = *wait.since_ns.get_or_insert(now_ns);
             let until_ns = after(since_ns, policy.sync_timeout_ms);
             wait.looks = wait.looks.saturating_add(1);
@@ -266,50 +266,74 @@ impl Capture {
     /// `must_go` is asked whether QEMU waits for the disk's requests; it may block for a second or so.
     pub fn serve_waiters(&self, mut must_go: impl FnMut() -> bool) {
         let ring = self.producer().ring();
-        let mut known = ring.policy();
-        let (mut since_ns, mut asked_ns) = (0, 0);
+        let mut waiters = Waiters::new(self);
         loop {
             let seen = ring.event();
-            if self.mode() == Mode::Off {
-                self.wake_waiters();
-                ring.set_waiting_since_ns(0);
-                return;
-            }
-            // ORDERING: SeqCst as in `is_given`; only this thread stores it.
-            let suspended = self.permission().suspended.load(Ordering::SeqCst);
-            if ring.waiting() == 0 && !suspended {
-                since_ns = 0;
-                ring.set_waiting_since_ns(0);
-                ring.wait_event(seen, IDLE);
-                continue;
-            }
-            let now_ns = monotonic_ns();
-            if since_ns == 0 || ring.waiting() == 0 {
-                asked_ns = if since_ns == 0 { now_ns } else { asked_ns };
-                since_ns = now_ns;
-                ring.set_waiting_since_ns(now_ns);
-            }
-            if now_ns.saturating_sub(asked_ns) >= ASK_PERIOD.as_nanos() as u64 {
-                asked_ns = now_ns;
-                let suspend = must_go();
-                // ORDERING: SeqCst as above, before the look at the lists.
-                self.permission().suspended.store(suspend, Ordering::SeqCst);
-            }
-            let policy = ring.policy();
-            let next_ns = self.wake_ready(policy != core::mem::replace(&mut known, policy));
-            let left = Duration::from_nanos(next_ns.saturating_sub(monotonic_ns()));
-            ring.wait_event(seen, left.min(ASK_PERIOD));
+            let Some(most) = waiters.step(self, &mut must_go) else { return };
+            ring.wait_event(seen, most);
         }
     }
 
     /// Wakes who need not wait any more, or everybody; returns when the next wait is over.
     fn wake_ready(&self, everybody: bool) -> u64 {
         let ring = self.producer().ring();
-        let now_ns = monotonic_ns();
+        let now_ns = self.now_ns();
         let no_room = everybody || !self.may_wait_for_room(ring.policy());
         let room = self.room().wake(ring, now_ns, |bytes| no_room || ring.fits(bytes));
         let durable = self.durable().wake(ring, now_ns, |lsn| everybody || self.is_sync_over(Lsn(lsn)));
         room.min(durable)
+    }
+}
+
+/// Who waits in one capture, as the one who wakes them sees it: [`Capture::serve_waiters`] without its thread and its sleep.
+#[derive(Debug)]
+pub struct Waiters {
+    known: Policy,
+    /// Since when somebody has waited without a break; 0 for nobody.
+    since_ns: u64,
+    /// When the host was asked last.
+    asked_ns: u64,
+}
+
+impl Waiters {
+    /// Nobody has waited yet.
+    #[must_use]
+    pub fn new(capture: &Capture) -> Self {
+        Self { known: capture.producer().ring().policy(), since_ns: 0, asked_ns: 0 }
+    }
+
+    /// Wakes whoever need not wait any more. Returns how long to sleep at most, unless the ring's event comes; `None` when
+    /// capture is off and nobody waits, for ever.
+    pub fn step(&mut self, capture: &Capture, must_go: impl FnOnce() -> bool) -> Option<Duration> {
+        let ring = capture.producer().ring();
+        if capture.mode() == Mode::Off {
+            capture.wake_waiters();
+            ring.set_waiting_since_ns(0);
+            return None;
+        }
+        // ORDERING: SeqCst as in `is_given`; only this thread stores it.
+        let suspended = capture.permission().suspended.load(Ordering::SeqCst);
+        if ring.waiting() == 0 && !suspended {
+            self.since_ns = 0;
+            ring.set_waiting_since_ns(0);
+            return Some(IDLE);
+        }
+        let now_ns = capture.now_ns();
+        if self.since_ns == 0 || ring.waiting() == 0 {
+            self.asked_ns = if self.since_ns == 0 { now_ns } else { self.asked_ns };
+            self.since_ns = now_ns;
+            ring.set_waiting_since_ns(now_ns);
+        }
+        if now_ns.saturating_sub(self.asked_ns) >= ASK_PERIOD.as_nanos() as u64 {
+            self.asked_ns = now_ns;
+            let suspend = must_go();
+            // ORDERING: SeqCst as above, before the look at the lists.
+            capture.permission().suspended.store(suspend, Ordering::SeqCst);
+        }
+        let policy = ring.policy();
+        let next_ns = capture.wake_ready(policy != core::mem::replace(&mut self.known, policy));
+        let left = Duration::from_nanos(next_ns.saturating_sub(capture.now_ns()));
+        Some(left.min(ASK_PERIOD))
     }
 }
 
