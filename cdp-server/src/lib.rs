@@ -35,6 +35,6 @@ pub mod rest;
 mod server;
 
 pub use config::{Args, Config};
-pub use data::plane;
+pub use data::{hashes, plane};
 pub use error::ServerError;
 pub use server::{Server, Signals};

@@ -12,7 +12,7 @@ use std::thread;
 use journal_format::chunk_hash::{CHUNK_BYTES, CHUNK_HASH_BYTES};
 use journal_format::wire::{self, HashRequest, Hashes, MAX_HASH_CHUNKS};
 use journal_format::{ByteRange, ChunkHash, Lsn};
-use journal_store::{Extent, ExtentKind, StoreError, View};
+use journal_store::{Extent, ExtentKind, Store, StoreError, View};
 
 use crate::core::Core;
 use crate::data::peer::Peer;
@@ -101,8 +101,7 @@ fn work(core: &Weak<Core>, waiting: &Mutex<Receiver<Job>>) {
         let next = waiting.lock().unwrap_or_else(PoisonError::into_inner).recv();
         let Some((job, core)) = next.ok().zip(core.upgrade()) else { return };
         if !job.peer.is_closed() {
-            let hashes = hashes_at(&core, &job.request);
-            job.peer.send(&answer(&job.request, hashes));
+            job.peer.send(&known(&core.store, &job.request));
         }
     }
 }
@@ -118,9 +117,14 @@ fn answer(request: &HashRequest, hashes: Vec<u8>) -> Hashes {
     }
 }
 
-/// The hashes as the message has them; empty when nothing can be said.
-fn hashes_at(core: &Core, request: &HashRequest) -> Vec<u8> {
-    let disk = wire::disk_id(&request.disk).ok().and_then(|id| core.store.disk(id));
+/// What a store's journals have where a request asks; without hashes when nothing can be said.
+#[must_use]
+pub fn known(store: &Store, request: &HashRequest) -> Hashes {
+    answer(request, hashes_at(store, request))
+}
+
+fn hashes_at(store: &Store, request: &HashRequest) -> Vec<u8> {
+    let disk = wire::disk_id(&request.disk).ok().and_then(|id| store.disk(id));
     let Some(disk) = disk.filter(|_| request.lsn > 0) else { return Vec::new() };
     // Also inside a gap: replay would begin with exactly these bytes, whatever the disk held.
     let Ok(view) = disk.view_in_gap(Lsn(request.lsn)) else { return Vec::new() };

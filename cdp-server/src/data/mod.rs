@@ -12,7 +12,7 @@
 
 pub(crate) mod committer;
 pub(crate) mod door;
-pub(crate) mod hashes;
+pub mod hashes;
 pub(crate) mod message;
 pub(crate) mod peer;
 pub mod plane;
