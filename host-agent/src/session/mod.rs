@@ -446,7 +446,13 @@ impl Session {
     fn stop(&mut self) {
         self.stopping = true;
         // What was not begun is left for the next agent.
-        self.captures.retain(|_, capture| capture.has_ring() || capture.phase == Phase::Opening);
+        let opening =
+            |(disk, capture): (&DiskId, &Capture)| (capture.phase == Phase::Opening).then_some(*disk);
+        let opening: Vec<DiskId> = self.captures.iter().filter_map(opening).collect();
+        for disk in opening {
+            self.abandon_opening(disk, "the agent is stopping; try again when it runs");
+        }
+        self.captures.retain(|_, capture| capture.has_ring());
         for (disk, capture) in &mut self.captures {
             if capture.has_ring() && !capture.drained {
                 self.out.push(Action::EndRing(*disk, capture.epoch, Ending::AgentStops));

@@ -429,3 +429,16 @@ fn a_stopping_agent_waits_for_acknowledgements_and_leaves_disks_attached() {
     world.server(ServerMessage::Ack(disk(), Lsn(110)));
     assert!(world.session.is_flushed());
 }
+
+#[test]
+fn a_stopping_agent_does_not_begin_what_was_only_asked_for() {
+    let mut world = World::new();
+    world.on(Event::FilterUp(F1, vm(10)));
+    world.on(Event::FilterDisks(F1, disks()));
+    world.connect();
+    world.server(ServerMessage::SetProtection(1, disk(), Some(Settings::default())));
+    let answers = results(&world.on(Event::Stop));
+    assert!(matches!(&answers[..], [(1, why)] if why.contains("stopping")), "{answers:?}");
+    assert!(world.session.is_flushed(), "it would wait for frames that nobody packs");
+    assert_eq!(world.opened(100, 3), []);
+}
