@@ -1,43 +1,41 @@
 //! The agent: its real session and, for each disk, its real drain worker (consumer, packer, outbox, spool), performed
 //! by a single-threaded stand-in for the hub.
 
+mod live;
+
 use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
-use std::sync::Arc;
 use std::time::Duration;
 
-use capture_ring::{Bell, Consumer, HostClock, Mode, Producer, Ring, RingConfig};
-use host_agent::compare::Answer;
-use host_agent::drain::worker::{Pace, Worker};
+use capture_ring::HostClock;
+use capture_ring::control::CaptureFds;
+use host_agent::drain::worker::Pace;
 use host_agent::inbox::Inbox;
 use host_agent::limits::{DRAIN_POLL, TICK};
-use host_agent::outbox::{Outbox, Packed};
-use host_agent::packer::Packer;
-use host_agent::session::{Action, Attach, Ending, Event, FilterId, Identity, Sample, Session, ToServer};
-use host_agent::spool::{self, Spool, SpoolPlace};
-use journal_format::{DiskId, Epoch, Lsn, Stamp, wire};
+use host_agent::session::{
+    Action, Adopt, Attach, Ending, Event, FilterId, Holding, Identity, Session, ToServer,
+};
+use host_agent::spool::{self, SpoolPlace};
+use journal_format::{DiskId, Epoch, ImageTag, Lsn, Stamp, wire};
 
+pub(crate) use self::live::same_fds;
+use self::live::{Live, Loaded, same};
 use super::net::Conn;
 
 /// What the agent asks of a filter.
 pub(crate) enum ToFilter {
-    Attach { request: u64, device: String, fds: Box<[OwnedFd; 3]> },
+    Attach { request: u64, device: String, image: Option<ImageTag>, fds: Box<CaptureFds> },
     Detach { request: u64, device: String },
     Resync { device: String },
+    Hold { request: u64, device: String, outbox: OwnedFd },
+    Forget { device: String },
 }
 
-/// One epoch of a disk.
-struct Live {
-    epoch: Epoch,
-    ring: Arc<Ring>,
-    producer: Producer,
-    outbox: Arc<Outbox>,
-    worker: Worker,
-    /// When its thread would make the next step.
-    next: Duration,
-    ending: Option<Ending>,
-    ended: bool,
+/// What a filter tells the agent.
+pub(crate) enum ToAgent {
+    Event(Event),
+    Held(FilterId, Holding, CaptureFds),
 }
 
 /// Sizes that a run chooses.
@@ -52,8 +50,15 @@ pub(crate) struct Sizes {
 /// A running agent.
 pub(crate) struct Agent {
     session: Session,
+    /// The world's time when it started.
+    started: Duration,
     pub(crate) clock: HostClock,
     clock_fd: OwnedFd,
+    /// The clocks of filters that came back with a former agent's.
+    clocks: BTreeMap<FilterId, (HostClock, OwnedFd)>,
+    held: BTreeMap<(FilterId, String), CaptureFds>,
+    /// What is being read, beside the rest.
+    loading: VecDeque<(Adopt, CaptureFds)>,
     sizes: Sizes,
     rings: BTreeMap<DiskId, Live>,
     inbox: Inbox,
@@ -68,17 +73,28 @@ pub(crate) struct Agent {
     pub(crate) watched: Vec<FilterId>,
     next_tick: Duration,
     pub(crate) notes: Vec<String>,
-    pub(crate) bookmarks: u64,
+    /// Bookmarks that were put into rings: disk, LSN, stamp, name.
+    pub(crate) bookmarks: Vec<(DiskId, Lsn, Stamp, String)>,
+    /// Bytes that the running or last comparison has left out.
+    pub(crate) equal_bytes: u64,
+    /// So many more actions, then it dies.
+    pub(crate) fuse: Option<u64>,
 }
 
 impl Agent {
-    pub(crate) fn new(identity: Identity, sizes: Sizes, floor: Stamp) -> Self {
+    pub(crate) fn new(now: Duration, identity: Identity, sizes: Sizes, floor: Stamp) -> Self {
         let (clock, clock_fd) = HostClock::create().expect("a clock page");
         clock.raise_to(floor);
-        Self {
+        let mut left = spool::left_behind(&sizes.spool);
+        left.sort_unstable();
+        let mut agent = Self {
             session: Session::new(identity),
+            started: now,
             clock,
             clock_fd,
+            clocks: BTreeMap::new(),
+            held: BTreeMap::new(),
+            loading: VecDeque::new(),
             sizes,
             rings: BTreeMap::new(),
             inbox: Inbox::default(),
@@ -90,7 +106,62 @@ impl Agent {
             watched: Vec::new(),
             next_tick: Duration::ZERO,
             notes: Vec::new(),
-            bookmarks: 0,
+            bookmarks: Vec::new(),
+            equal_bytes: 0,
+            fuse: None,
+        };
+        for (disk, epoch, disk_bytes) in left {
+            agent.notes.push(format!("agent finds a spool of {disk}, epoch {}", epoch.0));
+            agent.handle(now, Event::SpoolLeft(disk, epoch, disk_bytes));
+        }
+        agent
+    }
+
+    /// It died amid what it did.
+    pub(crate) fn is_dead(&self) -> bool {
+        self.fuse == Some(0)
+    }
+
+    /// It was asked to stop, and may.
+    pub(crate) fn is_flushed(&self) -> bool {
+        self.session.is_flushed()
+    }
+
+    /// Takes what a filter says.
+    pub(crate) fn hear(&mut self, now: Duration, said: ToAgent) {
+        match said {
+            ToAgent::Event(event) => {
+                if let Event::FilterLost(filter) = &event {
+                    self.clocks.remove(filter);
+                    self.held.retain(|(holder, _), _| holder != filter);
+                }
+                self.handle(now, event);
+            }
+            ToAgent::Held(filter, holding, fds) => {
+                let clock = HostClock::open(fds.clock.as_fd()).expect("an agent made it");
+                self.clock.raise_to(clock.last());
+                self.clocks.entry(filter).or_insert_with(|| (clock, same(&fds.clock)));
+                self.held.insert((filter, holding.device.clone()), fds);
+                self.handle(now, Event::FilterHolds(filter, holding));
+            }
+        }
+    }
+
+    /// What is being read has been read.
+    pub(crate) fn load(&mut self, now: Duration) {
+        let Some((order, fds)) = self.loading.pop_front() else { return };
+        let outcome = Live::adopt(order.disk, order.epoch, fds, &self.sizes);
+        if !self.session.awaits(&order) {
+            return;
+        }
+        match outcome {
+            Ok(Loaded { live, outbox, acked, packed }) => {
+                self.rings.insert(order.disk, live);
+                self.handle(now, Event::Loaded(order.disk, order.epoch, acked, packed));
+                let hold = ToFilter::Hold { request: order.request, device: order.device, outbox };
+                self.to_filters.push_back((order.filter, hold));
+            }
+            Err(error) => panic!("what an agent left cannot be adopted: {error}"),
         }
     }
 
@@ -148,33 +219,11 @@ impl Agent {
     fn sample(&mut self, now: Duration) {
         let live: Vec<(DiskId, Epoch)> = self.session.live().collect();
         for (disk, epoch) in live {
-            let Some(live) = self.rings.get(&disk).filter(|live| live.epoch == epoch) else { continue };
-            let host_stamp = self.clock.now();
-            let sample = Sample {
-                mode: match live.ring.mode().mode {
-                    Mode::Off => "off",
-                    Mode::Tracking => "tracking",
-                    Mode::Capturing => "capturing",
-                },
-                captured_lsn: live.ring.captured_lsn(),
-                captured_stamp: live.worker.captured(),
-                ring_has_room: live.ring.has_room(),
-                ring_used_bytes: live.ring.arena_used_bytes(),
-                ring_bytes: live.ring.config().arena_bytes,
-                dirty_bytes: live.ring.dirty().bytes(),
-                outbox_used_bytes: live.outbox.used_bytes(),
-                outbox_bytes: live.outbox.capacity_bytes(),
-                spool_used_bytes: live.worker.spool().used_bytes(),
-                spool_bytes: self.sizes.spool.limit_bytes,
-                spool_trouble: live.worker.spool().trouble().unwrap_or_default().to_owned(),
-                unacked_bytes: live.outbox.raw_bytes(),
-                host_stamp,
-                waiting: 0,
-                waited: Duration::ZERO,
-                sync: "off",
-                ..Sample::default()
-            };
-            self.handle(now, Event::Sampled(disk, epoch, sample));
+            let spool_bytes = self.sizes.spool.limit_bytes;
+            let sample = self.ring(disk, epoch).map(|live| live.sample(spool_bytes));
+            if let Some(sample) = sample {
+                self.handle(now, Event::Sampled(disk, epoch, sample));
+            }
         }
     }
 
@@ -206,7 +255,12 @@ impl Agent {
     pub(crate) fn handle(&mut self, now: Duration, event: Event) {
         self.queue.push_back(event);
         while let Some(event) = self.queue.pop_front() {
-            for action in self.session.handle(now, event) {
+            for action in self.session.handle(now.saturating_sub(self.started), event) {
+                match &mut self.fuse {
+                    Some(0) => return,
+                    Some(left) => *left -= 1,
+                    None => {}
+                }
                 self.perform(now, action);
             }
         }
@@ -214,8 +268,6 @@ impl Agent {
 
     fn perform(&mut self, now: Duration, action: Action) {
         match action {
-            // The simulated filter never waits.
-            Action::Durable(..) | Action::SetPolicy(..) => {}
             Action::Connect => self.connecting = Some(now),
             Action::Disconnect(reason) => {
                 self.notes.push(format!("agent disconnects: {reason}"));
@@ -234,41 +286,105 @@ impl Agent {
                 self.to_filters.push_back((filter, ToFilter::Resync { device }));
             }
             Action::Watch(filter) => self.watched.push(filter),
-            Action::EndRing(disk, epoch, ending) => match self.ring(disk, epoch) {
-                Some(live) => live.ending = Some(ending),
-                None => self.queue.push_back(Event::Drained(disk, epoch, Lsn::ZERO)),
-            },
+            Action::ReportSoon => self.next_tick = now,
+            Action::Adopt(order) => {
+                if let Some(fds) = self.held.remove(&(order.filter, order.device.clone())) {
+                    self.notes.push(format!("agent adopts {} of epoch {}", order.device, order.epoch.0));
+                    self.loading.push_back((order, fds));
+                }
+            }
+            Action::Resume(disk, epoch) => self.resume(disk, epoch),
+            Action::Abandon(disk, epoch) => {
+                if self.ring(disk, epoch).is_some() {
+                    self.rings.remove(&disk);
+                }
+            }
+            Action::Forget(filter, device) => {
+                self.held.remove(&(filter, device.clone()));
+                self.to_filters.push_back((filter, ToFilter::Forget { device }));
+            }
+            Action::Recover(disk, epoch, durable) => self.recover(disk, epoch, durable),
+            Action::DropSpool(disk) => spool::discard(&self.sizes.spool, disk),
+            Action::EndRing(disk, epoch, ending) => {
+                if ending != Ending::AgentStops {
+                    self.resume(disk, epoch);
+                }
+                match self.ring(disk, epoch).filter(|live| matches!(live.work, live::Work::Running(_))) {
+                    // The largest wins, as in the product.
+                    Some(live) if live.ending != Some(Ending::AgentStops) => live.ending = Some(ending),
+                    Some(_) => {}
+                    None => self.queue.push_back(Event::Drained(disk, epoch, Lsn::ZERO)),
+                }
+            }
+            _ => self.perform_on_ring(action),
+        }
+    }
+
+    fn perform_on_ring(&mut self, action: Action) {
+        match action {
+            Action::Durable(disk, epoch, lsn) => {
+                if let Some((ring, _)) = self.ring(disk, epoch).and_then(|live| live.ring.as_ref()) {
+                    ring.set_durable_lsn(lsn);
+                }
+            }
+            Action::SetPolicy(disk, epoch, policy) => {
+                if let Some((ring, _)) = self.ring(disk, epoch).and_then(|live| live.ring.as_ref()) {
+                    ring.set_policy(policy);
+                }
+            }
             Action::Release(disk, epoch, lsn) => {
                 if let Some(live) = self.ring(disk, epoch) {
                     live.outbox.release(lsn);
                 }
             }
             Action::PutBookmark(disk, request, name) => {
-                let live = self.rings.get(&disk).expect("a bookmark is for a capture");
-                let put = live.producer.bookmark(&name).map_err(|full| full.to_string());
-                self.bookmarks += u64::from(put.is_ok());
+                let producer = self.rings.get(&disk).and_then(|live| live.producer.as_ref());
+                let put = match producer {
+                    Some(producer) => producer.bookmark(&name).map_err(|full| full.to_string()),
+                    None => Err("the disk is not being captured now".to_owned()),
+                };
+                if let Ok((lsn, stamp)) = put {
+                    self.bookmarks.push((disk, lsn, stamp, name));
+                }
                 self.queue.push_back(Event::BookmarkPut(disk, request, put));
             }
             Action::Discard(disk, epoch) => {
-                if let Some(live) = self.ring(disk, epoch) {
-                    live.worker.discard();
+                if let Some(worker) = self.ring(disk, epoch).and_then(Live::worker) {
+                    worker.discard();
                 }
-            }
-            Action::DropSpool(disk) => spool::discard(&self.sizes.spool, disk),
-            Action::Forget(..) => {}
-            Action::Adopt(_) | Action::Resume(..) | Action::Abandon(..) | Action::Recover(..) => {
-                panic!("the filter held nothing for a new agent, and nothing was left behind")
             }
             Action::GiveHashes(disk, epoch, answer) => {
-                if let Some(live) = self.ring(disk, epoch) {
-                    live.worker.hashes().put(answer);
+                if let Some(worker) = self.ring(disk, epoch).and_then(Live::worker) {
+                    worker.hashes().put(answer);
                 }
             }
-            Action::ReportSoon => self.next_tick = now,
             Action::DropCapture(disk, epoch) => {
                 if self.ring(disk, epoch).is_some() {
                     self.rings.remove(&disk);
+                    spool::discard(&self.sizes.spool, disk);
+                    self.notes.push(format!("agent has closed epoch {} of {disk}", epoch.0));
                 }
+            }
+            other => unreachable!("performed elsewhere: {other:?}"),
+        }
+    }
+
+    fn resume(&mut self, disk: DiskId, epoch: Epoch) {
+        if let Some(Err(error)) = self.ring(disk, epoch).map(Live::resume) {
+            panic!("an adopted ring does not go on where its outbox ends: {error}");
+        }
+    }
+
+    fn recover(&mut self, disk: DiskId, epoch: Epoch, durable: Lsn) {
+        match Live::recover(disk, epoch, durable, &self.sizes) {
+            Some(live) => {
+                self.notes.push(format!("agent ships the spool of {disk} after LSN {durable}"));
+                self.rings.insert(disk, live);
+            }
+            None => {
+                self.notes.push(format!("the spool of {disk} does not go on at LSN {durable}"));
+                spool::discard(&self.sizes.spool, disk);
+                self.queue.push_back(Event::Drained(disk, epoch, durable));
             }
         }
     }
@@ -278,54 +394,32 @@ impl Agent {
     }
 
     fn attach(&mut self, order: &Attach) {
-        self.clock.raise_to(order.clock_floor);
-        let config = RingConfig {
-            arena_bytes: self.sizes.arena_bytes,
-            slots: self.sizes.slots,
-            ..RingConfig::new(order.disk, order.epoch, order.first_lsn, order.disk_bytes)
-        };
-        let (ring, ring_fd) = Ring::create(&config).expect("a ring");
-        let bell = Bell::create().expect("an eventfd");
-        let bell_fd = bell.as_fd().try_clone_to_owned().expect("a descriptor");
-        let producer = Producer::new(Arc::clone(&ring), self.clock.clone(), bell);
-        let packed = Packed { lsn: order.first_lsn.prev(), stamp: Stamp::ZERO, disk_bytes: order.disk_bytes };
-        let (outbox, writer) =
-            Outbox::create(order.disk, order.epoch, self.sizes.outbox_bytes, packed, packed.lsn)
-                .expect("an outbox");
-        let consumer = Consumer::new(Arc::clone(&ring), self.clock.clone());
-        let packer = Packer::new(order.disk, order.epoch, order.disk_bytes);
-        let spool = Spool::open(&self.sizes.spool, order.disk, order.epoch);
-        let of = (order.disk, order.epoch);
-        let worker = Worker::new(of, Some(consumer), writer, packer, spool, packed.lsn);
-        self.notes.push(format!("agent attaches {} at LSN {}", order.device, order.first_lsn));
-        let live = Live {
-            epoch: order.epoch,
-            ring,
-            producer,
-            outbox,
-            worker,
-            next: Duration::ZERO,
-            ending: None,
-            ended: false,
-        };
+        let own = (&self.clock, &self.clock_fd);
+        let (clock, fd) = self.clocks.get(&order.filter).map_or(own, |(clock, fd)| (clock, fd));
+        let (live, fds) = Live::start(order, (clock, same(fd)), &self.sizes);
+        self.notes.push(format!(
+            "agent attaches {} at LSN {}, image {:?}",
+            order.device, order.first_lsn, order.closed_image
+        ));
         self.rings.insert(order.disk, live);
-        let clock_fd = self.clock_fd.try_clone().expect("a descriptor");
         let (request, device) = (order.request, order.device.clone());
-        let fds = Box::new([ring_fd, clock_fd, bell_fd]);
-        self.to_filters.push_back((order.filter, ToFilter::Attach { request, device, fds }));
+        let attach = ToFilter::Attach { request, device, image: order.closed_image, fds: Box::new(fds) };
+        self.to_filters.push_back((order.filter, attach));
     }
 
     /// One step of a disk's drain, if it is time for one.
     pub(crate) fn drain(&mut self, now: Duration, disk: DiskId) {
-        let Some(live) = self.rings.get_mut(&disk).filter(|live| !live.ended && now >= live.next) else {
-            return;
-        };
-        let step = live.worker.step(now, live.ending).unwrap_or_else(|stop| panic!("a sound ring: {stop}"));
-        let (epoch, packed) = (live.epoch, live.worker.packed());
-        // The server of this world has no hashes: every sync copies.
-        while let Some(wanted) = live.worker.ask(now) {
-            live.worker.hashes().put(Answer { wanted, hashes: None });
+        let due = |live: &&mut Live| !live.ended && now >= live.next;
+        let Some(live) = self.rings.get_mut(&disk).filter(due) else { return };
+        let (epoch, ending) = (live.epoch, live.ending);
+        let Some(worker) = live.worker() else { return };
+        let step = worker.step(now, ending).unwrap_or_else(|stop| panic!("a sound ring: {stop}"));
+        let (packed, mut asked) = (worker.packed(), Vec::new());
+        let [.., equal_bytes, _] = worker.sync_bytes().get();
+        while let Some(wanted) = worker.ask(now) {
+            asked.push(wanted);
         }
+        self.equal_bytes = equal_bytes;
         live.ended = step.pace == Pace::Ended;
         live.next = match step.pace {
             Pace::Poll => now + DRAIN_POLL,
@@ -333,6 +427,9 @@ impl Agent {
             Pace::Busy | Pace::Idle | Pace::Blocked | Pace::Ended => now,
         };
         let ended = live.ended;
+        for wanted in asked {
+            self.handle(now, Event::HashesWanted(disk, epoch, wanted));
+        }
         if let Some(lsn) = step.packed {
             self.handle(now, Event::Packed(disk, epoch, lsn));
         }
@@ -340,6 +437,29 @@ impl Agent {
             self.handle(now, Event::Drained(disk, epoch, packed));
         }
     }
+
+    /// Of a disk's epoch: what the agent holds durable in ring and outbox, what it has packed, and what was captured.
+    pub(crate) fn numbers(&mut self, disk: DiskId) -> Option<Numbers> {
+        let live = self.rings.get_mut(&disk)?;
+        let packed = live.worker().map(|worker| worker.packed());
+        let (ring, _) = live.ring.as_ref()?;
+        Some(Numbers {
+            first: ring.config().first_lsn,
+            told: ring.durable_lsn(),
+            released: live.outbox.durable(),
+            packed,
+            captured: ring.captured_lsn(),
+        })
+    }
+}
+
+/// See [`Agent::numbers`].
+pub(crate) struct Numbers {
+    pub(crate) first: Lsn,
+    pub(crate) told: Lsn,
+    pub(crate) released: Lsn,
+    pub(crate) packed: Option<Lsn>,
+    pub(crate) captured: Lsn,
 }
 
 fn encode(message: &ToServer) -> Vec<u8> {

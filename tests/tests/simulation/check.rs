@@ -5,11 +5,13 @@ use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use capture_ring::Mode;
 use host_agent::session::FilterId;
 use journal_format::{Lsn, Stamp};
 use journal_store::{DiskStore, History, PointError, PointSpec, StoreError};
 
 use super::guest::DISKS;
+use super::model::Span;
 use super::world::World;
 
 /// What was seen so far, and how much was checked.
@@ -17,7 +19,22 @@ use super::world::World;
 pub(crate) struct Checks {
     /// Which process each connection of a filter was.
     pub(crate) filters: Vec<(FilterId, u32)>,
-    pub(crate) ledger: u64,
+    /// Requests that the guest was told of: when, and the greatest stamp until then.
+    told: Vec<(u64, u64)>,
+    /// How far each disk's journal was durable at the last step, and the server's start then.
+    durable: [(u64, Lsn); DISKS],
+    /// Epochs that began without a sync.
+    pub(crate) unchanged: u64,
+    /// Rings that went on with another agent.
+    pub(crate) adopted: u64,
+    /// Flushes that were durable when they completed.
+    pub(crate) flushes: u64,
+    /// Requests that waited for room.
+    pub(crate) waits: u64,
+    /// Bookmarks found where they were promised.
+    pub(crate) bookmarks: u64,
+    /// Most bytes that one comparison has left out.
+    pub(crate) equal_bytes: u64,
     /// Points compared byte for byte.
     pub(crate) points: u64,
     /// Points inside gaps that were refused.
@@ -31,6 +48,83 @@ pub(crate) struct Checks {
 impl Checks {
     pub(crate) fn pid_of(&self, filter: FilterId) -> u32 {
         self.filters.iter().find(|(known, _)| *known == filter).map_or(0, |(_, pid)| *pid)
+    }
+
+    /// After every step: what is cheap to look at. Full images are compared now and then.
+    pub(crate) fn step(world: &mut World) {
+        for i in 0..DISKS {
+            Self::numbers(world, i);
+            Self::gap(world, i);
+            let Some(disk) = world.disk_store(i) else { continue };
+            Self::acknowledged(world, i, &disk);
+            let now = (world.server.starts, disk.durable_lsn());
+            let before = std::mem::replace(&mut world.checks.durable[i], now);
+            assert!(before.0 != now.0 || before.1 <= now.1, "I5: disk {i}: {before:?} became {now:?}");
+            if world.random.chance(2) {
+                Self::ranges(world, i, &disk, &disk.history());
+                Self::sample(world, i, &disk, 1);
+            }
+        }
+    }
+
+    /// I5: nobody at the agent holds for durable what the server did not say so of, and captured ≥ packed.
+    fn numbers(world: &mut World, i: usize) {
+        let acked = world.server.acked.get(&world.ids[i]).copied().unwrap_or_default();
+        let Some(agent) = &mut world.agent else { return };
+        world.checks.equal_bytes = world.checks.equal_bytes.max(agent.equal_bytes);
+        let Some(numbers) = agent.numbers(world.ids[i]) else { return };
+        let durable = acked.max(numbers.first.prev());
+        let most = numbers.told.max(numbers.released);
+        assert!(
+            most <= durable,
+            "I5: disk {i}: the agent takes LSN {most} for durable, the server said {acked}"
+        );
+        let packed = numbers.packed.unwrap_or_default().max(most);
+        assert!(
+            packed <= numbers.captured,
+            "disk {i}: LSN {packed} is packed, {} captured",
+            numbers.captured
+        );
+    }
+
+    /// I4: what history does not have lies in a gap that is open.
+    fn gap(world: &World, i: usize) {
+        let Some(attached) = world.attached(i) else { return };
+        let (ring, mode) = (&attached.ring, attached.ring.mode().mode);
+        if mode != Mode::Off && !ring.gap_is_open() {
+            assert_eq!(mode, Mode::Capturing, "I4: disk {i} is {mode:?} outside a gap");
+            assert_eq!(ring.dirty().bytes(), 0, "I4: disk {i} has dirty bytes outside a gap");
+        }
+    }
+
+    /// I3, at its source: this request has a greater stamp than all that the guest knew to be complete when it began it.
+    pub(crate) fn in_order(&mut self, span: Span, stamp: u64) {
+        let before = self.told.partition_point(|(ended, _)| *ended < span.began);
+        if let Some((_, earlier)) = before.checked_sub(1).and_then(|last| self.told.get(last)) {
+            assert!(*earlier < stamp, "I3: a request has stamp {stamp}, one before it {earlier}");
+        }
+        let most = self.told.last().map_or(stamp, |(_, most)| stamp.max(*most));
+        self.told.push((span.ended, most));
+    }
+
+    /// A bookmark that the operator was told of is where it was.
+    fn bookmark(world: &mut World, n: usize) {
+        let (id, name, lsn) = &world.server.bookmarks[n];
+        let i = world.ids.iter().position(|known| known == id).expect("one of the disks");
+        let disk = world.disk_store(i).unwrap_or_else(|| panic!("I5: disk {i} is gone with {name}"));
+        let whole = world.models[i].get(lsn.0).is_some_and(|point| point.whole);
+        match disk.resolve(&PointSpec::Bookmark(name.clone()), Stamp(u64::MAX / 4), None) {
+            Ok(point) => assert!(whole && point.lsn == *lsn, "{name} of disk {i}: {point:?}, promised {lsn}"),
+            Err(StoreError::Point(PointError::InGap { .. })) if !whole => {}
+            Err(error) => panic!("{name} of disk {i}, promised at LSN {lsn}: {error}"),
+        }
+        world.checks.bookmarks += 1;
+    }
+
+    fn bookmarks(world: &mut World) {
+        for n in 0..world.server.bookmarks.len() {
+            Self::bookmark(world, n);
+        }
     }
 
     /// After a commit: something new may be restorable.
@@ -47,6 +141,10 @@ impl Checks {
         }
         if world.random.chance(10) {
             Self::segments(world);
+        }
+        if world.random.chance(10) && !world.server.bookmarks.is_empty() {
+            let n = world.random.within(0..world.server.bookmarks.len() as u64);
+            Self::bookmark(world, n as usize);
         }
     }
 
@@ -65,6 +163,7 @@ impl Checks {
         }
         Self::instant(world);
         Self::segments(world);
+        Self::bookmarks(world);
     }
 
     /// At the end: everything is there, from the first point to the newest, which is what the disk holds.
@@ -86,6 +185,7 @@ impl Checks {
             Self::instant(world);
         }
         Self::segments(world);
+        Self::bookmarks(world);
     }
 
     /// I5.

@@ -1,12 +1,16 @@
 //! The VM: a guest that writes to two disks, and the real filter engine under it, driven as the glue in QEMU drives it.
 
-use std::cell::RefCell;
-use std::os::fd::{AsFd, OwnedFd};
+use std::cell::{Cell, RefCell};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
+use capture_ring::control::CaptureFds;
 use capture_ring::{HostClock, Ring};
-use cdp_filter::engine::{Answer, Begin, Capture, InFlight, Kind, Outcome, Request, Resync, Step, WaitToken};
+use cdp_filter::engine::{
+    Answer, Begin, Capture, InFlight, Kind, Outcome, Request, Resync, Runtime, Step, SyncWait, WaitToken,
+    Waiters,
+};
 
 use super::memory::{bytes_of, fill};
 use super::model::SECTOR;
@@ -17,6 +21,18 @@ pub(crate) const DISKS: usize = 2;
 thread_local! {
     /// Tokens whose parked requests may go on.
     static WOKEN: RefCell<Vec<u64>> = const { RefCell::new(Vec::new()) };
+    /// The time of this thread's run, for time-outs.
+    static NOW_NS: Cell<u64> = const { Cell::new(0) };
+}
+
+/// It is so late now, for requests that wait.
+pub(crate) fn set_now(now: Duration) {
+    // Never 0, which the engine takes for "never".
+    NOW_NS.set(1 + now.as_nanos() as u64);
+}
+
+fn now_ns() -> u64 {
+    NOW_NS.get()
 }
 
 fn wake(token: WaitToken) {
@@ -31,7 +47,7 @@ pub(crate) fn woken() -> Vec<u64> {
 /// Where a request of the guest stands.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Phase {
-    /// Waits for an overlapping one.
+    /// Waits for an overlapping one, for room, or for the server.
     Parked,
     /// May begin again.
     Woken,
@@ -39,6 +55,8 @@ pub(crate) enum Phase {
     Issued,
     /// The disk has answered.
     Answered(Outcome),
+    /// Done, and to be durable before the guest is told.
+    Syncing,
 }
 
 /// A request of the guest.
@@ -55,6 +73,8 @@ pub(crate) struct Op {
     /// What sectors held before this request changed them.
     pub(crate) before: Vec<(usize, Vec<u8>)>,
     pub(crate) fails: bool,
+    /// With sync mode: what the guest's flush waits for, and the LSN.
+    pub(crate) sync: Option<(SyncWait, u64)>,
     pub(crate) began: u64,
     pub(crate) label: &'static str,
 }
@@ -62,6 +82,7 @@ pub(crate) struct Op {
 /// A running capture of a disk, as it is in QEMU.
 pub(crate) struct Attached {
     pub(crate) capture: Arc<Capture>,
+    pub(crate) waiters: Waiters,
     pub(crate) resync: Option<Resync>,
     pub(crate) answer: Answer,
     pub(crate) resync_at: Duration,
@@ -73,14 +94,18 @@ pub(crate) struct Attached {
 }
 
 impl Attached {
-    pub(crate) fn new(ring_fd: &OwnedFd, clock_fd: &OwnedFd, bell: OwnedFd) -> Self {
-        let capture =
-            Capture::attach(ring_fd.as_fd(), clock_fd.as_fd(), bell, wake).expect("the agent's own ring");
-        let ring = Ring::open(ring_fd.as_fd()).expect("the agent's own ring");
-        let clock = HostClock::open(clock_fd.as_fd()).expect("the agent's own clock");
+    pub(crate) fn new(fds: &CaptureFds) -> Self {
+        let bell = fds.bell.try_clone().expect("a descriptor");
+        let runtime = Runtime { wake, now_ns };
+        let capture = Capture::attach(fds.ring.as_fd(), fds.clock.as_fd(), bell, runtime);
+        let capture = capture.expect("the agent's own ring");
+        let ring = Ring::open(fds.ring.as_fd()).expect("the agent's own ring");
+        let clock = HostClock::open(fds.clock.as_fd()).expect("the agent's own clock");
+        let waiters = Waiters::new(&capture);
         let resync = Some(Resync::new(Arc::clone(&capture)));
         Self {
             capture,
+            waiters,
             resync,
             answer: Answer::None,
             resync_at: Duration::ZERO,
@@ -95,7 +120,11 @@ impl Attached {
 #[derive(Default)]
 pub(crate) struct VmDisk {
     pub(crate) attached: Option<Attached>,
+    /// For the next agent: what this one gave, also after the capture has ended.
+    pub(crate) held: Option<CaptureFds>,
     pub(crate) ops: Vec<Op>,
+    /// QEMU waits for the disk's requests; the guest makes none.
+    pub(crate) draining: bool,
 }
 
 impl VmDisk {
@@ -109,13 +138,13 @@ impl VmDisk {
 pub(crate) struct Vm {
     pub(crate) pid: u32,
     pub(crate) disks: [VmDisk; DISKS],
-    /// The next number that the guest writes to disk 1 after it is on disk 0.
-    pub(crate) ledger: u64,
+    /// The guest does nothing before.
+    pub(crate) boots_at: Duration,
 }
 
 impl Vm {
-    pub(crate) fn new(pid: u32) -> Self {
-        Self { pid, disks: [VmDisk::default(), VmDisk::default()], ledger: 0 }
+    pub(crate) fn new(pid: u32, boots_at: Duration) -> Self {
+        Self { pid, disks: [VmDisk::default(), VmDisk::default()], boots_at }
     }
 }
 

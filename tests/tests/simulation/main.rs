@@ -16,8 +16,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::run::{Summary, run};
 
-/// Runs by default: about a minute on two cores.
-const RUNS: u64 = 600;
+/// Runs by default: half a minute on two idle cores.
+const RUNS: u64 = 2000;
 const THREADS: usize = 2;
 
 fn setting(name: &str) -> Option<u64> {
@@ -56,8 +56,9 @@ fn no_fault_makes_a_point_wrong_or_loses_what_was_acknowledged() {
     let (summary, failures) = done.into_inner().expect("unpoisoned");
     println!("seeds {first} to {}: {summary:?}", end - 1);
     assert!(failures.is_empty(), "repeat with CDP_SIM_SEED\n{}", failures.join("\n\n"));
-    assert!(
-        summary.points > 0 && summary.refused > 0 && summary.instants > 0,
-        "nothing was checked: {summary:?}"
-    );
+    // Whatever is meant to be simulated has happened. Few seeds need not do everything.
+    let done = [summary.points, summary.refused, summary.instants, summary.adopted, summary.unchanged];
+    let waited = [summary.flushes, summary.waits, summary.bookmarks, summary.equal_bytes];
+    let complete = end - first < RUNS || done.iter().chain(&waited).all(|count| *count > 0);
+    assert!(complete && summary.points > 0, "something was never done: {summary:?}");
 }

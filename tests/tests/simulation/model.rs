@@ -141,6 +141,11 @@ impl Model {
         self.points.insert(lsn, Point { stamp, whole, span, loose, what, deltas, keyframe });
     }
 
+    /// Whether history is whole at its end.
+    pub(crate) fn ends_whole(&self) -> bool {
+        self.points.last_key_value().is_some_and(|(_, point)| point.whole)
+    }
+
     /// The last LSN.
     pub(crate) fn last(&self) -> u64 {
         self.points.last_key_value().map_or(0, |(lsn, _)| *lsn)

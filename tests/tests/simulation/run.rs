@@ -52,6 +52,18 @@ pub(crate) struct Summary {
     pub(crate) refused: u64,
     /// Instants at which both disks were compared.
     pub(crate) instants: u64,
+    /// Epochs that began without a sync.
+    pub(crate) unchanged: u64,
+    /// Rings that went on with another agent.
+    pub(crate) adopted: u64,
+    /// Flushes that were durable when they completed.
+    pub(crate) flushes: u64,
+    /// Times that a request began or ended while one waited for the agent.
+    pub(crate) waits: u64,
+    /// Bookmarks found where they were promised.
+    pub(crate) bookmarks: u64,
+    /// Bytes that comparisons have left out, at least.
+    pub(crate) equal_bytes: u64,
     /// Virtual time.
     pub(crate) virtual_time: Duration,
 }
@@ -64,6 +76,12 @@ impl Summary {
         self.points += other.points;
         self.refused += other.refused;
         self.instants += other.instants;
+        self.unchanged += other.unchanged;
+        self.adopted += other.adopted;
+        self.flushes += other.flushes;
+        self.waits += other.waits;
+        self.bookmarks += other.bookmarks;
+        self.equal_bytes += other.equal_bytes;
         self.virtual_time += other.virtual_time;
     }
 }
@@ -107,6 +125,12 @@ fn play(seed: u64, trace: &Trace) -> Summary {
         points: checks.points,
         refused: checks.refused,
         instants: checks.instants,
+        unchanged: checks.unchanged,
+        adopted: checks.adopted,
+        flushes: checks.flushes,
+        waits: checks.waits,
+        bookmarks: checks.bookmarks,
+        equal_bytes: checks.equal_bytes,
         virtual_time: world.now,
     }
 }

@@ -7,8 +7,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use cdp_server::catalog::Catalog;
+use cdp_server::hashes;
 use cdp_server::plane::{Backing, Effect, Plane, Reply, Request, SessionId};
-use journal_format::wire::{self, MESSAGE_HEADER_BYTES, MessageHeader, MessageType};
+use journal_format::wire::{self, Hashes, MESSAGE_HEADER_BYTES, MessageHeader, MessageType};
 use journal_format::{DiskId, Lsn};
 use journal_store::io::{Answer, Call, CallKind, Hook, HookStorage, MemStorage, Tearing};
 use journal_store::{Store, StoreConfig};
@@ -70,7 +71,15 @@ pub(crate) struct Server {
     pub(crate) acked: BTreeMap<DiskId, Lsn>,
     /// What the operator wants.
     pub(crate) wanted: BTreeMap<DiskId, bool>,
+    /// How the disks are to be protected.
+    pub(crate) options: BTreeMap<DiskId, wire::ProtectionOptions>,
+    /// Bookmarks that were ordered, by request.
+    ordered: BTreeMap<u64, (DiskId, String)>,
+    /// Bookmarks that the operator was told of.
+    pub(crate) bookmarks: Vec<(DiskId, String, Lsn)>,
     next_request: u64,
+    /// How often it was started.
+    pub(crate) starts: u64,
 }
 
 /// What a step of the server did, for checks and the trace.
@@ -90,7 +99,11 @@ impl Server {
             running: None,
             acked: BTreeMap::new(),
             wanted: BTreeMap::new(),
+            options: BTreeMap::new(),
+            ordered: BTreeMap::new(),
+            bookmarks: Vec::new(),
             next_request: 1,
+            starts: 0,
         }
     }
 
@@ -107,6 +120,7 @@ impl Server {
     }
 
     pub(crate) fn start(&mut self) {
+        self.starts += 1;
         let failing = Arc::new(Failing { volumes: self.volumes.clone(), left: Mutex::default() });
         let hook: Arc<dyn Hook> = Arc::<Failing>::clone(&failing);
         let storage = Arc::new(HookStorage::new(Arc::new(self.volumes.clone()), hook));
@@ -179,6 +193,24 @@ impl Server {
                         conn.down.send(&pong);
                     }
                     Taken::Request(request) => running.plane.handle(on, SessionId(*id), request),
+                    Taken::Hashes(request) => {
+                        // The hashing threads may have too much to do.
+                        let known = if random.chance(10) {
+                            Hashes { hashes: Vec::new(), ..hashes::known(&running.store, &request) }
+                        } else {
+                            hashes::known(&running.store, &request)
+                        };
+                        conn.down.send(&wire::encode(&known).expect("it encodes"));
+                    }
+                    Taken::Result(result) => {
+                        if let Some((disk, name)) = self.ordered.remove(&result.request)
+                            && result.error.is_empty()
+                        {
+                            outcome.notes.push(format!("bookmark {name} is at LSN {}", result.lsn));
+                            self.bookmarks.push((disk, name, Lsn(result.lsn)));
+                        }
+                    }
+                    Taken::Inventory => drop(running.welcomed.insert(*id, Duration::ZERO)),
                     Taken::Other => {}
                 }
                 if random.chance(5) {
@@ -194,10 +226,16 @@ impl Server {
         for effect in running.plane.take_effects() {
             match effect {
                 Effect::Send(SessionId(id), reply) => {
-                    if let Reply::Ack(ack) = &reply {
-                        let disk = wire::disk_id(&ack.disk).expect("the server's own message");
+                    // Both say that everything up to there is durable.
+                    let told = match &reply {
+                        Reply::Ack(ack) => Some((&ack.disk, ack.durable_lsn)),
+                        Reply::Opened(opened) => Some((&opened.disk, opened.durable_lsn)),
+                        Reply::Refused(_) => None,
+                    };
+                    if let Some((disk, lsn)) = told.filter(|(_, lsn)| *lsn > 0) {
+                        let disk = wire::disk_id(disk).expect("the server's own message");
                         let acked = self.acked.entry(disk).or_default();
-                        *acked = (*acked).max(Lsn(ack.durable_lsn));
+                        *acked = (*acked).max(Lsn(lsn));
                     }
                     outcome.notes.push(format!("server to {id}: {reply:?}"));
                     if let Some(conn) = conns.get_mut(&id) {
@@ -219,23 +257,35 @@ impl Server {
         outcome
     }
 
-    /// Tells every agent what the operator wants; that may be repeated.
+    /// Tells every agent what the operator wants, whenever it says what there is and now and then; that may be repeated.
     fn wish(&mut self, now: Duration, conns: &mut BTreeMap<u64, Conn>) {
         let Some(running) = &mut self.running else { return };
         for (id, next) in &mut running.welcomed {
             let Some(conn) = conns.get_mut(id).filter(|_| now >= *next) else { continue };
             *next = now + WISH_EVERY;
             for (disk, enabled) in &self.wanted {
-                #[allow(clippy::needless_update, reason = "what else a disk may be told keeps its default")]
                 let set = wire::SetProtection {
                     request: self.next_request,
                     disk: disk.0.to_vec(),
                     enabled: *enabled,
-                    ..wire::SetProtection::default()
+                    options: self.options.get(disk).copied(),
                 };
                 self.next_request += 1;
                 conn.down.send(&wire::encode(&set).expect("it encodes"));
             }
+        }
+    }
+
+    /// Orders a bookmark from every agent that is connected.
+    pub(crate) fn bookmark(&mut self, disk: DiskId, conns: &mut BTreeMap<u64, Conn>) {
+        let Some(running) = &mut self.running else { return };
+        for id in running.welcomed.keys() {
+            let Some(conn) = conns.get_mut(id) else { continue };
+            let (request, name) = (self.next_request, format!("bookmark {}", self.next_request));
+            self.next_request += 1;
+            self.ordered.insert(request, (disk, name.clone()));
+            let order = wire::InsertBookmark { request, disk: disk.0.to_vec(), name };
+            conn.down.send(&wire::encode(&order).expect("it encodes"));
         }
     }
 
@@ -251,6 +301,9 @@ enum Taken {
     Hello,
     Ping(wire::Ping),
     Request(Request),
+    Hashes(wire::HashRequest),
+    Result(wire::CommandResult),
+    Inventory,
     Other,
 }
 
@@ -258,6 +311,11 @@ fn take(kind: MessageType, body: Vec<u8>) -> Taken {
     match kind {
         MessageType::Hello => Taken::Hello,
         MessageType::Ping => Taken::Ping(wire::decode(&body).expect("the agent's message is sound")),
+        MessageType::Inventory => Taken::Inventory,
+        MessageType::HashRequest => Taken::Hashes(wire::decode(&body).expect("the agent's message is sound")),
+        MessageType::CommandResult => {
+            Taken::Result(wire::decode(&body).expect("the agent's message is sound"))
+        }
         _ => match Request::parse(kind, body).expect("the agent's message is sound") {
             Some(request) => Taken::Request(request),
             None => Taken::Other,

@@ -9,15 +9,16 @@ use std::time::Duration;
 
 use capture_ring::Mode;
 use host_agent::identity::disk_id;
-use host_agent::session::{Event, FilterId};
+use host_agent::session::FilterId;
 use host_agent::spool::SpoolPlace;
-use journal_format::{DiskId, Stamp};
+use journal_format::wire::ProtectionOptions;
+use journal_format::{DiskId, ImageTag, Stamp};
 use journal_store::StoreConfig;
 use tempfile::TempDir;
 
-use super::agent::{Agent, Sizes};
+use super::agent::{Agent, Sizes, ToAgent, ToFilter};
 use super::check::Checks;
-use super::guest::{DISKS, Vm};
+use super::guest::{DISKS, Vm, set_now};
 use super::model::{Model, SECTOR};
 use super::net::Conn;
 use super::run::Trace;
@@ -64,22 +65,28 @@ pub(crate) struct World {
     _spool: TempDir,
     /// What is on the VM's disks.
     pub(crate) images: [Vec<u8>; DISKS],
+    /// Counts the changes of each image: its time of change, in a world where that is exact.
+    pub(crate) changes: [u64; DISKS],
     pub(crate) models: [Model; DISKS],
     pub(crate) ids: [DiskId; DISKS],
     vm: Option<Vm>,
-    vm_since: Duration,
     /// Captures of dead QEMUs: their memory is gone, but nothing of theirs may run any more.
     graveyard: Vec<Vm>,
     next_pid: u32,
     pub(crate) agent: Option<Agent>,
     agent_gone: Duration,
-    /// The filter's connection to the agent, and what it has sent.
+    /// The agent was asked to stop; when its time is over.
+    agent_stops: Option<Duration>,
+    /// The filter's connection to the agent.
     filter: Option<FilterId>,
+    /// The agent's end of it is closed: what was sent before still arrives.
+    filter_closing: bool,
+    orders: VecDeque<(FilterId, ToFilter)>,
     next_filter: u64,
     /// Sizes as the filter listed them last.
     listed: [u64; DISKS],
     look_at: Duration,
-    to_agent: VecDeque<Event>,
+    to_agent: VecDeque<ToAgent>,
     conns: BTreeMap<u64, Conn>,
     next_conn: u64,
     pub(crate) server: Server,
@@ -88,6 +95,8 @@ pub(crate) struct World {
     /// Counts beginnings and ends of requests, on all disks.
     moments: u64,
     next_op: u64,
+    /// The next number that the guest writes to one disk and then to the other.
+    ledger: u64,
     pub(crate) checks: Checks,
     pub(crate) faults: u64,
 }
@@ -103,8 +112,8 @@ impl World {
             drain: pick(&mut random, &[1, 6, 12]),
             agent: pick(&mut random, &[2, 6, 12]),
             server: pick(&mut random, &[1, 4, 8]),
-            fault: pick(&mut random, &[0, 1, 2, 4]),
-            step_us: pick(&mut random, &[200, 1000, 5000]),
+            fault: pick(&mut random, &[1, 2, 4, 8]),
+            step_us: pick(&mut random, &[200, 1000, 5000, 20_000]),
             eio: pick(&mut random, &[0, 0, 2, 10]),
             resizes: random.chance(40),
             faults: random.next_u64(),
@@ -142,6 +151,7 @@ impl World {
         let mut server = Server::new(config);
         server.start();
         server.wanted = ids.iter().map(|id| (*id, true)).collect();
+        server.options = ids.iter().map(|id| (*id, options(&mut random))).collect();
         let mut world = Self {
             random,
             now: Duration::ZERO,
@@ -150,15 +160,18 @@ impl World {
             sizes,
             _spool: spool,
             images,
+            changes: [0; DISKS],
             models,
             ids,
             vm: None,
-            vm_since: Duration::ZERO,
             graveyard: Vec::new(),
             next_pid: 100,
             agent: None,
             agent_gone: Duration::ZERO,
+            agent_stops: None,
             filter: None,
+            filter_closing: false,
+            orders: VecDeque::new(),
             next_filter: 1,
             listed: [0; DISKS],
             look_at: Duration::ZERO,
@@ -170,10 +183,12 @@ impl World {
             healthy: false,
             moments: 0,
             next_op: 1,
+            ledger: 0,
             checks: Checks::default(),
             faults: 0,
         };
         world.trace.note(|| format!("{:?} {:?}", world.weights, world.sizes));
+        set_now(Duration::ZERO);
         world.start_vm();
         world.start_agent();
         world
@@ -185,6 +200,7 @@ impl World {
 
     fn advance(&mut self, by: Duration) {
         self.now += by;
+        set_now(self.now);
         let floor = self.floor();
         if let Some(agent) = &self.agent {
             agent.clock.raise_to(floor);
@@ -226,6 +242,7 @@ impl World {
             5 => self.server_step(),
             _ => self.fault(),
         }
+        Checks::step(self);
     }
 
     /// Every part once, without faults.
@@ -252,10 +269,14 @@ impl World {
         }
         self.agent_step();
         self.server_step();
+        Checks::step(self);
     }
 
     pub(crate) fn stop_faults(&mut self) {
         self.weights.eio = 0;
+        if let Some(agent) = self.agent.as_mut().filter(|agent| agent.fuse.is_some()) {
+            agent.fuse = None;
+        }
         self.server.wanted.values_mut().for_each(|wanted| *wanted = true);
         self.server.wish_now();
     }
@@ -274,6 +295,11 @@ impl World {
         })
     }
 
+    /// What tells that an image is what it was.
+    fn tag(&self, i: usize) -> ImageTag {
+        ImageTag::from_halves([self.changes[i], self.images[i].len() as u64])
+    }
+
     pub(crate) fn state(&self) -> String {
         let disk = |i: usize| {
             let store = self.server.store().and_then(|store| store.disk(self.ids[i]));
@@ -288,5 +314,16 @@ impl World {
         };
         let phases = self.agent.as_ref().map(Agent::phases);
         format!("{} | {} | {phases:?} | conns {:?}", disk(0), disk(1), self.conns.keys())
+    }
+}
+
+/// How a disk may be protected.
+pub(crate) fn options(random: &mut Random) -> ProtectionOptions {
+    ProtectionOptions {
+        overflow: random.within(0..3) as u32,
+        throttle_ms: random.within(1..400) as u32,
+        ring_mib: 0,
+        sync: random.chance(40),
+        sync_timeout_ms: random.within(1..3000) as u32,
     }
 }

@@ -2,10 +2,11 @@
 
 use std::time::Duration;
 
+use host_agent::limits::STOP_FLUSH;
 use host_agent::session::{Event, Identity};
 
-use super::{HOST, LEDGER, World};
-use crate::agent::Agent;
+use super::{DEVICES, HOST, World, options};
+use crate::agent::{Agent, ToAgent};
 use crate::check::Checks;
 use crate::guest::{DISKS, Phase, Vm, woken};
 use crate::model::SECTOR;
@@ -31,23 +32,23 @@ impl World {
 
     pub(super) fn start_vm(&mut self) {
         self.next_pid += 1;
-        self.vm = Some(Vm::new(self.next_pid));
-        self.vm_since = self.now;
         let pid = self.next_pid;
-        for image in &mut self.images {
-            image[..LEDGER * SECTOR].fill(0);
-        }
+        // About as long as it takes to be captured again.
+        let steps = if self.random.chance(60) { self.random.within(0..600) } else { 0 };
+        self.vm = Some(Vm::new(pid, self.now + Duration::from_micros(steps * self.weights.step_us)));
+        // What was on its way to one of the disks may not be there.
+        self.ledger -= self.ledger % 2;
         self.trace.note(|| format!("VM starts as {pid}"));
     }
 
     pub(super) fn start_agent(&mut self) {
         self.trace.note(|| "agent starts".to_owned());
         let identity = Identity { host_id: HOST, host_name: "host".into(), token: String::new() };
-        self.agent = Some(Agent::new(identity, self.sizes.clone(), self.floor()));
+        self.agent = Some(Agent::new(self.now, identity, self.sizes.clone(), self.floor()));
     }
 
     pub(super) fn fault(&mut self) {
-        let kind = self.random.within(0..16);
+        let kind = self.random.within(0..24);
         // Each run has its own selection of faults.
         if self.weights.faults & (1 << kind) == 0 || !self.random.chance(40) {
             return self.recover();
@@ -68,6 +69,12 @@ impl World {
                 self.advance(pause);
             }
             14 => self.lose_filter(),
+            15 | 21 | 22 => self.stop_vm(),
+            16 => self.fuse_agent(),
+            17 => self.stop_agent(),
+            18 => self.change_options(),
+            19 => self.drain_disk(),
+            20 => self.order_bookmark(),
             _ => self.crash_in_commit(),
         }
     }
@@ -103,17 +110,106 @@ impl World {
                 image[start..end].fill(random.next_u64() as u8);
             }
         }
+        self.changes.iter_mut().for_each(|changes| *changes += 1);
+        self.bury(vm);
+    }
+
+    /// QEMU's process is gone.
+    fn bury(&mut self, vm: Vm) {
         self.graveyard.push(vm);
         drop(woken());
-        if let Some(filter) = self.filter.take() {
-            self.to_agent.push_back(Event::FilterLost(filter));
+        self.part();
+    }
+
+    /// The filter's connection ends from its side.
+    fn part(&mut self) {
+        let Some(filter) = self.filter.take() else { return };
+        self.tell(Event::FilterLost(filter));
+        self.filter_closing = false;
+        self.orders.clear();
+    }
+
+    /// QEMU ends in good order: each disk is drained, tells that it goes, and is closed. Now and then a disk does not
+    /// come to rest first.
+    pub(super) fn stop_vm(&mut self) {
+        if self.vm.is_none() {
+            return;
+        }
+        for (i, device) in DEVICES.iter().enumerate() {
+            let restless = self.random.chance(20);
+            let is_known = !self.random.chance(10);
+            self.trace.note(|| format!("QEMU closes {device}, restless: {restless}"));
+            if let Some(attached) = self.attached(i) {
+                attached.capture.release_waiters();
+            }
+            if !restless {
+                self.settle_ops(i);
+            }
+            let known = is_known.then(|| self.tag(i));
+            self.observe(i, |world| {
+                if let Some(attached) = world.attached(i) {
+                    attached.capture.close(|| known);
+                }
+                None
+            });
+            let (random, vm) = (&mut self.random, self.vm.as_mut().expect("it runs"));
+            if random.chance(20) {
+                let image = &mut self.images[i];
+                let start = random.within(0..(image.len() / SECTOR) as u64) as usize * SECTOR;
+                image[start..start + SECTOR].fill(random.next_u64() as u8);
+                self.changes[i] += 1;
+            }
+            drop(vm.disks[i].attached.as_mut().and_then(|attached| attached.resync.take()));
+        }
+        let vm = self.vm.take().expect("it runs");
+        self.bury(vm);
+    }
+
+    /// The agent dies amid what one of its next events brings about.
+    pub(super) fn fuse_agent(&mut self) {
+        let actions = 1 + self.random.within(0..12);
+        if let Some(agent) = &mut self.agent {
+            agent.fuse = Some(actions);
         }
     }
 
+    /// The agent is asked to stop, as for an update.
+    pub(super) fn stop_agent(&mut self) {
+        let now = self.now;
+        if let Some(agent) = self.agent.as_mut().filter(|_| self.agent_stops.is_none()) {
+            self.trace.note(|| "agent is asked to stop".to_owned());
+            agent.hear(now, ToAgent::Event(Event::Stop));
+            self.agent_stops = Some(now + STOP_FLUSH);
+            self.after_agent();
+        }
+    }
+
+    pub(super) fn change_options(&mut self) {
+        let i = self.random.within(0..DISKS as u64) as usize;
+        let options = options(&mut self.random);
+        self.trace.note(|| format!("operator: disk {i}: {options:?}"));
+        self.server.options.insert(self.ids[i], options);
+        self.server.wish_now();
+    }
+
+    /// QEMU waits for the requests of a disk, and the guest makes none meanwhile.
+    pub(super) fn drain_disk(&mut self) {
+        let i = self.random.within(0..DISKS as u64) as usize;
+        if let Some(vm) = &mut self.vm {
+            self.trace.note(|| format!("QEMU drains disk {i}"));
+            vm.disks[i].draining = true;
+        }
+    }
+
+    pub(super) fn order_bookmark(&mut self) {
+        let i = self.random.within(0..DISKS as u64) as usize;
+        self.server.bookmark(self.ids[i], &mut self.conns);
+    }
+
     pub(super) fn lose_filter(&mut self) {
-        if let Some(filter) = self.filter.take() {
+        if self.filter.is_some() {
             self.trace.note(|| "the filter's connection is lost".to_owned());
-            self.to_agent.push_back(Event::FilterLost(filter));
+            self.part();
         }
     }
 
@@ -124,8 +220,12 @@ impl World {
             conn.cut(&mut self.random);
         }
         self.agent_gone = self.now;
-        self.filter = None;
+        self.agent_stops = None;
         self.to_agent.clear();
+        // What the agent had written into the socket still arrives.
+        let arrives = self.random.within(0..self.orders.len() as u64 + 1) as usize;
+        self.orders.truncate(arrives);
+        self.filter_closing = self.filter.is_some();
     }
 
     pub(super) fn cut(&mut self) {
@@ -184,6 +284,7 @@ impl World {
             return;
         }
         self.trace.note(|| format!("contents of disk {i} change"));
+        self.changes[i] += 1;
         let (random, image) = (&mut self.random, &mut self.images[i]);
         let start = random.within(1..(image.len() / SECTOR) as u64) as usize * SECTOR;
         let end = (start + (100 << 10)).min(image.len());

@@ -1,15 +1,16 @@
 //! What the guest does, and what the disks do with its requests.
 
-use cdp_filter::engine::{Answer, Kind, Outcome, Request};
+use capture_ring::SyncState;
+use cdp_filter::engine::{Answer, Begin, InFlight, Kind, Outcome, Request, WaitToken};
 use host_agent::session::{Event, FilterId};
 
 use super::{DEVICES, LEDGER, World};
-use crate::guest::{DISKS, Op, Phase, answer, woken};
+use crate::guest::{Attached, DISKS, Op, Phase, VmDisk, answer, woken};
 use crate::model::{Loose, Model, SECTOR, Span};
 
 impl World {
     pub(super) fn guest(&mut self) {
-        if self.vm.is_none() {
+        if self.vm.as_ref().is_none_or(|vm| self.now < vm.boots_at) {
             return;
         }
         let i = self.random.within(0..DISKS as u64) as usize;
@@ -52,22 +53,23 @@ impl World {
     }
 
     pub(super) fn is_busy(&self, i: usize) -> bool {
-        self.vm.as_ref().is_some_and(|vm| vm.disks[i].ops.len() >= 6 || vm.disks[i].is_resizing())
+        let busy = |disk: &VmDisk| disk.ops.len() >= 6 || disk.is_resizing() || disk.draining;
+        self.vm.as_ref().is_some_and(|vm| busy(&vm.disks[i]))
     }
 
     /// A number goes to disk 0 and, once it is there, to disk 1: at any instant disk 1 is not ahead.
     pub(super) fn ledger(&mut self) {
-        let Some(vm) = &mut self.vm else { return };
+        let Some(vm) = &self.vm else { return };
         let running = |disk: usize| vm.disks[disk].ops.iter().any(|op| op.label == "ledger");
         if running(0) || running(1) {
             return;
         }
-        let disk = (vm.ledger % 2) as usize;
-        if vm.disks[disk].is_resizing() {
+        let disk = (self.ledger % 2) as usize;
+        if vm.disks[disk].is_resizing() || vm.disks[disk].draining {
             return;
         }
-        vm.ledger += 1;
-        let number = vm.ledger.div_ceil(2);
+        self.ledger += 1;
+        let number = self.ledger.div_ceil(2);
         let mut data = vec![0; LEDGER * SECTOR];
         data[..8].copy_from_slice(&number.to_le_bytes());
         self.issue(disk, Request::write(0, data.len() as u64, true), data, "ledger");
@@ -89,6 +91,7 @@ impl World {
             left: Vec::new(),
             before: Vec::new(),
             fails,
+            sync: None,
             began,
             label,
         };
@@ -103,6 +106,8 @@ impl World {
             let disk = &mut world.vm.as_mut().expect("the guest runs").disks[i];
             let attached = disk.attached.as_ref();
             disk.ops[at].begin(attached);
+            let waits = attached.is_some_and(|attached| attached.ring.waiting() > 0);
+            world.checks.waits += u64::from(waits);
             None
         });
     }
@@ -110,12 +115,51 @@ impl World {
     pub(super) fn flush(&mut self, i: usize) {
         self.observe(i, |world| {
             let disk = &mut world.vm.as_mut().expect("the guest runs").disks[i];
-            if let Some(attached) = &disk.attached {
-                // No disk is in sync mode here: the guest does not wait.
-                let _ = attached.capture.flush();
-            }
+            let Some(attached) = &disk.attached else { return None };
+            let sync = attached.capture.flush()?;
+            let lsn = attached.ring.captured_lsn().0;
+            world.next_op += 1;
+            let op = Op {
+                id: world.next_op - 1,
+                request: Request::write(0, 0, false),
+                data: Vec::new(),
+                phase: Phase::Syncing,
+                in_flight: Box::<InFlight>::default(),
+                captured: false,
+                left: Vec::new(),
+                before: Vec::new(),
+                fails: false,
+                sync: Some((sync, lsn)),
+                began: world.moments,
+                label: "flush",
+            };
+            world.trace.note(|| format!("guest {i}: flush #{} at LSN {lsn}", op.id));
+            disk.ops.push(op);
             None
         });
+    }
+
+    /// A flush, or a write with FUA, may have to wait for the server. If it need not (any more), the guest is told.
+    pub(super) fn sync(&mut self, i: usize, at: usize) {
+        let disk = &mut self.vm.as_mut().expect("the guest runs").disks[i];
+        let op = &mut disk.ops[at];
+        let (wait, lsn) = op.sync.as_mut().expect("it syncs");
+        if let Some(attached) = &disk.attached {
+            if attached.capture.wait_durable(wait, WaitToken(op.id as usize)) == Begin::Wait {
+                op.phase = Phase::Parked;
+                return;
+            }
+            if attached.ring.sync_state() == SyncState::InForce {
+                let acked = self.server.acked.get(&self.ids[i]).copied().unwrap_or_default();
+                assert!(
+                    acked.0 >= *lsn,
+                    "I5: disk {i}: a flush is complete at LSN {lsn}, acknowledged {acked}"
+                );
+                self.checks.flushes += 1;
+            }
+        }
+        disk.ops.remove(at);
+        self.detached(i);
     }
 
     pub(super) fn resize(&mut self, i: usize) {
@@ -142,7 +186,11 @@ impl World {
             let whole = whole && (lsn == last || was_whole);
             // Each record takes one stamp.
             let stamp = stamp - (last - lsn);
-            self.models[i].point(lsn, stamp, whole, span.filter(|_| lsn == first + 1), what);
+            let span = span.filter(|_| lsn == first + 1);
+            self.models[i].point(lsn, stamp, whole, span, what);
+            if let Some(span) = span {
+                self.checks.in_order(span, stamp);
+            }
         }
     }
 
@@ -167,20 +215,29 @@ impl World {
             Phase::Woken => self.begin(i, at),
             Phase::Issued => self.apply(i, at),
             Phase::Answered(outcome) => self.finish(i, at, outcome),
+            Phase::Syncing => self.sync(i, at),
         }
     }
 
     pub(super) fn wake(&mut self) {
+        let Some(vm) = &mut self.vm else { return drop(woken()) };
+        for disk in &mut vm.disks {
+            disk.draining &= !disk.ops.is_empty();
+            let draining = disk.draining;
+            if let Some(Attached { capture, waiters, .. }) = &mut disk.attached {
+                let _sleep = waiters.step(capture, || draining);
+            }
+        }
         let tokens = woken();
-        let Some(vm) = &mut self.vm else { return };
         for op in vm.disks.iter_mut().flat_map(|disk| &mut disk.ops) {
             if op.phase == Phase::Parked && tokens.contains(&op.id) {
-                op.phase = Phase::Woken;
+                op.phase = if op.sync.is_some() { Phase::Syncing } else { Phase::Woken };
             }
         }
     }
 
     pub(super) fn apply(&mut self, i: usize, at: usize) {
+        self.changes[i] += 1;
         let (random, image) = (&mut self.random, &mut self.images[i]);
         let op = &mut self.vm.as_mut().expect("the guest runs").disks[i].ops[at];
         if op.request.kind == Kind::Resize {
@@ -232,14 +289,17 @@ impl World {
                 let range = op.range();
                 model.settle(range.start, &image[range]);
             }
-            model.tighten(op.id);
+            let id = op.id;
+            model.tighten(id);
             if let Some(attached) = disk.attached.as_ref().filter(|_| op.captured) {
                 attached.capture.finish(&mut op.in_flight, outcome);
+                if let Some(wait) = op.in_flight.sync_wait() {
+                    let sync = Some((wait, attached.ring.captured_lsn().0));
+                    let (data, in_flight) = (Vec::new(), Box::<InFlight>::default());
+                    disk.ops.push(Op { data, in_flight, captured: false, sync, phase: Phase::Syncing, ..op });
+                }
             }
-            if op.label == "ledger" {
-                world.checks.ledger += 1;
-            }
-            world.trace.note(|| format!("disk {i}: #{} {outcome:?}", op.id));
+            world.trace.note(|| format!("disk {i}: #{id} {outcome:?}"));
             span
         });
         self.detached(i);
@@ -296,7 +356,7 @@ impl World {
         }
         self.trace.note(|| format!("filter: {} is detached", DEVICES[i]));
         if self.filter == Some(FilterId(filter)) {
-            self.to_agent.push_back(Event::FilterResult(FilterId(filter), request, String::new()));
+            self.tell(Event::FilterResult(FilterId(filter), request, String::new()));
         }
     }
 }

@@ -1,15 +1,21 @@
 //! The agent's steps, and the filter's end of its socket.
 
-use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
-use host_agent::session::{DiskInfo, Event, FilterId, VmInfo};
-use journal_format::Stamp;
+use capture_ring::control::CaptureFds;
+use capture_ring::{HostClock, Ring};
+use host_agent::session::{DiskInfo, Event, FilterId, Holding, VmInfo};
+use journal_format::ImageTag;
+use std::os::fd::AsFd;
 
 use super::{DEVICES, LOOK_EVERY, VM_UUID, World};
-use crate::agent::ToFilter;
+use crate::agent::{ToAgent, ToFilter, same_fds};
 use crate::guest::{Attached, DISKS, Phase};
 use crate::net::Conn;
+
+fn place(device: &str) -> usize {
+    DEVICES.iter().position(|name| *name == device).expect("a listed device")
+}
 
 impl World {
     pub(super) fn drain(&mut self) {
@@ -18,16 +24,54 @@ impl World {
         if let Some(agent) = &mut self.agent {
             agent.drain(now, self.ids[i]);
         }
+        self.after_agent();
+    }
+
+    /// Takes along what the agent has done.
+    pub(super) fn after_agent(&mut self) {
+        let Some(agent) = &mut self.agent else { return };
+        self.orders.append(&mut agent.to_filters);
+        let (notes, bookmarks) = (std::mem::take(&mut agent.notes), std::mem::take(&mut agent.bookmarks));
+        let dead = agent.is_dead();
+        for note in notes {
+            self.trace.note(|| note);
+        }
+        for (disk, lsn, stamp, name) in bookmarks {
+            let i = self.ids.iter().position(|id| *id == disk).expect("one of the disks");
+            let whole = self.captured(i).is_some_and(|(_, whole)| whole);
+            self.trace.note(|| format!("disk {i}: {name} at LSN {lsn}"));
+            // In the ring of a dead QEMU it follows records that nobody will ask for.
+            if self.vm.as_ref().is_some_and(|vm| vm.disks[i].attached.is_some()) {
+                self.models[i].point(lsn.0, stamp.0, whole, None, "bookmark");
+            } else {
+                self.models[i].point(lsn.0, stamp.0, self.models[i].ends_whole(), None, "bookmark");
+            }
+        }
+        if dead {
+            self.kill_agent();
+        }
     }
 
     pub(super) fn agent_step(&mut self) {
         self.reconnect_filter();
+        self.agent_runs();
+        self.after_agent();
+        self.watch();
+        self.after_agent();
+        self.filter_step();
+    }
+
+    fn agent_runs(&mut self) {
         let now = self.now;
         let most = if self.random.chance(30) { self.random.within(1..2000) as usize } else { usize::MAX };
         let slow = !self.healthy && self.random.chance(50);
+        let reads = self.random.chance(30);
         let Some(agent) = &mut self.agent else { return };
-        if let Some(event) = self.to_agent.pop_front() {
-            agent.handle(now, event);
+        if let Some(said) = self.to_agent.pop_front() {
+            agent.hear(now, said);
+        }
+        if reads {
+            agent.load(now);
         }
         if agent.connecting.is_some() && !slow {
             let conn = self.server.is_running().then_some(self.next_conn);
@@ -38,11 +82,7 @@ impl World {
             agent.connected(now, conn);
         }
         agent.step(now, &mut self.conns, most);
-        let notes = std::mem::take(&mut agent.notes);
         let in_use = agent.conn;
-        for note in notes {
-            self.trace.note(|| note);
-        }
         // Connections that the agent has left are closed; the server learns of it later.
         for (id, conn) in &mut self.conns {
             if Some(*id) != in_use {
@@ -51,8 +91,9 @@ impl World {
             }
         }
         self.conns.retain(|id, conn| Some(*id) == in_use || !conn.up.is_over());
-        self.watch();
-        self.filter_step();
+        if self.agent_stops.is_some_and(|end| now >= end || agent.is_flushed()) {
+            self.kill_agent();
+        }
     }
 
     pub(super) fn watch(&mut self) {
@@ -70,6 +111,11 @@ impl World {
 
     pub(super) fn reconnect_filter(&mut self) {
         let (None, Some(vm), Some(_)) = (self.filter, &self.vm, &self.agent) else { return };
+        if self.agent_stops.is_some()
+            || vm.disks.iter().any(|disk| disk.attached.as_ref().is_some_and(|a| a.detaching.is_some()))
+        {
+            return;
+        }
         let filter = FilterId(self.next_filter);
         self.next_filter += 1;
         self.filter = Some(filter);
@@ -82,7 +128,15 @@ impl World {
             uuid: VM_UUID,
             refused: String::new(),
         };
-        self.to_agent.push_back(Event::FilterUp(filter, info));
+        self.tell(Event::FilterUp(filter, info));
+        let vm = self.vm.as_ref().expect("the VM runs");
+        for (i, disk) in vm.disks.iter().enumerate() {
+            let Some(fds) = &disk.held else { continue };
+            let ring = Ring::open(fds.ring.as_fd()).expect("an agent made it");
+            let of = Some((ring.config().disk, ring.config().epoch));
+            let holding = Holding { device: DEVICES[i].into(), ended: disk.attached.is_none(), of };
+            self.to_agent.push_back(ToAgent::Held(filter, holding, same_fds(fds)));
+        }
         self.listed = [0; DISKS];
         self.look();
     }
@@ -105,91 +159,129 @@ impl World {
                 disk_bytes: sizes[i],
                 ..DiskInfo::default()
             });
-            self.to_agent.push_back(Event::FilterDisks(filter, disks.collect()));
+            let event = Event::FilterDisks(filter, disks.collect());
+            self.tell(event);
         }
     }
 
     pub(super) fn check_size(&mut self, i: usize) {
         let size = self.images[i].len() as u64;
-        let attached = self.vm.as_ref().and_then(|vm| vm.disks[i].attached.as_ref());
-        if attached.is_none_or(|attached| attached.ring.disk_bytes() == size) {
+        if self.attached(i).is_none_or(|attached| attached.ring.disk_bytes() == size) {
             return;
         }
         self.observe(i, |world| {
-            let attached = world.vm.as_ref().and_then(|vm| vm.disks[i].attached.as_ref());
             world.models[i].settle_all(world.images[i].clone(), Vec::new());
-            attached.expect("it is attached").capture.size_changed(size);
+            world.attached(i).expect("it is attached").capture.size_changed(size);
             None
         });
+    }
+
+    /// Says something to the agent, if it can still hear.
+    pub(super) fn tell(&mut self, event: Event) {
+        if !self.filter_closing {
+            self.to_agent.push_back(ToAgent::Event(event));
+        }
     }
 
     pub(super) fn filter_step(&mut self) {
         if self.now >= self.look_at {
             self.look();
         }
-        let Some((filter, order)) = self.agent.as_mut().and_then(|agent| agent.to_filters.pop_front()) else {
+        let Some((filter, order)) = self.orders.pop_front() else {
+            if std::mem::take(&mut self.filter_closing) {
+                self.filter = None;
+            }
             return;
         };
         if self.filter != Some(filter) {
             return;
         }
-        let place = |device: &str| DEVICES.iter().position(|name| *name == device).expect("a listed device");
         match order {
-            ToFilter::Attach { request, device, fds } => self.attach(place(&device), filter, request, *fds),
-            ToFilter::Detach { request, device } => {
-                let i = place(&device);
-                self.trace.note(|| format!("filter: detach {device}"));
-                // In QEMU the device is drained first.
-                self.settle_ops(i);
-                let attached = self.vm.as_mut().and_then(|vm| vm.disks[i].attached.as_mut());
-                match attached {
-                    Some(attached) => {
-                        attached.detaching = Some((filter.0, request));
-                        attached.resync_at = Duration::ZERO;
-                        self.observe(i, |world| {
-                            let vm = world.vm.as_ref().expect("it is attached");
-                            vm.disks[i].attached.as_ref().expect("it is attached").capture.detach();
-                            None
-                        });
-                        self.detached(i);
-                    }
-                    None => self.to_agent.push_back(Event::FilterResult(filter, request, String::new())),
-                }
+            ToFilter::Attach { request, device, image, fds } => {
+                self.attach(place(&device), filter, request, image, *fds);
             }
-            ToFilter::Resync { device } => {
-                let i = place(&device);
-                self.observe(i, |world| {
-                    let attached = world.vm.as_ref().and_then(|vm| vm.disks[i].attached.as_ref());
-                    if let Some(attached) = attached {
-                        attached.capture.resume();
-                    }
-                    None
-                });
+            ToFilter::Detach { request, device } => self.detach(place(&device), filter, request),
+            ToFilter::Resync { device } => self.observe(place(&device), |world| {
+                if let Some(attached) = world.attached(place(&device)) {
+                    attached.capture.resume();
+                }
+                None
+            }),
+            ToFilter::Hold { request, device, outbox } => {
+                let held = self.vm.as_mut().and_then(|vm| vm.disks[place(&device)].held.as_mut());
+                let error = if held.is_some() { String::new() } else { "nothing is held".to_owned() };
+                if let Some(held) = held {
+                    held.outbox = outbox;
+                    self.checks.adopted += 1;
+                }
+                self.tell(Event::FilterResult(filter, request, error));
+            }
+            ToFilter::Forget { device } => {
+                let disk = self.vm.as_mut().map(|vm| &mut vm.disks[place(&device)]);
+                if let Some(disk) = disk.filter(|disk| disk.attached.is_none()) {
+                    disk.held = None;
+                }
             }
         }
     }
 
+    pub(crate) fn attached(&self, i: usize) -> Option<&Attached> {
+        self.vm.as_ref()?.disks[i].attached.as_ref()
+    }
+
+    fn detach(&mut self, i: usize, filter: FilterId, request: u64) {
+        self.trace.note(|| format!("filter: detach {}", DEVICES[i]));
+        if let Some(attached) = self.attached(i) {
+            attached.capture.release_waiters();
+        }
+        // In QEMU the device is drained first.
+        self.settle_ops(i);
+        let attached = self.vm.as_mut().and_then(|vm| vm.disks[i].attached.as_mut());
+        let Some(attached) = attached else {
+            return self.tell(Event::FilterResult(filter, request, String::new()));
+        };
+        attached.detaching = Some((filter.0, request));
+        attached.resync_at = Duration::ZERO;
+        self.observe(i, |world| {
+            world.attached(i).expect("it is attached").capture.detach();
+            None
+        });
+        self.detached(i);
+    }
+
     /// As the glue does it: the disk is drained, an old capture ends, the new one begins.
-    pub(super) fn attach(&mut self, i: usize, filter: FilterId, request: u64, fds: [OwnedFd; 3]) {
+    fn attach(&mut self, i: usize, filter: FilterId, request: u64, image: Option<ImageTag>, fds: CaptureFds) {
+        if let Some(attached) = self.attached(i) {
+            attached.capture.release_waiters();
+        }
         self.settle_ops(i);
         let old = self.vm.as_mut().and_then(|vm| vm.disks[i].attached.take());
         if let Some(mut old) = old {
             old.capture.detach();
             drop(old.resync.take());
         }
-        let [ring, clock, bell] = fds;
-        clock_floor(&clock, self.floor());
-        let attached = Attached::new(&ring, &clock, bell);
+        HostClock::open(fds.clock.as_fd()).expect("the agent's own clock").raise_to(self.floor());
+        let attached = Attached::new(&fds);
         let first = attached.ring.config().first_lsn.0;
         self.trace.note(|| format!("filter: {} is attached at LSN {first}", DEVICES[i]));
         self.models[i].begin_epoch(first);
         self.models[i].settle_all(self.images[i].clone(), Vec::new());
         let stamp = attached.clock.last().0;
         self.models[i].point(first, stamp, false, None, "attach");
-        self.vm.as_mut().expect("a filter asks").disks[i].attached = Some(attached);
+        let unchanged = image == Some(self.tag(i));
+        let disk = &mut self.vm.as_mut().expect("a filter asks").disks[i];
+        (disk.attached, disk.held) = (Some(attached), Some(fds));
+        if unchanged {
+            self.checks.unchanged += 1;
+            self.trace.note(|| format!("disk {i} is as it was left"));
+            self.observe(i, |world| {
+                world.attached(i).expect("it is attached").capture.unchanged();
+                None
+            });
+        }
         // It may have been resized since the agent was told.
         self.check_size(i);
-        self.to_agent.push_back(Event::FilterResult(filter, request, String::new()));
+        self.tell(Event::FilterResult(filter, request, String::new()));
     }
 
     /// Completes everything in flight on a disk.
@@ -206,12 +298,9 @@ impl World {
                 Phase::Woken => self.begin(i, at),
                 Phase::Issued => self.apply(i, at),
                 Phase::Answered(outcome) => self.finish(i, at, outcome),
+                Phase::Syncing => self.sync(i, at),
                 Phase::Parked => {}
             }
         }
     }
-}
-
-fn clock_floor(fd: &OwnedFd, floor: Stamp) {
-    capture_ring::HostClock::open(fd.as_fd()).expect("the agent's own clock").raise_to(floor);
 }
