@@ -81,7 +81,8 @@ pub enum VerificationState {
 /// A part of a disk's journal that is not what was written.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize, ToSchema)]
 pub struct DamagedPart {
-    /// What kind of bytes: `data`, `records`, `index`, `manifest`, `bookmarks`, `header`, `unused`, `unreadable`, `missing`.
+    /// What kind of bytes: `data`, `records`, `index`, `manifest`, `bookmarks`, `mark`, `header`,
+    /// `foreign`, `unused`, `unreadable`, `missing`.
     pub kind: String,
     /// The file, on the server.
     pub file: String,

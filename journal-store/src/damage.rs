@@ -1,5 +1,6 @@
 //! What is found damaged: where, which LSNs, what it means, what to do.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use journal_format::{DiskId, Lsn};
@@ -23,6 +24,8 @@ pub enum DamageKind {
     Mark,
     /// The header page of a segment's file.
     Header,
+    /// A whole file of another disk, segment or release, under the name of this one.
+    Foreign,
     /// Bytes that nothing uses and that should be zero.
     Unused,
     /// A file or a part of it that the system cannot read.
@@ -43,6 +46,7 @@ impl DamageKind {
             Self::Bookmarks => "bookmarks",
             Self::Mark => "mark",
             Self::Header => "header",
+            Self::Foreign => "foreign",
             Self::Unused => "unused",
             Self::Unreadable => "unreadable",
             Self::Missing => "missing",
@@ -53,7 +57,7 @@ impl DamageKind {
     /// nothing depends on it; it is still a sign that the volume forgets.
     #[must_use]
     pub const fn loses_points(self) -> bool {
-        matches!(self, Self::Data | Self::Records | Self::Unreadable | Self::Missing)
+        matches!(self, Self::Data | Self::Records | Self::Foreign | Self::Unreadable | Self::Missing)
     }
 
     /// What to do about it.
@@ -67,7 +71,7 @@ impl DamageKind {
                 "what these records said is unknown; choose a point before them, or put back a copy of the file"
             }
             Self::Index => {
-                "nothing is lost; restart the server, which makes the index again from the records"
+                "nothing is lost by this; restart the server, which makes the index again from the records"
             }
             Self::Manifest => {
                 "restart the server, which writes it again if it can; or put back a copy of the file"
@@ -77,7 +81,11 @@ impl DamageKind {
                  the file"
             }
             Self::Mark | Self::Header | Self::Unused => {
-                "nothing is lost; check the volume's medium, and move the store if it goes on"
+                "nothing is lost by this; check the volume's medium, and move the store if it goes on"
+            }
+            Self::Foreign => {
+                "the file is not used, and points that need what belongs there are refused; stop the server and put back the \
+                 file of that name (two may have been exchanged, or the store is of a newer release)"
             }
             Self::Unreadable => "check the volume's medium; put back a copy of the file",
             Self::Missing => "points from here on are refused; put back a copy of the missing segment",
@@ -124,4 +132,31 @@ impl Damage {
     pub(crate) fn error(&self) -> StoreError {
         StoreError::damaged(self.disk, &self.path, (self.first_lsn, self.last_lsn), &self.detail)
     }
+}
+
+/// Makes one of neighbours: parts of one kind, in one file, whose LSNs follow each other or overlap. `damage` is in order of
+/// LSN, and stays so. A file that is lost in whole is then one part, and not one for each of its frames.
+pub(crate) fn merged(damage: Vec<Damage>) -> Vec<Damage> {
+    let mut merged: Vec<(Damage, usize)> = Vec::new();
+    let mut last: HashMap<(DamageKind, PathBuf), usize> = HashMap::new();
+    for part in damage {
+        let key = (part.kind, part.path.clone());
+        if let Some((before, count)) = last.get(&key).and_then(|at| merged.get_mut(*at))
+            && part.first_lsn <= before.last_lsn.next()
+        {
+            before.offset = before.offset.min(part.offset);
+            before.last_lsn = before.last_lsn.max(part.last_lsn);
+            *count = count.saturating_add(1);
+            continue;
+        }
+        last.insert(key, merged.len());
+        merged.push((part, 1));
+    }
+    let told = |(mut part, count): (Damage, usize)| {
+        if count > 1 {
+            part.detail.push_str(&format!(" (the first of {count} such places)"));
+        }
+        part
+    };
+    merged.into_iter().map(told).collect()
 }

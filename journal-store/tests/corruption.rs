@@ -318,3 +318,52 @@ fn a_damaged_journal_that_is_set_aside_is_still_read_and_a_new_one_begins() {
     let disk = store.open_or_create(DISK, DISK_BYTES).expect("a new journal");
     assert_eq!(disk.durable_lsn(), Lsn::ZERO);
 }
+
+fn files_of(sample: &Sample, kind: &str) -> Vec<PathBuf> {
+    let is_it = |path: &&PathBuf| path.to_string_lossy().contains(&format!("/{kind}-"));
+    sample.files.keys().filter(is_it).cloned().collect()
+}
+
+/// A file of another segment where the newest was: the history behind is gone, and the hint said that nothing is lost.
+#[test]
+fn a_foreign_file_loses_points_and_says_so() {
+    let sample = Sample::new(5);
+    for kind in ["meta", "data"] {
+        let names = files_of(&sample, kind);
+        let (first, newest) = (names.first().expect("a segment"), names.last().expect("a segment"));
+        let mut files = sample.files.clone();
+        files.insert(newest.clone(), sample.files[first].clone());
+        let (store, _) = open(&files, true);
+        let disk = store.disk(DISK).expect("disk");
+        assert!(disk.durable_lsn() < sample.last());
+        let known = disk.known_damage();
+        let damage = known.iter().find(|damage| damage.path == *newest).expect("it is named");
+        assert_eq!(damage.kind, DamageKind::Foreign);
+        assert!(damage.kind.loses_points() && damage.kind.advice().contains("put back"), "{damage:?}");
+        assert!(!damage.kind.advice().contains("nothing is lost"), "{damage:?}");
+        assert!(verify(&disk).iter().any(|found| found.kind == DamageKind::Foreign), "a check says it too");
+    }
+}
+
+#[test]
+fn neighbours_are_one_range_in_a_check() {
+    let sample = Sample::new(6);
+    let path = files_of(&sample, "data").remove(0);
+    let mut files = sample.files.clone();
+    let bytes = files.get_mut(&path).expect("a data file");
+    // All of it, behind the header's page.
+    bytes[4096..].iter_mut().for_each(|byte| *byte ^= 0x55);
+    let (store, _) = open(&files, false);
+    let damage = verify(&store.disk(DISK).expect("disk"));
+    let of_data: Vec<_> = damage.iter().filter(|damage| damage.kind == DamageKind::Data).collect();
+    let places = |damage: &&Damage| {
+        let said = damage.detail.rsplit_once("the first of ").and_then(|(_, count)| count.split(' ').next());
+        said.map_or(1, |count| count.parse::<usize>().expect("a number"))
+    };
+    let frames: usize = of_data.iter().map(places).sum();
+    assert!(frames > of_data.len(), "{frames} frames in {} parts: {of_data:?}", of_data.len());
+    for pair in of_data.windows(2) {
+        assert!(pair[0].last_lsn.next() < pair[1].first_lsn, "neighbours: {pair:?}");
+    }
+    assert!(of_data.iter().all(|damage| damage.path == path && damage.offset >= 4096), "{of_data:?}");
+}

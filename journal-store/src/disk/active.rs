@@ -33,12 +33,12 @@ impl Opener<'_> {
         let (meta, meta_path, meta_header) = open(SegmentKind::Meta)?;
         for (path, header) in [(&data_path, data_header), (&meta_path, meta_header)] {
             // Headers were durable before the manifest named the files.
-            let damage = |detail| self.damage((path, 0), live.first_lsn, DamageKind::Header, detail);
+            let damage = |kind, detail| self.damage((path, 0), live.first_lsn, kind, detail);
             match header {
                 Header::Good => {}
-                Header::Rotten(detail) => self.state.noted.push(damage(detail)),
+                Header::Rotten(detail) => self.state.noted.push(damage(DamageKind::Header, detail)),
                 Header::Wrong(detail) => {
-                    self.state.damage = Some(damage(detail));
+                    self.state.damage = Some(damage(DamageKind::Foreign, detail));
                     return Ok(None);
                 }
             }

@@ -19,7 +19,7 @@ use journal_format::{Lsn, SegmentNumber, Stamp};
 use super::bookmarks::parse_bookmarks;
 use super::manifest::parse_manifest;
 use super::{DiskStore, State, mark};
-use crate::damage::{Damage, DamageKind};
+use crate::damage::{Damage, DamageKind, merged};
 use crate::error::StoreError;
 use crate::files::{self, Header};
 use crate::io::Access;
@@ -39,7 +39,7 @@ pub struct VerifyProgress {
 /// What a check found.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Verified {
-    /// Damage, by LSN. An empty list says that every point of the range can be read.
+    /// Damage, by LSN; neighbours of one kind in one file are one. An empty list says that every point of the range can be read.
     pub damage: Vec<Damage>,
     /// First and last LSN that were checked; `None` if there was none to check.
     pub checked: Option<(Lsn, Lsn)>,
@@ -78,6 +78,7 @@ impl DiskStore {
         }
         let next = resume_at.unwrap_or(last.next());
         let checked = (first < next && first <= last).then(|| (first, next.prev()));
+        let damage = merged(damage);
         Verified { damage, checked, resume_at, data_bytes: check.progress.done_bytes }
     }
 }
@@ -241,8 +242,10 @@ impl<'a> Check<'a> {
                     continue;
                 }
             };
-            if let Header::Rotten(detail) | Header::Wrong(detail) = header {
-                self.found(&path, 0, lsns, DamageKind::Header, detail);
+            match header {
+                Header::Good => {}
+                Header::Rotten(detail) => self.found(&path, 0, lsns, DamageKind::Header, detail),
+                Header::Wrong(detail) => self.found(&path, 0, lsns, DamageKind::Foreign, detail),
             }
             let said = sealed.map(|sealed| match kind {
                 SegmentKind::Data => sealed.data_bytes,
