@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use journal_format::DiskId;
+use journal_format::{DiskId, Lsn};
 use journal_store::io::RealStorage;
 use journal_store::{Store, StoreConfig, StoreError};
 use tokio::sync::Semaphore;
@@ -60,8 +60,11 @@ impl Core {
             }
         }
         for (id, error) in store.damaged() {
-            catalog.adopt_from_store(id, 0)?;
-            faults.note(id, &error, now_ns());
+            let disk = store.disk(id);
+            if disk.is_none() {
+                catalog.adopt_from_store(id, 0)?;
+            }
+            faults.note(id, &error, disk.map_or(Lsn::ZERO, |disk| disk.durable_lsn()), now_ns());
         }
         let fleet = Fleet::default();
         let readers = Arc::new(Semaphore::new(MAX_READERS));
@@ -91,7 +94,8 @@ impl Core {
 
     /// Notes that the store failed for a disk.
     pub(crate) fn note(&self, id: DiskId, error: &StoreError) {
-        self.faults.note(id, error, now_ns());
+        let durable = self.store.disk(id).map_or(Lsn::ZERO, |disk| disk.durable_lsn());
+        self.faults.note(id, error, durable, now_ns());
     }
 
     /// Writes whose disk it is into the store. A failure costs names in an offline restore, nothing else.

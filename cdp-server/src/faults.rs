@@ -14,18 +14,20 @@ use crate::fleet::LiveDisk;
 /// The faults there are now.
 #[derive(Debug, Default)]
 pub(crate) struct Faults {
-    disks: Mutex<HashMap<DiskId, Fault>>,
+    /// With the last LSN that was durable when it began.
+    disks: Mutex<HashMap<DiskId, (Fault, Lsn)>>,
 }
 
 impl Faults {
-    /// Notes that the store failed for a disk. What is known already keeps its time, and is not logged again.
-    pub(crate) fn note(&self, disk: DiskId, error: &StoreError, now_ns: u64) {
+    /// Notes that the store failed for a disk whose journal is durable up to `durable`. What is known already keeps its time,
+    /// and is not logged again.
+    pub(crate) fn note(&self, disk: DiskId, error: &StoreError, durable: Lsn, now_ns: u64) {
         let Some(kind) = kind_of(error) else { return };
         let mut disks = self.lock();
         // What poisoned a disk was noted when it happened, with its own kind.
         if disks
             .get(&disk)
-            .is_some_and(|known| known.kind == kind || matches!(error, StoreError::Poisoned { .. }))
+            .is_some_and(|(known, _)| known.kind == kind || matches!(error, StoreError::Poisoned { .. }))
         {
             return;
         }
@@ -38,7 +40,7 @@ impl Faults {
         };
         let fault = Fault { kind, message, hint: hint.to_owned(), since };
         log(disk, &fault);
-        disks.insert(disk, fault);
+        disks.insert(disk, (fault, durable));
     }
 
     /// Notes what opening a journal, or checking it, found damaged.
@@ -51,33 +53,34 @@ impl Faults {
         let (hint, since) = (damage.kind.advice().to_owned(), time::rfc3339(now_ns));
         let fault = Fault { kind, message, hint, since };
         let mut disks = self.lock();
-        if disks.get(&damage.disk).is_none_or(|known| known.kind != kind) {
+        if disks.get(&damage.disk).is_none_or(|(known, _)| known.kind != kind) {
             log(damage.disk, &fault);
-            disks.insert(damage.disk, fault);
+            disks.insert(damage.disk, (fault, Lsn::ZERO));
         }
     }
 
-    /// Notes that a disk's journal takes frames. Damage does not go away by that.
-    pub(crate) fn over(&self, disk: DiskId) {
-        self.clear(disk, |kind| kind != FaultKind::Damaged);
+    /// Notes that a disk's journal is durable up to `durable`. A fault is over when that is more than there was; a journal that
+    /// only was opened again has proven nothing. Damage does not go away by that.
+    pub(crate) fn over(&self, disk: DiskId, durable: Lsn) {
+        self.clear(disk, |fault, before| fault.kind != FaultKind::Damaged && durable > before);
     }
 
     /// Notes that a disk's journal was found whole.
     pub(crate) fn whole(&self, disk: DiskId) {
-        self.clear(disk, |kind| kind == FaultKind::Damaged);
+        self.clear(disk, |fault, _| fault.kind == FaultKind::Damaged);
     }
 
-    fn clear(&self, disk: DiskId, is_over: impl Fn(FaultKind) -> bool) {
+    fn clear(&self, disk: DiskId, is_over: impl Fn(&Fault, Lsn) -> bool) {
         let mut disks = self.lock();
-        if disks.get(&disk).is_some_and(|fault| is_over(fault.kind))
-            && let Some(fault) = disks.remove(&disk)
+        if disks.get(&disk).is_some_and(|(fault, before)| is_over(fault, *before))
+            && let Some((fault, _)) = disks.remove(&disk)
         {
             tracing::info!(%disk, kind = fault.kind.as_str(), since = fault.since, "the journal works again");
         }
     }
 
     pub(crate) fn of(&self, disk: DiskId) -> Option<Fault> {
-        self.lock().get(&disk).cloned()
+        self.lock().get(&disk).map(|(fault, _)| fault.clone())
     }
 
     /// How many disks have one.
@@ -85,7 +88,7 @@ impl Faults {
         self.lock().len()
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<DiskId, Fault>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<DiskId, (Fault, Lsn)>> {
         self.disks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -152,20 +155,22 @@ mod tests {
     #[test]
     fn a_full_disk_stays_one_while_the_poison_it_left_is_met_again() {
         let faults = Faults::default();
-        faults.note(DISK, &io(ErrorKind::StorageFull), 1);
+        faults.note(DISK, &io(ErrorKind::StorageFull), Lsn(7), 1);
         let first = faults.of(DISK).expect("noted");
         assert_eq!(first.kind, FaultKind::DiskFull);
-        faults.note(DISK, &StoreError::Poisoned { disk: DISK, cause: "write".to_owned() }, 2);
-        faults.note(DISK, &io(ErrorKind::StorageFull), 3);
-        assert_eq!(faults.of(DISK), Some(first));
-        faults.over(DISK);
+        faults.note(DISK, &StoreError::Poisoned { disk: DISK, cause: "write".to_owned() }, Lsn(7), 2);
+        faults.note(DISK, &io(ErrorKind::StorageFull), Lsn(7), 3);
+        assert_eq!(faults.of(DISK).as_ref(), Some(&first));
+        faults.over(DISK, Lsn(7));
+        assert_eq!(faults.of(DISK), Some(first), "nothing more is durable than when it began");
+        faults.over(DISK, Lsn(8));
         assert_eq!((faults.of(DISK), faults.count()), (None, 0));
     }
 
     #[test]
     fn a_frame_that_does_not_follow_is_no_fault_of_the_disk() {
         let faults = Faults::default();
-        faults.note(DISK, &StoreError::Invalid { disk: DISK, detail: "a hole".to_owned() }, 1);
+        faults.note(DISK, &StoreError::Invalid { disk: DISK, detail: "a hole".to_owned() }, Lsn(7), 1);
         assert_eq!(faults.of(DISK), None);
     }
 }

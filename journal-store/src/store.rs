@@ -117,21 +117,28 @@ impl Store {
             Ok(Some(store)) => drop(self.disks_mut().insert(disk, store)),
             // A crash while the disk was made; it never existed for anybody.
             Ok(None) => {}
-            Err(error) => drop(self.damaged_mut().insert(disk, Arc::new(error))),
+            Err(error) => {
+                // What cannot be written now, because the file system is full, say, may be read.
+                if self.lock.is_some()
+                    && let Ok(store) = open(&self.env, disk, false)
+                {
+                    self.disks_mut().insert(disk, store);
+                }
+                self.damaged_mut().insert(disk, Arc::new(error));
+            }
         }
     }
 
-    /// The disks that could be opened.
+    /// The disks that could be opened, at least for reading.
     #[must_use]
     pub fn disks(&self) -> Vec<DiskId> {
         self.disks_ref().keys().copied().collect()
     }
 
-    /// The disks that could not be opened, and why.
+    /// The disks that could not be opened, or not for writing, and why.
     #[must_use]
     pub fn damaged(&self) -> Vec<(DiskId, Arc<StoreError>)> {
-        let damaged = self.damaged.read().unwrap_or_else(PoisonError::into_inner);
-        damaged.iter().map(|(disk, why)| (*disk, Arc::clone(why))).collect()
+        self.damaged_ref().iter().map(|(disk, why)| (*disk, Arc::clone(why))).collect()
     }
 
     /// A disk, if the store has it.
@@ -150,7 +157,8 @@ impl Store {
             return Err(StoreError::ReadOnly);
         }
         let _changing = self.changing();
-        let store = match self.disk(disk).filter(|store| !store.is_poisoned()) {
+        let is_damaged = self.damaged_ref().contains_key(&disk);
+        let store = match self.disk(disk).filter(|store| !is_damaged && !store.is_poisoned()) {
             Some(store) => store,
             None => {
                 if !exists(&self.env, disk)? {
@@ -215,6 +223,10 @@ impl Store {
 
     fn disks_mut(&self) -> RwLockWriteGuard<'_, BTreeMap<DiskId, Arc<DiskStore>>> {
         self.disks.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn damaged_ref(&self) -> RwLockReadGuard<'_, BTreeMap<DiskId, Arc<StoreError>>> {
+        self.damaged.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn damaged_mut(&self) -> RwLockWriteGuard<'_, BTreeMap<DiskId, Arc<StoreError>>> {

@@ -80,7 +80,11 @@ impl Committer<'_> {
                         self.core.note(disk, error);
                     }
                 }
-                Effect::Committed(disk) => self.core.faults.over(disk),
+                Effect::Committed(disk) => {
+                    if let Some(store) = self.core.store.disk(disk) {
+                        self.core.faults.over(disk, store.durable_lsn());
+                    }
+                }
             }
         }
     }

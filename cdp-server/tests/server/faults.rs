@@ -188,6 +188,30 @@ fn a_check_finds_a_flipped_byte_and_the_disk_has_a_fault_until_it_is_whole() {
 }
 
 #[test]
+fn a_server_that_starts_on_a_full_disk_serves_what_there_is() {
+    let mut fixture = Fixture::start();
+    drop(with_journal(&fixture));
+    fixture.server.take().expect("runs").stop();
+    fixture.start_again_with(|config| config.drill = Some("disk-full-after=0MiB".parse().expect("a drill")));
+    let disk = fixture.client.disk("vm/disk0").expect("known");
+    assert_eq!(disk.summary.fault.expect("a fault").kind, FaultKind::DiskFull);
+    assert_eq!(disk.journal.expect("one").durable_lsn, 3);
+    assert_eq!(fixture.client.data("vm/disk0", 3, 0, 4096).expect("reads"), vec![5; 4096]);
+    assert_eq!(fixture.client.points("vm/disk0").expect("points").recoverable.len(), 1);
+    let mut agent = Agent::with_disk(fixture.data());
+    assert!(agent.try_open(None).is_none(), "nothing can be written");
+    assert!(fixture.client.disk("vm/disk0").expect("known").summary.fault.is_some());
+    // With room again it goes on.
+    drop(agent);
+    fixture.restart();
+    let mut agent = Agent::with_disk(fixture.data());
+    let mut capture = Capture::new(&agent.open(None), now_ns());
+    let frame = capture.begin().frame();
+    agent.ship(&frame, Lsn(5));
+    assert_eq!(fixture.client.disk("vm/disk0").expect("known").summary.fault, None);
+}
+
+#[test]
 fn while_one_disk_fails_the_others_go_on() {
     const OTHER: DiskId = DiskId([0xd2; 16]);
     let mut fixture = Fixture::start();

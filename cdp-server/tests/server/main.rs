@@ -63,7 +63,13 @@ impl Fixture {
 
     /// Starts it after it was stopped.
     fn start_again(&mut self) {
-        let server = Server::start(Config::on_free_ports(self.dir.path())).expect("starts again");
+        self.start_again_with(|_| ());
+    }
+
+    fn start_again_with(&mut self, change: impl FnOnce(&mut Config)) {
+        let mut config = Config::on_free_ports(self.dir.path());
+        change(&mut config);
+        let server = Server::start(config).expect("starts again");
         self.client = client(&server);
         self.server = Some(server);
     }
