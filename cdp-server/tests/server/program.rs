@@ -145,7 +145,7 @@ fn a_full_file_system_is_said_and_all_goes_on_by_itself_when_there_is_room() {
     };
     assert!(!refused.message.is_empty() && refused.retry_ms > 0);
     let client = cdp_api::Client::new(&http).expect("a client");
-    let fault = client.disk("vm/disk0").expect("known").summary.fault.expect("a fault");
+    let fault = eventually(|| client.disk("vm/disk0").expect("known").summary.fault);
     assert_eq!(fault.kind, cdp_api::FaultKind::DiskFull, "{fault:?}");
     assert!(!fault.hint.is_empty());
     assert!(metrics(&http).lines().any(|line| line.starts_with("cdp_fault{") && line.ends_with(" 1.0")));
