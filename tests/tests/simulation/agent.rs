@@ -349,8 +349,11 @@ impl Agent {
                 self.queue.push_back(Event::BookmarkPut(disk, request, put));
             }
             Action::Discard(disk, epoch) => {
-                if let Some(worker) = self.ring(disk, epoch).and_then(Live::worker) {
-                    worker.discard();
+                if let Some(live) = self.ring(disk, epoch) {
+                    live.discarded = true;
+                    if let Some(worker) = live.worker() {
+                        worker.discard();
+                    }
                 }
             }
             Action::GiveHashes(disk, epoch, answer) => {
@@ -446,7 +449,7 @@ impl Agent {
         Some(Numbers {
             first: ring.config().first_lsn,
             told: ring.durable_lsn(),
-            released: live.outbox.durable(),
+            released: if live.discarded { Lsn::ZERO } else { live.outbox.durable() },
             packed,
             captured: ring.captured_lsn(),
         })

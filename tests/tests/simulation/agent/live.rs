@@ -41,6 +41,8 @@ pub(super) struct Live {
     pub(super) next: Duration,
     pub(super) ending: Option<Ending>,
     pub(super) ended: bool,
+    /// The server could not go on with it: its frames are thrown away.
+    pub(super) discarded: bool,
 }
 
 /// What was read of an adopted epoch: it, the new outbox, the LSN before its oldest frame, that of its newest.
@@ -79,7 +81,17 @@ impl Live {
             Work::Running(_) => ring.as_ref().map(|(ring, clock)| producer(ring, clock)),
             _ => None,
         };
-        Self { epoch, outbox, work, ring, producer, next: Duration::ZERO, ending: None, ended: false }
+        Self {
+            epoch,
+            outbox,
+            work,
+            ring,
+            producer,
+            next: Duration::ZERO,
+            ending: None,
+            ended: false,
+            discarded: false,
+        }
     }
 
     /// A new ring and outbox.
