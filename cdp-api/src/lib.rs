@@ -33,7 +33,8 @@ pub use error::PointSpecError;
 pub use point_spec::PointSpec;
 pub use problem::{Kind, Problem};
 pub use types::{
-    Bookmark, CreateBookmark, DamagedPart, Disk, DiskSummary, Extent, ExtentKind, Extents, Fault, FaultKind,
-    Gap, Journal, OverflowPolicy, PointKind, Points, Protection, ProtectionOptions, ProtectionPhase,
-    ProtectionState, RecoverableRange, ResolvedPoint, SyncState, Verification, VerificationState,
+    Bookmark, Conflict, CreateBookmark, DamagedPart, Disk, DiskSummary, Extent, ExtentKind, Extents, Fault,
+    FaultKind, Gap, Journal, OverflowPolicy, PointKind, Points, Protection, ProtectionOptions,
+    ProtectionPhase, ProtectionState, RecoverableRange, ResolvedPoint, SyncState, Verification,
+    VerificationState,
 };

@@ -28,6 +28,22 @@ pub struct DiskSummary {
     /// What keeps the server's journal of the disk from taking writes or from being read, while something does.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fault: Option<Fault>,
+    /// Other VMs that claim to have this disk and are not protected, because one history cannot follow two disks.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub conflicts: Vec<Conflict>,
+}
+
+/// A VM that runs with a disk that is another VM's: it was cloned with its UUID, or is just being moved.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize, ToSchema)]
+pub struct Conflict {
+    /// Name of the host on which it runs.
+    pub host: String,
+    /// Its name.
+    pub vm: String,
+    /// Its process on that host.
+    pub vm_pid: u32,
+    /// Why it is not protected, and what to do.
+    pub reason: String,
 }
 
 /// What is wrong with a disk's journal.

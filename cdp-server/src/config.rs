@@ -2,13 +2,14 @@
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use clap::Parser;
 use serde::Deserialize;
 
 use crate::drill::Drill;
 use crate::error::ServerError;
-use crate::limits::Patience;
+use crate::limits::{AGENT_TIMEOUT_S, Patience};
 
 /// Default address for agents.
 pub const DEFAULT_LISTEN: &str = "127.0.0.1:7411";
@@ -28,7 +29,7 @@ Exit codes:
 #[derive(Parser, Debug, Default)]
 #[command(name = "cdp-server", version, after_help = AFTER_HELP)]
 pub struct Args {
-    /// TOML file with the same settings (store, catalog, listen, http, token_file)
+    /// TOML file with the same settings (store, catalog, listen, http, token_file, agent_timeout_s)
     #[arg(long, env = "CDP_CONFIG", value_name = "FILE")]
     pub config: Option<PathBuf>,
     /// Directory of the journals; created when missing
@@ -46,6 +47,10 @@ pub struct Args {
     /// File with the token that agents must know; without it every agent that can connect is taken
     #[arg(long, env = "CDP_TOKEN_FILE", value_name = "FILE")]
     pub token_file: Option<PathBuf>,
+    /// Seconds without a byte from an agent after which it is taken for dead, and a disk that another host has too may
+    /// go to that host; 5 to 3600 [default: 45]
+    #[arg(long, env = "CDP_AGENT_TIMEOUT_S", value_name = "SECONDS")]
+    pub agent_timeout_s: Option<u64>,
     /// Makes the store fail on purpose, for a drill, such as disk-full-after=64MiB; see docs/operating/drills.md
     #[arg(long, env = "CDP_DRILL", value_name = "SPEC")]
     pub drill: Option<Drill>,
@@ -60,6 +65,7 @@ struct FileConfig {
     listen: Option<SocketAddr>,
     http: Option<SocketAddr>,
     token_file: Option<PathBuf>,
+    agent_timeout_s: Option<u64>,
 }
 
 /// What the server runs with.
@@ -77,7 +83,7 @@ pub struct Config {
     pub token: Option<String>,
     /// What fails on purpose. Never in the file: a drill is not to outlive its command line.
     pub drill: Option<Drill>,
-    /// How long it waits for peers; no flag changes it.
+    /// How long it waits for peers; of these a flag changes `idle` alone.
     pub patience: Patience,
 }
 
@@ -121,7 +127,8 @@ impl Config {
             )));
         }
         let token = args.token_file.or(file.token_file).map(|path| read_token(&path)).transpose()?;
-        Ok(Self { store, catalog, listen, http, token, drill: args.drill, patience: Patience::DEFAULT })
+        let patience = patience(args.agent_timeout_s.or(file.agent_timeout_s))?;
+        Ok(Self { store, catalog, listen, http, token, drill: args.drill, patience })
     }
 }
 
@@ -131,6 +138,15 @@ fn parse_address(text: &str) -> Result<SocketAddr, String> {
 }
 
 const CATALOG_FILE: &str = "catalog.sqlite3";
+
+fn patience(agent_timeout_s: Option<u64>) -> Result<Patience, ServerError> {
+    let Some(seconds) = agent_timeout_s else { return Ok(Patience::DEFAULT) };
+    if !AGENT_TIMEOUT_S.contains(&seconds) {
+        let (least, most) = (AGENT_TIMEOUT_S.start(), AGENT_TIMEOUT_S.end());
+        return Err(ServerError::Config(format!("agent_timeout_s is {seconds}; give {least} to {most}")));
+    }
+    Ok(Patience { idle: Duration::from_secs(seconds), ..Patience::DEFAULT })
+}
 
 fn read_text(path: &Path) -> Result<String, ServerError> {
     std::fs::read_to_string(path).map_err(|e| {
@@ -181,6 +197,17 @@ mod tests {
         let config = file(&dir, "stroe = '/x'\n");
         let error = Config::load(Args { config, ..Args::default() }).expect_err("refused");
         assert!(error.to_string().contains("stroe"), "{error}");
+    }
+
+    #[test]
+    fn the_agents_timeout_is_set_within_its_range() {
+        let load = |agent_timeout_s| {
+            Config::load(Args { store: Some("/x".into()), agent_timeout_s, ..Args::default() })
+        };
+        assert_eq!(load(None).expect("loads").patience, Patience::DEFAULT);
+        assert_eq!(load(Some(7)).expect("loads").patience.idle, Duration::from_secs(7));
+        let error = load(Some(4)).expect_err("refused");
+        assert!(error.to_string().contains("5 to 3600"), "{error}");
     }
 
     #[test]

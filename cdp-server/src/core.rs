@@ -67,6 +67,9 @@ impl Core {
             faults.note(id, &error, disk.map_or(Lsn::ZERO, |disk| disk.durable_lsn()), now_ns());
         }
         let fleet = Fleet::default();
+        for (disk, host, epoch) in catalog.owners()? {
+            fleet.had(disk, host, epoch);
+        }
         let readers = Arc::new(Semaphore::new(MAX_READERS));
         let answers = Arc::new(Semaphore::new(MAX_ANSWER_BYTES as usize));
         let (token, store_dir) = (config.token.clone(), config.store.clone());

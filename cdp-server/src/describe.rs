@@ -28,6 +28,7 @@ pub(crate) fn disk(core: &Core, row: &DiskRow) -> Result<Disk, ServerError> {
         protection: protection::state(core, row, live.as_ref(), gap_open),
         newest: store.as_ref().and_then(|disk| resolve::newest(disk)),
         fault,
+        conflicts: core.fleet.conflicts(row.id),
     };
     Ok(Disk {
         summary,

@@ -3,96 +3,38 @@
 //!
 //! One lock, never held over I/O. `now` is an argument throughout.
 
-use std::collections::{HashMap, VecDeque};
+mod claims;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use cdp_api::{OverflowPolicy, ProtectionOptions};
+use cdp_api::{Conflict, OverflowPolicy, ProtectionOptions};
 use journal_format::wire::{self, CommandResult, DiskStatus};
-use journal_format::{DiskId, Lsn, Stamp};
+use journal_format::{DiskId, Epoch, Lsn, Stamp};
 use tokio::sync::oneshot;
 
+pub(crate) use self::claims::{LiveDisk, Mode};
+
+use self::claims::{Claims, Live};
 use crate::data::peer::Peer;
 use crate::data::plane::SessionId;
-use crate::limits::{MAX_REASON_BYTES, RECONCILE_RETRY, STATUS_FRESH};
-use crate::model::{DiskReport, HostId, HostReport, VmReport, cut};
-
-/// Statuses kept per disk to know up to which instant everything is durable; at one a second this covers a minute of
-/// lag, and the oldest are the ones that matter first.
-const COVER_MARKS: usize = 64;
-
-/// What a capture does, as the agent says.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub(crate) enum Mode {
-    /// Nothing, or not known.
-    #[default]
-    Off,
-    /// Notes what changes, records nothing.
-    Tracking,
-    /// Records.
-    Capturing,
-}
-
-impl Mode {
-    fn from_wire(text: &str) -> Self {
-        match text {
-            "capturing" => Self::Capturing,
-            "tracking" => Self::Tracking,
-            _ => Self::Off,
-        }
-    }
-}
-
-/// One disk that an agent reports now.
-#[derive(Debug)]
-struct Live {
-    session: SessionId,
-    host: HostId,
-    vm: String,
-    report: DiskReport,
-    vm_pid: u32,
-    vm_refused: String,
-    status: DiskStatus,
-    mode: Mode,
-    /// When `mode` was learned; `None` before the first status or result of this session.
-    mode_at: Option<Instant>,
-    /// Host times and the LSN that has to be durable for all before that time to be.
-    marks: VecDeque<(Stamp, Lsn)>,
-    covered: Stamp,
-    last_command: Option<Instant>,
-    command_running: bool,
-    last_error: String,
-    /// What this agent was last told about how to protect it.
-    told: Option<ProtectionOptions>,
-    /// Since when its host cannot write to its spool, on the host's clock.
-    spool_failing_since: Option<Stamp>,
-}
-
-/// A copy of a live disk's state, for a moment.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct LiveDisk {
-    pub(crate) vm_pid: u32,
-    /// Why it cannot be protected; empty when it can.
-    pub(crate) refused: String,
-    /// What the last protection command failed with.
-    pub(crate) last_error: String,
-    pub(crate) mode: Mode,
-    pub(crate) status: DiskStatus,
-    /// Whether `mode` is recent; if not, nothing is known of the capture.
-    pub(crate) fresh: bool,
-    /// Whether a protection command is under way or failed a moment ago.
-    pub(crate) resting: bool,
-    /// What its agent was last told about how to protect it.
-    pub(crate) told: Option<ProtectionOptions>,
-    /// Since when its host cannot write to its spool, on the host's clock.
-    pub(crate) spool_failing_since: Option<Stamp>,
-}
+use crate::limits::MAX_REASON_BYTES;
+use crate::model::{DiskReport, HostId, HostReport, cut};
 
 #[derive(Debug, Default)]
 struct Inner {
     last_number: u64,
     sessions: HashMap<SessionId, Arc<Peer>>,
-    disks: HashMap<DiskId, Live>,
+    disks: HashMap<DiskId, Claims>,
+    /// Which host has which disk, connected or not, and its epoch.
+    owners: HashMap<DiskId, (HostId, Epoch)>,
+    /// What each session reported last.
+    reports: HashMap<SessionId, HostReport>,
+    /// Sessions whose reports the catalog has to learn anew: their VM is the one that has the disk now.
+    unwritten: BTreeSet<SessionId>,
     pending: HashMap<u64, Pending>,
 }
 
@@ -133,8 +75,15 @@ impl Fleet {
     pub(crate) fn disconnected(&self, session: SessionId) {
         let mut inner = self.lock();
         inner.sessions.remove(&session);
-        inner.disks.retain(|_, live| live.session != session);
+        inner.unwritten.remove(&session);
         inner.pending.retain(|_, pending| pending.session != session);
+        let host = inner.reports.remove(&session).map(|report| report.id);
+        let owned = inner.owners.iter().filter(|(_, (owner, _))| Some(*owner) == host);
+        let owned: Vec<DiskId> = owned.map(|(disk, _)| *disk).collect();
+        for disk in owned {
+            inner.wake(disk);
+        }
+        inner.keep_claims(|live| live.session != session);
     }
 
     /// Closes every connection.
@@ -149,32 +98,130 @@ impl Fleet {
         self.lock().sessions.len()
     }
 
-    /// Takes over what a connection reports; it replaces what the same connection reported before. A disk that another
-    /// connection reported is the newer one's: its VM has moved, or its agent has reconnected.
+    /// What of a report will be what is known of its disks, once [`Fleet::reported`] has taken it over: not the disks
+    /// that another host has, and of several VMs with one disk only one.
+    pub(crate) fn part_of(&self, report: &HostReport) -> HostReport {
+        let inner = self.lock();
+        let mut speakers: HashMap<DiskId, (bool, u32)> = HashMap::new();
+        for vm in &report.vms {
+            for disk in &vm.disks {
+                let speaker = (!disk.refused.is_empty(), vm.pid);
+                let known = speakers.entry(disk.id).or_insert(speaker);
+                if known.0 && !speaker.0 {
+                    *known = speaker;
+                }
+            }
+        }
+        let is_hosts = |disk: DiskId| {
+            let owns = inner.owners.get(&disk).is_some_and(|(host, _)| *host == report.id);
+            let current = inner.disks.get(&disk).and_then(Claims::current);
+            owns || current.is_none_or(|live| live.host == report.id)
+        };
+        let mut part = report.clone();
+        for vm in &mut part.vms {
+            let speaks = |disk: DiskId| speakers.get(&disk).is_some_and(|(_, pid)| *pid == vm.pid);
+            vm.disks.retain(|disk| speaks(disk.id) && is_hosts(disk.id));
+        }
+        part.vms.retain(|vm| !vm.disks.is_empty());
+        part
+    }
+
+    /// Takes over what a connection reports; it replaces what the same connection reported before, and of the same
+    /// disks what an older connection of its host did.
     pub(crate) fn reported(&self, session: SessionId, host: &HostReport) {
         let mut inner = self.lock();
-        let mut old: HashMap<DiskId, Live> = HashMap::new();
-        let gone: Vec<_> =
-            inner.disks.iter().filter(|(_, l)| l.session == session).map(|(id, _)| *id).collect();
-        for id in gone {
-            old.extend(inner.disks.remove(&id).map(|live| (id, live)));
-        }
+        let mut reported = HashSet::new();
         for vm in &host.vms {
             for disk in &vm.disks {
-                let live = match old.remove(&disk.id) {
-                    Some(live) if live.vm_pid == vm.pid => live.with_report(vm, disk),
-                    // A new process of the VM: what was known of the old one's capture says nothing.
-                    _ => Live::new(session, host.id, vm, disk),
-                };
-                inner.disks.insert(disk.id, live);
+                reported.insert((disk.id, vm.pid));
+                inner.disks.entry(disk.id).or_default().report(session, host, vm, disk);
             }
+        }
+        let disks: HashSet<DiskId> = reported.iter().map(|(disk, _)| *disk).collect();
+        inner.reports.insert(session, host.clone());
+        inner.keep_claims(|live| {
+            let of_host = live.host == host.id && disks.contains(&live.disk());
+            !(live.session == session || of_host) || reported.contains(&(live.disk(), live.vm_pid))
+        });
+        for disk in disks {
+            inner.settle(disk);
         }
     }
 
-    /// Takes over a disk's status. Ignored from a connection that does not report the disk.
+    /// The reports that the catalog has yet to learn, each without the disks that are another VM's. They count as
+    /// written from now on; see [`Fleet::write_again`].
+    pub(crate) fn unwritten(&self) -> Vec<(SessionId, HostReport)> {
+        let mut inner = self.lock();
+        let sessions = std::mem::take(&mut inner.unwritten);
+        let mut reports = Vec::new();
+        for session in sessions {
+            let Some(mut report) = inner.reports.get(&session).cloned() else { continue };
+            for vm in &mut report.vms {
+                let is_current = |disk: &DiskReport| {
+                    let current = inner.disks.get(&disk.id).and_then(Claims::current);
+                    current.is_none_or(|live| live.session == session && live.vm_pid == vm.pid)
+                };
+                vm.disks.retain(is_current);
+            }
+            report.vms.retain(|vm| !vm.disks.is_empty());
+            reports.push((session, report));
+        }
+        reports
+    }
+
+    /// The catalog could not learn of that session's report.
+    pub(crate) fn write_again(&self, session: SessionId) {
+        let mut inner = self.lock();
+        if inner.reports.contains_key(&session) {
+            inner.unwritten.insert(session);
+        }
+    }
+
+    /// Which host had a disk before the server started, with which epoch.
+    pub(crate) fn had(&self, disk: DiskId, host: HostId, epoch: Epoch) {
+        self.lock().owners.insert(disk, (host, epoch));
+    }
+
+    /// A session has opened a disk for its host, which owns it.
+    pub(crate) fn opened(&self, session: SessionId, host: HostId, disk: DiskId, epoch: Epoch) {
+        let mut inner = self.lock();
+        inner.owners.insert(disk, (host, epoch));
+        let Some(claims) = inner.disks.get_mut(&disk) else { return };
+        claims.forget_captures_but_of(host);
+        if let Some(live) = claims.of(session) {
+            live.held.clear();
+            if live.status.epoch != epoch.0 {
+                live.begin_epoch();
+            }
+        }
+        inner.settle(disk);
+    }
+
+    /// A session was refused a disk that another host has.
+    pub(crate) fn held(&self, session: SessionId, disk: DiskId, why: String) {
+        let mut inner = self.lock();
+        if let Some(live) = inner.disks.get_mut(&disk).and_then(|claims| claims.of(session)) {
+            live.held = why;
+        }
+    }
+
+    /// A disk was given up.
+    pub(crate) fn closed(&self, disk: DiskId) {
+        let mut inner = self.lock();
+        inner.owners.remove(&disk);
+        inner.wake(disk);
+        inner.settle(disk);
+    }
+
+    /// Takes over a disk's status. Ignored from a connection that does not report the disk, or when another host has
+    /// it, and for an epoch that is over.
     pub(crate) fn status(&self, session: SessionId, disk: DiskId, status: DiskStatus, now: Instant) {
         let mut inner = self.lock();
-        let Some(live) = inner.disks.get_mut(&disk).filter(|live| live.session == session) else { return };
+        let owner = inner.owners.get(&disk).copied();
+        let Some(live) = inner.disks.get_mut(&disk).and_then(|claims| claims.of(session)) else { return };
+        if owner.is_some_and(|(host, epoch)| (host, epoch.0) != (live.host, status.epoch)) {
+            return;
+        }
         live.mode = Mode::from_wire(&status.mode);
         live.mode_at = Some(now);
         if live.mode == Mode::Capturing {
@@ -189,25 +236,34 @@ impl Fleet {
     /// is not being captured right now: then nobody knows what came after its newest record.
     pub(crate) fn covered_until(&self, disk: DiskId, durable: Lsn, now: Instant) -> Option<Stamp> {
         let mut inner = self.lock();
-        let live =
-            inner.disks.get_mut(&disk).filter(|live| live.mode == Mode::Capturing && live.is_fresh(now))?;
-        while let Some((stamp, _)) = live.marks.pop_front_if(|(_, lsn)| *lsn <= durable) {
-            live.covered = live.covered.max(stamp);
-        }
-        Some(live.covered)
+        let live = inner.disks.get_mut(&disk)?.current_mut()?;
+        (live.mode == Mode::Capturing && live.is_fresh(now)).then(|| live.cover(durable))
     }
 
     /// The state of a disk that an agent reports now.
     pub(crate) fn live(&self, disk: DiskId, now: Instant) -> Option<LiveDisk> {
-        self.lock().disks.get(&disk).map(|live| live.snapshot(now))
+        Some(self.lock().disks.get(&disk)?.current()?.snapshot(now))
+    }
+
+    /// The state of a disk at every agent that reports it now.
+    pub(crate) fn everywhere(&self, disk: DiskId, now: Instant) -> Vec<LiveDisk> {
+        let mut inner = self.lock();
+        let Some(claims) = inner.disks.get_mut(&disk) else { return Vec::new() };
+        let sessions = claims.sessions();
+        sessions.into_iter().filter_map(|session| Some(claims.of(session)?.snapshot(now))).collect()
+    }
+
+    /// Who claims a disk and does not have it.
+    pub(crate) fn conflicts(&self, disk: DiskId) -> Vec<Conflict> {
+        self.lock().disks.get(&disk).map(Claims::conflicts).unwrap_or_default()
     }
 
     /// Whether that VM runs: an agent reports a disk of it.
     pub(crate) fn vm_runs(&self, host: HostId, vm: &str) -> bool {
-        self.lock().disks.values().any(|live| live.host == host && live.vm == vm)
+        self.lock().disks.values().flat_map(Claims::iter).any(|live| live.host == host && live.vm == vm)
     }
 
-    /// Sends a command to the agent that reports the disk. The answer comes through the receiver, which fails when
+    /// Sends a command to the agent that has the disk. The answer comes through the receiver, which fails when
     /// the connection ends first. `None` when no agent reports the disk.
     pub(crate) fn command(
         &self,
@@ -215,11 +271,22 @@ impl Fleet {
         command: Command,
         now: Instant,
     ) -> Option<oneshot::Receiver<CommandResult>> {
+        let session = self.lock().disks.get(&disk)?.current()?.session;
+        self.command_to(session, disk, command, now)
+    }
+
+    /// As [`Fleet::command`], to one of the agents that report the disk.
+    pub(crate) fn command_to(
+        &self,
+        session: SessionId,
+        disk: DiskId,
+        command: Command,
+        now: Instant,
+    ) -> Option<oneshot::Receiver<CommandResult>> {
         let (answer, result) = oneshot::channel();
         let mut inner = self.lock();
         let request = inner.next_number();
-        let live = inner.disks.get_mut(&disk)?;
-        let session = live.session;
+        let live = inner.disks.get_mut(&disk)?.of(session)?;
         let protection = match &command {
             Command::SetProtection(options) => Some(*options),
             Command::InsertBookmark(_) => None,
@@ -252,12 +319,14 @@ impl Fleet {
         let mut inner = self.lock();
         let pending = inner.pending.remove(&result.request);
         let Some(pending) = pending.filter(|pending| pending.session == session) else { return };
-        if let Some(live) = inner.disks.get_mut(&pending.disk)
+        let owner = inner.owners.get(&pending.disk).map(|(host, _)| *host);
+        if let Some(live) = inner.disks.get_mut(&pending.disk).and_then(|claims| claims.of(session))
             && let Some(options) = pending.protection
         {
             live.command_running = false;
             live.last_error.clone_from(&result.error);
-            if result.error.is_empty() {
+            // An agent may think that it captures a disk that is another host's by now.
+            if result.error.is_empty() && owner.is_none_or(|host| host == live.host) {
                 // Until the next status says more, the command's success is what is known.
                 live.mode = if options.is_some() { live.mode.max_capturing() } else { Mode::Off };
                 live.told = options;
@@ -292,184 +361,32 @@ impl Inner {
         self.last_number += 1;
         self.last_number
     }
-}
 
-impl Mode {
-    /// Capturing, unless tracking is already known, which only a status can end.
-    const fn max_capturing(self) -> Self {
-        match self {
-            Self::Tracking => Self::Tracking,
-            Self::Off | Self::Capturing => Self::Capturing,
+    /// Drops the claims for which `keep` says no.
+    fn keep_claims(&mut self, keep: impl Fn(&Live) -> bool) {
+        let mut touched = Vec::new();
+        for (disk, claims) in &mut self.disks {
+            if !claims.iter().all(&keep) {
+                claims.retain(&keep);
+                touched.push(*disk);
+            }
         }
-    }
-}
-
-impl Live {
-    fn new(session: SessionId, host: HostId, vm: &VmReport, disk: &DiskReport) -> Self {
-        Self {
-            session,
-            host,
-            vm: vm.name.clone(),
-            report: disk.clone(),
-            vm_pid: vm.pid,
-            vm_refused: vm.refused.clone(),
-            status: DiskStatus::default(),
-            mode: Mode::Off,
-            mode_at: None,
-            marks: VecDeque::new(),
-            covered: Stamp::ZERO,
-            last_command: None,
-            command_running: false,
-            last_error: String::new(),
-            told: None,
-            spool_failing_since: None,
+        for disk in touched {
+            self.settle(disk);
         }
+        self.disks.retain(|_, claims| !claims.is_empty());
     }
 
-    fn with_report(mut self, vm: &VmReport, disk: &DiskReport) -> Self {
-        self.report = disk.clone();
-        self.vm_refused.clone_from(&vm.refused);
-        self
+    /// Decides anew who has the disk; the catalog learns of a change.
+    fn settle(&mut self, disk: DiskId) {
+        let owner = self.owners.get(&disk).map(|(host, _)| *host);
+        let changed = self.disks.get_mut(&disk).and_then(|claims| claims.settle(owner));
+        self.unwritten.extend(changed);
     }
 
-    fn mark(&mut self, stamp: Stamp, captured: Lsn) {
-        if self.marks.len() == COVER_MARKS {
-            // Keeping the oldest keeps an answer possible while the lag lasts; the newest is replaced.
-            self.marks.pop_back();
+    fn wake(&mut self, disk: DiskId) {
+        if let Some(claims) = self.disks.get_mut(&disk) {
+            claims.wake();
         }
-        if self.marks.back().is_none_or(|(last, _)| *last < stamp) {
-            self.marks.push_back((stamp, captured));
-        }
-    }
-
-    fn is_fresh(&self, now: Instant) -> bool {
-        self.mode_at.is_some_and(|at| now.saturating_duration_since(at) < STATUS_FRESH)
-    }
-
-    fn snapshot(&self, now: Instant) -> LiveDisk {
-        let failed = !self.last_error.is_empty() || self.command_running;
-        let recent = self.last_command.is_some_and(|at| now.saturating_duration_since(at) < RECONCILE_RETRY);
-        let refused = if self.report.refused.is_empty() { &self.vm_refused } else { &self.report.refused };
-        LiveDisk {
-            vm_pid: self.vm_pid,
-            refused: refused.clone(),
-            last_error: self.last_error.clone(),
-            mode: self.mode,
-            status: self.status.clone(),
-            fresh: self.is_fresh(now),
-            resting: failed && recent,
-            told: self.told,
-            spool_failing_since: self.spool_failing_since,
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use std::net::{TcpListener, TcpStream};
-    use std::time::Duration;
-
-    const DISK: DiskId = DiskId([3; 16]);
-
-    fn host(pid: u32) -> HostReport {
-        let disk = DiskReport { id: DISK, device: "disk0".to_owned(), ..DiskReport::default() };
-        let vm = VmReport { name: "vm".to_owned(), pid, disks: vec![disk], ..VmReport::default() };
-        HostReport { vms: vec![vm], ..HostReport::default() }
-    }
-
-    fn status(mode: &str, captured_lsn: u64, host_stamp: u64) -> DiskStatus {
-        DiskStatus { mode: mode.to_owned(), captured_lsn, host_stamp, ..DiskStatus::default() }
-    }
-
-    fn peer(fleet: &Fleet) -> (Arc<Peer>, std::sync::mpsc::Receiver<Vec<u8>>) {
-        let listener = TcpListener::bind("127.0.0.1:0").expect("binds");
-        let stream = TcpStream::connect(listener.local_addr().expect("bound")).expect("connects");
-        let (peer, outgoing) = Peer::new(fleet.next_session(), "host".to_owned(), Arc::new(stream));
-        fleet.connected(&peer);
-        (peer, outgoing)
-    }
-
-    #[test]
-    fn a_time_is_covered_once_what_was_captured_before_it_is_durable() {
-        let (fleet, now) = (Fleet::default(), Instant::now());
-        fleet.reported(SessionId(1), &host(1));
-        fleet.status(SessionId(1), DISK, status("capturing", 10, 1000), now);
-        fleet.status(SessionId(1), DISK, status("capturing", 20, 2000), now);
-        assert_eq!(fleet.covered_until(DISK, Lsn(9), now), Some(Stamp::ZERO));
-        assert_eq!(fleet.covered_until(DISK, Lsn(15), now), Some(Stamp(1000)));
-        assert_eq!(fleet.covered_until(DISK, Lsn(20), now), Some(Stamp(2000)));
-        assert_eq!(
-            fleet.covered_until(DISK, Lsn(20), now + STATUS_FRESH),
-            None,
-            "the agent has fallen silent"
-        );
-    }
-
-    #[test]
-    fn a_disk_that_is_only_tracked_covers_nothing() {
-        let (fleet, now) = (Fleet::default(), Instant::now());
-        fleet.reported(SessionId(1), &host(1));
-        fleet.status(SessionId(1), DISK, status("tracking", 10, 1000), now);
-        assert_eq!(fleet.covered_until(DISK, Lsn(10), now), None);
-    }
-
-    #[test]
-    fn a_new_process_of_a_vm_is_not_taken_to_be_captured() {
-        let (fleet, now) = (Fleet::default(), Instant::now());
-        fleet.reported(SessionId(1), &host(1));
-        fleet.status(SessionId(1), DISK, status("capturing", 10, 1000), now);
-        fleet.reported(SessionId(1), &host(1));
-        assert_eq!(fleet.live(DISK, now).expect("live").mode, Mode::Capturing);
-        fleet.reported(SessionId(1), &host(2));
-        assert_eq!(fleet.live(DISK, now).expect("live").mode, Mode::Off);
-    }
-
-    #[test]
-    fn only_the_connection_that_reports_a_disk_speaks_for_it() {
-        let (fleet, now) = (Fleet::default(), Instant::now());
-        fleet.reported(SessionId(1), &host(1));
-        fleet.status(SessionId(2), DISK, status("capturing", 10, 1000), now);
-        assert_eq!(fleet.live(DISK, now).expect("live").mode, Mode::Off);
-        fleet.disconnected(SessionId(2));
-        assert!(fleet.live(DISK, now).is_some());
-        fleet.disconnected(SessionId(1));
-        assert!(fleet.live(DISK, now).is_none());
-    }
-
-    #[test]
-    fn a_result_reaches_who_asked_and_only_from_the_agent_that_was_asked() {
-        let (fleet, now) = (Fleet::default(), Instant::now());
-        let (asked, _outgoing) = peer(&fleet);
-        fleet.reported(asked.id, &host(1));
-        let mut answer = fleet
-            .command(DISK, Command::SetProtection(Some(ProtectionOptions::default())), now)
-            .expect("sent");
-        let request = fleet.lock().last_number;
-        fleet.completed(asked.id, CommandResult { request, ..CommandResult::default() }, now);
-        assert!(answer.try_recv().is_ok());
-        assert_eq!(fleet.live(DISK, now).expect("live").mode, Mode::Capturing);
-
-        let mut answer = fleet.command(DISK, Command::SetProtection(None), now).expect("sent");
-        let request = fleet.lock().last_number;
-        fleet.completed(SessionId(999), CommandResult { request, ..CommandResult::default() }, now);
-        assert!(answer.try_recv().is_err());
-        assert_eq!(fleet.live(DISK, now).expect("live").mode, Mode::Capturing);
-    }
-
-    #[test]
-    fn a_failed_command_rests_before_it_is_tried_again() {
-        let (fleet, now) = (Fleet::default(), Instant::now());
-        let (asked, _outgoing) = peer(&fleet);
-        fleet.reported(asked.id, &host(1));
-        let _answer = fleet
-            .command(DISK, Command::SetProtection(Some(ProtectionOptions::default())), now)
-            .expect("sent");
-        let request = fleet.lock().last_number;
-        let error = "no".to_owned();
-        fleet.completed(asked.id, CommandResult { request, error, ..CommandResult::default() }, now);
-        assert!(fleet.live(DISK, now).expect("live").resting);
-        let later = now + RECONCILE_RETRY + Duration::from_secs(1);
-        assert!(!fleet.live(DISK, later).expect("live").resting);
     }
 }

@@ -36,6 +36,9 @@ pub const HASH_READ_BYTES: u64 = 4 << 20;
 /// Disks that one host may report; an inventory with more is cut there, with a warning.
 pub const MAX_HOST_DISKS: usize = 8192;
 
+/// VMs of one host that may claim the same disk; more are left out of the report, with a warning.
+pub const MAX_CLAIMS: usize = 16;
+
 /// VMs and disks together in one inventory; one with more is refused before anything is kept of it.
 pub const MAX_INVENTORY_ITEMS: usize = 4 * MAX_HOST_DISKS;
 
@@ -50,7 +53,8 @@ pub const MAX_REASON_BYTES: usize = 1024;
 pub struct Patience {
     /// How long a connection of an agent may take to say who it is.
     pub hello: Duration,
-    /// A connection of an agent on which nothing arrives for this long is dead.
+    /// A connection of an agent on which no byte arrives for this long is dead, and an agent that was not heard for this
+    /// long loses its disks to another host that has them too.
     pub idle: Duration,
     /// How long one message of an agent may take to arrive, from its first byte to its last.
     pub message: Duration,
@@ -78,11 +82,22 @@ impl Patience {
     };
 }
 
-/// An agent's connection on which the server had nothing to say for this long gets a ping.
+/// What [`Patience::idle`] may be set to, in seconds.
+pub const AGENT_TIMEOUT_S: core::ops::RangeInclusive<u64> = 5..=3600;
+
+/// An agent's connection on which the server had nothing to say for this long gets a ping, or sooner, so that there are
+/// [`PINGS`] within [`Patience::idle`].
 pub const PING_EVERY: Duration = Duration::from_secs(10);
+
+/// Pings that an agent may miss before it is taken for dead.
+pub const PINGS: u32 = 4;
 
 /// What an agent is told to wait before it opens a refused disk again.
 pub const RETRY_AFTER: Duration = Duration::from_secs(2);
+
+/// Epochs that may have been handed out after the newest one in a journal whose catalog was lost. An epoch is one switching
+/// on of protection, and its first record makes it known to the journal within a second or so.
+pub const LOST_EPOCHS: u64 = 1024;
 
 /// How long a REST request waits for an agent to carry out a command.
 pub const COMMAND_TIMEOUT: Duration = Duration::from_secs(30);
@@ -107,6 +122,12 @@ pub const FORGET_EVERY: Duration = Duration::from_secs(30);
 
 /// How long a protection command that failed or was not answered rests before it is sent again.
 pub const RECONCILE_RETRY: Duration = Duration::from_secs(20);
+
+/// How long it rests when it failed because another host has the disk.
+pub const HELD_RETRY: Duration = Duration::from_secs(5);
+
+/// VMs that are shown for one disk beside the one that has it.
+pub const MAX_CONFLICTS: usize = 16;
 
 /// Largest body of a REST request, in bytes.
 pub const MAX_REST_BODY_BYTES: usize = 64 << 10;
@@ -133,7 +154,7 @@ pub const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 
 const _: () = assert!(MAX_FRAME_BYTES < INGEST_QUEUE_BYTES);
 const _: () = assert!(BATCH_BYTES <= INGEST_QUEUE_BYTES);
-const _: () = assert!(PING_EVERY.as_secs() * 3 < Patience::DEFAULT.idle.as_secs());
+const _: () = assert!(PING_EVERY.as_secs() * (PINGS as u64) < Patience::DEFAULT.idle.as_secs());
 const _: () = assert!(MAX_READERS as u64 * cdp_api::limits::MAX_DATA_BYTES <= MAX_ANSWER_BYTES as u64);
 const _: () = assert!((MAX_AGENTS + MAX_STRANGERS + MAX_HTTP_CONNECTIONS) as u64 * 2 < daemon::WANTED_FILES);
 const _: () =

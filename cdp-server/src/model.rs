@@ -1,12 +1,13 @@
 //! What agents report, after checking: ids of the right length, names that fit, nothing without end.
 
 use core::fmt;
+use std::collections::HashMap;
 
 use journal_format::DiskId;
 use journal_format::limits::MAX_DISK_BYTES;
 use journal_format::wire;
 
-use crate::limits::{MAX_HOST_DISKS, MAX_NAME_BYTES, MAX_REASON_BYTES};
+use crate::limits::{MAX_CLAIMS, MAX_HOST_DISKS, MAX_NAME_BYTES, MAX_REASON_BYTES};
 
 /// Identity of a host: its machine id.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
@@ -68,18 +69,24 @@ pub struct DiskReport {
 }
 
 impl HostReport {
-    /// Takes an inventory over. Disks without a proper id or device, and those over the limit, are left out; how many,
-    /// is the second value.
+    /// Takes an inventory over. Disks without a proper id or device, those over the limit, and those that too many VMs
+    /// of the host claim, are left out; how many, is the second value.
     #[must_use]
     pub fn from_wire(id: HostId, hello: &wire::Hello, inventory: wire::Inventory) -> (Self, usize) {
         let (mut kept, mut dropped) = (0, 0);
+        let mut claims: HashMap<DiskId, usize> = HashMap::new();
         let mut vms = Vec::new();
         for vm in inventory.vms {
             let mut disks = Vec::new();
             for disk in vm.disks {
-                match disk_from_wire(disk).filter(|_| kept < MAX_HOST_DISKS && !vm.name.is_empty()) {
+                let disk = disk_from_wire(disk).filter(|disk| {
+                    let claims = claims.get(&disk.id).copied().unwrap_or_default();
+                    kept < MAX_HOST_DISKS && claims < MAX_CLAIMS && !vm.name.is_empty()
+                });
+                match disk {
                     Some(disk) => {
                         kept += 1;
+                        *claims.entry(disk.id).or_default() += 1;
                         disks.push(disk);
                     }
                     None => dropped += 1,
@@ -153,7 +160,8 @@ mod tests {
 
     #[test]
     fn an_endless_host_is_cut() {
-        let disks = (0..MAX_HOST_DISKS + 5).map(|_| disk(16, "d")).collect();
+        let own = |n: usize| wire::Disk { disk: (n as u128).to_le_bytes().to_vec(), ..disk(16, "d") };
+        let disks = (0..MAX_HOST_DISKS + 5).map(own).collect();
         let vm = wire::Vm { name: "vm".to_owned(), disks, ..wire::Vm::default() };
         let (_, dropped) = HostReport::from_wire(
             HostId::default(),
@@ -161,6 +169,15 @@ mod tests {
             wire::Inventory { vms: vec![vm] },
         );
         assert_eq!(dropped, 5);
+    }
+
+    #[test]
+    fn a_disk_that_very_many_vms_of_a_host_claim_is_cut() {
+        let vm =
+            |pid| wire::Vm { name: "vm".to_owned(), pid, disks: vec![disk(16, "d")], ..wire::Vm::default() };
+        let inventory = wire::Inventory { vms: (0..MAX_CLAIMS as u32 + 3).map(vm).collect() };
+        let (report, dropped) = HostReport::from_wire(HostId::default(), &wire::Hello::default(), inventory);
+        assert_eq!((report.vms.len(), dropped), (MAX_CLAIMS, 3));
     }
 
     #[test]

@@ -28,7 +28,7 @@ use crate::core::Core;
 use crate::error::ServerError;
 use crate::fleet::{Command, LiveDisk, Mode};
 use crate::limits::{COMMAND_TIMEOUT, FORGET_EVERY};
-use crate::model::cut;
+use crate::model::{HostReport, cut};
 use crate::rest::problem::{ApiError, agent_refused};
 
 /// What a disk needs, given what is wanted and what is. `None`: nothing, or nothing now.
@@ -43,18 +43,47 @@ fn is_captured(live: &LiveDisk) -> bool {
     live.fresh && live.mode != Mode::Off
 }
 
+/// Writes down what an agent reports, without what is another VM's.
+///
+/// # Errors
+/// When the catalog cannot be written.
+pub(crate) fn record_part(core: &Core, part: &HostReport) -> Result<(), ServerError> {
+    let recorded = core.catalog.record_report(part, core.now_ns());
+    for disk in part.vms.iter().flat_map(|vm| &vm.disks) {
+        core.write_name(disk.id);
+    }
+    recorded
+}
+
+/// Writes down whose the disks are that have become another VM's.
+///
+/// # Errors
+/// When the catalog cannot be written; it is tried again the next time.
+fn record(core: &Core) -> Result<(), ServerError> {
+    let mut outcome = Ok(());
+    for (session, part) in core.fleet.unwritten() {
+        if let Err(error) = record_part(core, &part) {
+            core.fleet.write_again(session);
+            outcome = Err(error);
+        }
+    }
+    outcome
+}
+
 /// Sends what is needed to all disks that agents report now. Does not wait for results: those show in the live state.
 pub(crate) fn reconcile(core: &Core, now: Instant) -> Result<(), ServerError> {
     for disk in core.catalog.disks()? {
-        let Some(live) = core.fleet.live(disk.id, now) else { continue };
-        let change = needed(disk.protect, &live);
-        if let Some(enabled) = change {
-            tracing::info!(disk = disk.name(), enabled, "switching protection");
-        }
-        let untold = is_captured(&live) && live.told != Some(disk.options) && !live.resting;
-        if let Some(enabled) = change.or((disk.protect == Some(true) && untold).then_some(true)) {
-            let options = enabled.then_some(disk.options);
-            core.fleet.command(disk.id, Command::SetProtection(options), now);
+        // An agent whose disk another host has is told too: the answer to its open decides, and may be another by now.
+        for live in core.fleet.everywhere(disk.id, now) {
+            let change = needed(disk.protect, &live);
+            if let Some(enabled) = change.filter(|_| !live.is_held) {
+                tracing::info!(disk = disk.name(), enabled, session = live.session.0, "switching protection");
+            }
+            let untold = is_captured(&live) && live.told != Some(disk.options) && !live.resting;
+            if let Some(enabled) = change.or((disk.protect == Some(true) && untold).then_some(true)) {
+                let options = enabled.then_some(disk.options);
+                core.fleet.command_to(live.session, disk.id, Command::SetProtection(options), now);
+            }
         }
     }
     Ok(())
@@ -205,6 +234,9 @@ async fn persist(
 pub(crate) fn reconcile_loop(core: &Core, stop: &std::sync::mpsc::Receiver<()>, every: Duration) {
     let mut forgot = Instant::now();
     while stop.recv_timeout(every) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
+        if let Err(error) = record(core) {
+            tracing::error!(%error, "cannot write down what agents report; trying again");
+        }
         if let Err(error) = reconcile(core, Instant::now()) {
             tracing::error!(%error, "cannot compare wanted and real protection; trying again");
         }

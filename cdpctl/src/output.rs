@@ -1,7 +1,8 @@
 //! Results as text or JSON.
 
 use cdp_api::{
-    Bookmark, DamagedPart, Disk, DiskSummary, Journal, OverflowPolicy, Points, ProtectionState, Verification,
+    Bookmark, Conflict, DamagedPart, Disk, DiskSummary, Journal, OverflowPolicy, Points, ProtectionState,
+    Verification,
 };
 use serde::Serialize;
 
@@ -33,7 +34,13 @@ impl Output {
             let faults = faults.map(|(disk, fault)| {
                 format!("\n{} ({}): {}\nhint: {}\n", name(disk), disk.id, fault.message, fault.hint)
             });
-            table(std::iter::once(head).chain(disks.iter().map(disk_row))) + &faults.collect::<String>()
+            let conflicts =
+                disks.iter().flat_map(|disk| disk.conflicts.iter().map(move |other| (disk, other)));
+            let conflicts = conflicts
+                .map(|(disk, other)| format!("\n{} ({}): {}\n", name(disk), disk.id, conflict(other)));
+            table(std::iter::once(head).chain(disks.iter().map(disk_row)))
+                + &faults.collect::<String>()
+                + &conflicts.collect::<String>()
         })
     }
 
@@ -113,11 +120,21 @@ fn disk_text(disk: &Disk) -> String {
         lines.push(("fault", format!("{kind} since {}: {}", fault.since, fault.message)));
         lines.push(("hint", fault.hint.clone()));
     }
+    lines.extend(summary.conflicts.iter().map(|other| ("conflict", conflict(other))));
     lines.push(("ring full", overflow(&summary.protection)));
     lines.push(("sync", sync(&summary.protection)));
     lines.extend(summary.newest.as_ref().map(|point| ("newest point", point.to_string())));
     lines.extend(disk.journal.iter().flat_map(journal_lines));
     lines.into_iter().map(|(key, value)| format!("{:<14}{value}\n", format!("{key}:"))).collect()
+}
+
+/// Who else claims a disk, and why he has not got it.
+fn conflict(other: &Conflict) -> String {
+    let (vm, pid, host) = (&other.vm, other.vm_pid, &other.host);
+    format!(
+        "VM {vm}, process {pid} on host {host}, claims this disk too and is not protected: {}",
+        other.reason
+    )
 }
 
 /// The policy, and who waits because of it.

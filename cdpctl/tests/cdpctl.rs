@@ -255,6 +255,7 @@ fn the_spool_is_shown_and_that_it_fails() {
     let (fixture, mut agent, _) = Fixture::with_journal();
     let mut status = wire::DiskStatus {
         disk: DISK.0.to_vec(),
+        epoch: agent.epoch,
         mode: "capturing".to_owned(),
         spool_used_bytes: 3 << 20,
         spool_bytes: 64 << 20,

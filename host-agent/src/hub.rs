@@ -536,6 +536,7 @@ fn encode(message: &ToServer) -> Result<Vec<u8>, FormatError> {
         ToServer::Inventory(message) => wire::encode(message),
         ToServer::OpenDisk(message) => wire::encode(message),
         ToServer::CommandResult(message) => wire::encode(message),
+        ToServer::CloseDisk(message) => wire::encode(message),
         ToServer::DiskStatus(message) => wire::encode(message),
         ToServer::HashRequest(message) => wire::encode(message),
         ToServer::Ping(message) => wire::encode(message),

@@ -100,6 +100,9 @@ pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// The request itself stays valid: a late answer still counts.
 pub const FILTER_ANSWER: Duration = Duration::from_secs(30);
 
+/// Pause before a disk is opened again that the server refused.
+pub const OPEN_AGAIN: Duration = Duration::from_secs(5);
+
 /// Pause between two resync requests for a disk that stays in tracking.
 pub const RESYNC_EVERY: Duration = Duration::from_millis(500);
 

@@ -315,6 +315,7 @@ pub fn wire(input: &[u8]) {
     again::<wire::CommandResult>(body);
     again::<wire::DiskStatus>(body);
     again::<wire::Ping>(body);
+    again::<wire::CloseDisk>(body);
 }
 
 /// A message that is accepted means the same after encoding and decoding. (Protobuf has several encodings of one message,

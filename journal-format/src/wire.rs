@@ -11,7 +11,8 @@
 //! [`Ack`] when they are durable. After a reconnect the agent sends [`OpenDisk`] for each disk it is capturing, with
 //! `resume_epoch` set, and resends from `durable_lsn + 1`. Each server request carries a number that the agent's
 //! [`CommandResult`] repeats. While a disk is being synced the agent asks with [`HashRequest`] what the server has
-//! already; [`Hashes`] come in any order, beside everything else.
+//! already; [`Hashes`] come in any order, beside everything else. When a disk's capture has ended and everything of it
+//! is durable, the agent sends [`CloseDisk`].
 
 use prost::Message;
 use prost::encoding::{self, DecodeContext, WireType};
@@ -74,6 +75,8 @@ pub enum MessageType {
     HashRequest = 15,
     /// [`Hashes`], server to agent, the answer.
     Hashes = 16,
+    /// [`CloseDisk`], agent to server.
+    CloseDisk = 17,
 }
 
 impl MessageType {
@@ -97,6 +100,7 @@ impl MessageType {
             14 => Self::Pong,
             15 => Self::HashRequest,
             16 => Self::Hashes,
+            17 => Self::CloseDisk,
             _ => return None,
         })
     }
@@ -282,6 +286,7 @@ control!(
     Ping,
     HashRequest,
     Hashes,
+    CloseDisk,
 );
 
 /// The agent introduces itself.
@@ -404,12 +409,22 @@ pub struct DiskOpened {
     /// Epoch to use: the resumed one, or a new one.
     #[prost(uint64, tag = "4")]
     pub epoch: u64,
-    /// Not empty when the server cannot take this disk: why and what to do.
+    /// Not empty when the server cannot take this disk: why and what to do. `epoch` is 0 then when the reason may pass;
+    /// when another host has the disk, it is that host's epoch, and no older one ever goes on.
     #[prost(string, tag = "5")]
     pub refused: String,
     /// 16 bytes when the journal ends with a close record: its image tag; else empty.
     #[prost(bytes = "vec", tag = "6")]
     pub closed_image: Vec<u8>,
+}
+
+/// The agent gives a disk up that it opened on this connection: it sends no more frames of it, and has none that are not
+/// durable, unless it threw them away. Another host may open it from now on.
+#[derive(Clone, PartialEq, Message)]
+pub struct CloseDisk {
+    /// 16 bytes: the disk's id.
+    #[prost(bytes = "vec", tag = "1")]
+    pub disk: Vec<u8>,
 }
 
 /// Everything of the disk up to this LSN survives a power cut.
@@ -543,6 +558,9 @@ pub struct DiskStatus {
     /// The host's clock when this was made, in nanoseconds: all that is older and was captured is ≤ `captured_lsn`.
     #[prost(uint64, tag = "11")]
     pub host_stamp: u64,
+    /// The epoch that this is about.
+    #[prost(uint64, tag = "12")]
+    pub epoch: u64,
     /// Guest requests and flushes that wait: for room in the ring, or for durability.
     #[prost(uint64, tag = "20")]
     pub waiting: u64,

@@ -1,7 +1,7 @@
 //! The harness of the end-to-end tests: it starts the real programs (server, agent, QEMU with the filter) in a
 //! temporary directory, on free ports and private sockets, and looks at them only from outside.
 //!
-//! *Owns* starting and stopping programs ([`process`], [`site`], [`qemu`], [`guest`]), the independent witness ([`witness`]), loads
+//! *Owns* starting and stopping programs ([`process`], [`site`], [`host`], [`qemu`], [`guest`]), the independent witness ([`witness`]), loads
 //! ([`load`], [`nbd`], [`vhost`]), writers that remember what they wrote and when ([`ledger`]), a network that fails
 //! ([`network`]), and what `/proc` says of a process ([`procfs`]).
 //!
@@ -14,6 +14,7 @@
 #![forbid(unsafe_code)]
 
 pub mod guest;
+pub mod host;
 pub mod journal;
 pub mod ledger;
 pub mod load;

@@ -43,6 +43,21 @@ impl Qemu {
         Self::storage_daemon_with(site, name, nodes, &[], &exports)
     }
 
+    /// Starts a storage daemon that exports `image` as `disk`, on the host whose agent has that socket, and as the VM
+    /// with that UUID.
+    ///
+    /// # Panics
+    /// When it does not come up.
+    #[must_use]
+    pub fn storage_daemon_as(site: &Site, agent_socket: &Path, name: &str, uuid: &str, image: &Path) -> Self {
+        let export =
+            json!({"type": "nbd", "id": "export0", "name": "disk", "node-name": "disk", "writable": true});
+        let (qmp, nbd) = sockets(site, name);
+        let mut command = daemon(&qmp, &nbd, &[raw_file(image)], &[], &[export]);
+        command.env("CDP_AGENT_SOCKET", agent_socket).env("CDP_VM_UUID", uuid);
+        Self::start(site, name, &mut command, &qmp, Entry::Nbd(nbd))
+    }
+
     /// Starts a storage daemon with these block nodes, iothreads and exports.
     ///
     /// # Panics
@@ -56,19 +71,8 @@ impl Qemu {
         exports: &[Value],
     ) -> Self {
         let (qmp, nbd) = sockets(site, name);
-        let mut command = Command::new("qemu-storage-daemon");
-        for blockdev in nodes {
-            command.args(["--blockdev", &blockdev.to_string()]);
-        }
-        command.args(["--nbd-server", &format!("addr.type=unix,addr.path={}", nbd.display())]);
-        for iothread in iothreads {
-            command.args(["--object", &format!("iothread,id={iothread}")]);
-        }
-        for export in exports {
-            command.args(["--export", &export.to_string()]);
-        }
-        command.args(["--chardev", &format!("socket,id=qmp,path={},server=on,wait=off", qmp.display())]);
-        command.args(["--monitor", "chardev=qmp"]);
+        let mut command = daemon(&qmp, &nbd, nodes, iothreads, exports);
+        command.env("CDP_AGENT_SOCKET", site.agent_socket());
         Self::start(site, name, &mut command, &qmp, Entry::Nbd(nbd))
     }
 
@@ -79,6 +83,22 @@ impl Qemu {
     /// When it does not come up.
     #[must_use]
     pub fn system(site: &Site, name: &str, nodes: &[Value], node: &str) -> Self {
+        Self::system_with(site, &site.agent_socket(), name, nodes, node, &[])
+    }
+
+    /// The same, on the host whose agent has that socket, with more arguments.
+    ///
+    /// # Panics
+    /// When it does not come up.
+    #[must_use]
+    pub fn system_with(
+        site: &Site,
+        agent_socket: &Path,
+        name: &str,
+        nodes: &[Value],
+        node: &str,
+        arguments: &[&str],
+    ) -> Self {
         let (qmp, _) = sockets(site, name);
         let mut command = Command::new("qemu-system-x86_64");
         command.args([
@@ -101,6 +121,7 @@ impl Qemu {
             .args(["-device", &format!("virtio-blk-pci,id=disk0,drive={node},iothread=io0,write-cache=on")]);
         command.args(["-chardev", &format!("socket,id=qmp,path={},server=on,wait=off", qmp.display())]);
         command.args(["-mon", "chardev=qmp,mode=control"]);
+        command.args(arguments).env("CDP_AGENT_SOCKET", agent_socket);
         Self::start(
             site,
             name,
@@ -111,8 +132,7 @@ impl Qemu {
     }
 
     fn start(site: &Site, name: &str, command: &mut Command, qmp: &Path, entry: Entry) -> Self {
-        command.env("LD_PRELOAD", program("libcdp_filter.so"));
-        command.env("CDP_AGENT_SOCKET", site.agent_socket()).env("CDP_VM_NAME", name);
+        command.env("LD_PRELOAD", program("libcdp_filter.so")).env("CDP_VM_NAME", name);
         let process = Process::start(site.directory(), name, command);
         Self { process, qmp: Qmp::connect(qmp), name: name.to_owned(), entry }
     }
@@ -184,6 +204,23 @@ impl Qemu {
         };
         json!({ "nodes": nodes, "devices": devices })
     }
+}
+
+fn daemon(qmp: &Path, nbd: &Path, nodes: &[Value], iothreads: &[&str], exports: &[Value]) -> Command {
+    let mut command = Command::new("qemu-storage-daemon");
+    for blockdev in nodes {
+        command.args(["--blockdev", &blockdev.to_string()]);
+    }
+    command.args(["--nbd-server", &format!("addr.type=unix,addr.path={}", nbd.display())]);
+    for iothread in iothreads {
+        command.args(["--object", &format!("iothread,id={iothread}")]);
+    }
+    for export in exports {
+        command.args(["--export", &export.to_string()]);
+    }
+    command.args(["--chardev", &format!("socket,id=qmp,path={},server=on,wait=off", qmp.display())]);
+    command.args(["--monitor", "chardev=qmp"]);
+    command
 }
 
 /// The main version of the installed QEMU.

@@ -29,6 +29,7 @@ pub struct Site {
     /// The agent.
     pub agent: Process,
     agent_arguments: Vec<String>,
+    server_arguments: Vec<String>,
     http: String,
     data: String,
     client: Client,
@@ -45,7 +46,7 @@ impl Site {
     /// When one does not come up.
     #[must_use]
     pub fn start() -> Self {
-        Self::start_with(false, &[])
+        Self::start_with(false, &[], &[])
     }
 
     /// The same, with more arguments for the agent.
@@ -54,7 +55,16 @@ impl Site {
     /// When one does not come up.
     #[must_use]
     pub fn start_with_agent(arguments: &[&str]) -> Self {
-        Self::start_with(false, arguments)
+        Self::start_with(false, arguments, &[])
+    }
+
+    /// The same, with more arguments for the server.
+    ///
+    /// # Panics
+    /// When one does not come up.
+    #[must_use]
+    pub fn start_with_server(arguments: &[&str]) -> Self {
+        Self::start_with(false, &[], arguments)
     }
 
     /// The same, with a [`Network`] between agent and server.
@@ -63,20 +73,32 @@ impl Site {
     /// When one does not come up.
     #[must_use]
     pub fn start_with_network() -> Self {
-        Self::start_with(true, &[])
+        Self::start_with(true, &[], &[])
     }
 
-    fn start_with(with_network: bool, arguments: &[&str]) -> Self {
+    fn start_with(with_network: bool, arguments: &[&str], for_server: &[&str]) -> Self {
         let directory = tempfile::Builder::new().prefix("cdp-e2e-").tempdir().expect("temporary directory");
-        let mut server = start_server(directory.path(), "127.0.0.1:0", "127.0.0.1:0");
+        let owned = |words: &[&str]| words.iter().map(|&word| word.to_owned()).collect::<Vec<String>>();
+        let (agent_arguments, server_arguments) = (owned(arguments), owned(for_server));
+        let mut server = start_server(directory.path(), "127.0.0.1:0", "127.0.0.1:0", &server_arguments);
         let (http, data) = (server.ready("http"), server.ready("data"));
         let network = with_network.then(|| Network::to(&data));
-        let agent_arguments: Vec<String> = arguments.iter().map(|&argument| argument.to_owned()).collect();
         let address = network.as_ref().map_or(data.clone(), Network::address);
         let agent = start_agent(directory.path(), &address, &agent_arguments);
         let client = Client::new(&format!("http://{http}")).expect("client");
         let restores = std::cell::Cell::new(0);
-        Self { server, agent, agent_arguments, http, data, client, network, restores, directory }
+        Self {
+            server,
+            agent,
+            agent_arguments,
+            server_arguments,
+            http,
+            data,
+            client,
+            network,
+            restores,
+            directory,
+        }
     }
 
     /// What is between agent and server.
@@ -86,6 +108,12 @@ impl Site {
     #[must_use]
     pub fn network(&self) -> &Network {
         self.network.as_ref().expect("a site with a network")
+    }
+
+    /// The server's address for agents.
+    #[must_use]
+    pub fn data(&self) -> &str {
+        &self.data
     }
 
     /// The directory for everything of this test.
@@ -117,7 +145,7 @@ impl Site {
     /// # Panics
     /// When it does not come up.
     pub fn restart_server(&mut self) {
-        self.server = start_server(self.directory.path(), &self.data, &self.http);
+        self.server = start_server(self.directory.path(), &self.data, &self.http, &self.server_arguments);
         let _ = self.server.ready("http");
     }
 
@@ -262,9 +290,10 @@ impl Site {
     }
 }
 
-fn start_server(directory: &Path, data: &str, http: &str) -> Process {
+fn start_server(directory: &Path, data: &str, http: &str, arguments: &[String]) -> Process {
     let mut command = Command::new(program("cdp-server"));
     command.arg("--store").arg(directory.join("store")).args(["--listen", data, "--http", http]);
+    command.args(arguments);
     Process::start(directory, "server", &mut command)
 }
 

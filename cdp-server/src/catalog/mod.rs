@@ -18,7 +18,9 @@ use cdp_api::{OverflowPolicy, ProtectionOptions};
 use journal_format::{DiskId, Epoch};
 use rusqlite::{Connection, ErrorCode, OptionalExtension, Row, Transaction, params};
 
+use crate::data::plane::Host;
 use crate::error::ServerError;
+use crate::limits::LOST_EPOCHS;
 use crate::model::{DiskReport, HostId, HostReport, VmReport};
 
 /// One disk as the catalog knows it.
@@ -224,39 +226,101 @@ impl Catalog {
         Ok(())
     }
 
-    /// Durably hands out an epoch: `resume`, if it is not older than any handed out or stored; else a new one.
+    /// Durably hands an epoch out to a host, which owns the disk from now on: `resume`, if it is the last one that was
+    /// handed out, else a new one. `stored` is the newest epoch in the disk's journal.
     ///
     /// An agent that is told another epoch than the one it meant to resume has been overtaken by another capture
     /// session of the same disk, and must begin a new one. A disk whose `protect` is unknown becomes a wanted one:
     /// an agent is capturing it, so somebody wanted it.
     ///
+    /// A catalog that was lost, or is older than the store, does not know which epochs were handed out after the
+    /// store's newest. The agent that holds one of them may go on with it, but no more than [`LOST_EPOCHS`] beyond the
+    /// store's: whatever an agent says, the numbers do not run out. And a new epoch is numbered beyond all of these, so
+    /// that none is handed out twice.
+    ///
     /// # Errors
-    /// `Sqlite`.
+    /// `Sqlite`; `Protocol` when the numbers have run out: the store's newest is one that no server hands out.
     pub fn grant_epoch(
         &self,
         id: DiskId,
         stored: Epoch,
         resume: Option<Epoch>,
+        host: HostId,
     ) -> Result<Epoch, ServerError> {
         let mut db = self.lock();
         let tx = db.transaction()?;
         let granted: Option<i64> = tx
             .query_row("SELECT epoch FROM disks WHERE id = ?1", [&id.0[..]], |row| row.get(0))
             .optional()?;
-        let newest = stored.0.max(granted.map_or(0, from_sql));
-        let epoch = resume.filter(|resume| resume.0 >= newest && resume.0 > 0).unwrap_or(Epoch(newest + 1));
+        let epoch = next_epoch(granted.map_or(0, from_sql), stored.0, resume.map_or(0, |resume| resume.0));
+        let epoch = epoch.filter(|epoch| i64::try_from(*epoch).is_ok()).ok_or_else(|| {
+            let newest = stored.0;
+            ServerError::Protocol(format!(
+                "the journal's newest epoch, {newest}, leaves no room for a new one"
+            ))
+        })?;
         tx.execute(
-            "UPDATE disks SET epoch = ?2, protect = coalesce(protect, 1) WHERE id = ?1",
-            params![&id.0[..], to_sql(epoch.0)],
+            "UPDATE disks SET epoch = ?2, owner = ?3, protect = coalesce(protect, 1) WHERE id = ?1",
+            params![&id.0[..], to_sql(epoch), &host.0[..]],
         )?;
         tx.commit()?;
-        Ok(epoch)
+        Ok(Epoch(epoch))
+    }
+
+    /// The host to which the disk's last epoch was handed out, unless it gave the disk up; and that epoch.
+    ///
+    /// # Errors
+    /// `Sqlite`.
+    pub fn owner(&self, id: DiskId) -> Result<Option<(Host, Epoch)>, ServerError> {
+        let db = self.lock();
+        let mut query = db.prepare_cached(
+            "SELECT disks.owner, hosts.name, disks.epoch FROM disks LEFT JOIN hosts ON hosts.id = disks.owner
+             WHERE disks.id = ?1 AND disks.owner IS NOT NULL",
+        )?;
+        let read = |row: &Row<'_>| {
+            let name = row.get::<_, Option<String>>(1)?.unwrap_or_default();
+            Ok((Host { id: HostId(row.get(0)?), name }, Epoch(from_sql(row.get(2)?))))
+        };
+        Ok(query.query_row([&id.0[..]], read).optional()?)
+    }
+
+    /// The owners of all disks, and their epochs.
+    ///
+    /// # Errors
+    /// `Sqlite`.
+    pub fn owners(&self) -> Result<Vec<(DiskId, HostId, Epoch)>, ServerError> {
+        let db = self.lock();
+        let mut query = db.prepare("SELECT id, owner, epoch FROM disks WHERE owner IS NOT NULL")?;
+        let read =
+            |row: &Row<'_>| Ok((DiskId(row.get(0)?), HostId(row.get(1)?), Epoch(from_sql(row.get(2)?))));
+        Ok(query.query_map([], read)?.collect::<rusqlite::Result<Vec<_>>>()?)
+    }
+
+    /// Writes down that the disk's owner has given it up.
+    ///
+    /// # Errors
+    /// `Sqlite`.
+    pub fn give_up(&self, id: DiskId) -> Result<(), ServerError> {
+        self.lock().execute("UPDATE disks SET owner = NULL WHERE id = ?1", [&id.0[..]])?;
+        Ok(())
     }
 
     fn lock(&self) -> MutexGuard<'_, Connection> {
         // A panic while it was held left no open transaction: dropping one rolls it back.
         self.db.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// The epoch for an agent that would go on with `resume` (0: with none); `None` when the numbers have run out.
+fn next_epoch(granted: u64, stored: u64, resume: u64) -> Option<u64> {
+    let is_lost = granted < stored;
+    let newest = granted.max(stored);
+    // A disk of which nothing is known may be one of a store that was lost too.
+    let beyond = if is_lost || newest == 0 { LOST_EPOCHS } else { 0 };
+    if resume > 0 && (newest..=newest.checked_add(beyond)?).contains(&resume) {
+        return Some(resume);
+    }
+    newest.checked_add(if is_lost { LOST_EPOCHS } else { 0 })?.checked_add(1)
 }
 
 const SELECT: &str = "

@@ -3,7 +3,7 @@
 use rusqlite::{Connection, Transaction};
 
 /// The version this program writes. SQLite's `user_version` holds the version of a file.
-pub(crate) const VERSION: i64 = 2;
+pub(crate) const VERSION: i64 = 3;
 
 const STEPS: [&str; VERSION as usize] = ["
     CREATE TABLE hosts (
@@ -40,6 +40,8 @@ const STEPS: [&str; VERSION as usize] = ["
     ALTER TABLE disks ADD COLUMN ring_mib INTEGER;            -- NULL: the agent's own default
     ALTER TABLE disks ADD COLUMN sync INTEGER NOT NULL DEFAULT 0;
     ALTER TABLE disks ADD COLUMN sync_timeout_ms INTEGER NOT NULL DEFAULT 10000;
+", "
+    ALTER TABLE disks ADD COLUMN owner BLOB;                  -- host that has the disk; NULL: nobody, or not known
 "];
 
 /// Brings an open file to [`VERSION`]; `Err` carries what to do.

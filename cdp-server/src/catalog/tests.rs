@@ -3,6 +3,7 @@
 use super::*;
 
 const DISK: DiskId = DiskId([7; 16]);
+const HOST: HostId = HostId([1; 16]);
 
 fn open(dir: &tempfile::TempDir) -> Catalog {
     Catalog::open(&dir.path().join("catalog.sqlite3")).expect("opens")
@@ -42,14 +43,63 @@ fn an_epoch_is_never_handed_out_twice() {
     let catalog = open(&dir);
     catalog.record_report(&report(1, "vm"), 5).expect("records");
     let grant = |stored, resume: Option<u64>| {
-        catalog.grant_epoch(DISK, Epoch(stored), resume.map(Epoch)).expect("grants")
+        catalog.grant_epoch(DISK, Epoch(stored), resume.map(Epoch), HOST).expect("grants")
     };
     assert_eq!(grant(0, None), Epoch(1));
     assert_eq!(grant(0, None), Epoch(2), "nothing of epoch 1 was stored, and it may still be under way");
     assert_eq!(grant(0, Some(2)), Epoch(2), "a resume keeps its epoch");
     assert_eq!(grant(0, Some(1)), Epoch(3), "an overtaken epoch is not resumed");
-    assert_eq!(grant(9, None), Epoch(10), "the store knows more than a catalog that was lost");
-    assert_eq!(grant(9, Some(12)), Epoch(12), "so may the agent");
+    assert_eq!(grant(3, Some(4)), Epoch(4), "epoch 4 was never handed out; a new one happens to be that");
+    assert_eq!(grant(3, Some(u64::MAX)), Epoch(5), "whatever an agent says");
+}
+
+/// An agent once set the number: one that said `u64::MAX` left none for anybody.
+#[test]
+fn after_a_loss_of_the_catalog_an_agents_epoch_counts_within_bounds_and_new_ones_lie_beyond() {
+    let after_loss = |stored, resume: Option<u64>| {
+        let dir = tempfile::tempdir().expect("a directory");
+        let catalog = open(&dir);
+        catalog.adopt_from_store(DISK, 4096).expect("adopts");
+        let grant = |resume: Option<u64>| {
+            catalog.grant_epoch(DISK, Epoch(stored), resume.map(Epoch), HOST).expect("grants").0
+        };
+        [grant(resume), grant(None)]
+    };
+    assert_eq!(after_loss(9, Some(9)), [9, 10], "the store has it");
+    assert_eq!(after_loss(9, Some(12)), [12, 13], "handed out, and nothing of it was stored");
+    assert_eq!(after_loss(9, Some(9 + LOST_EPOCHS)), [9 + LOST_EPOCHS, 10 + LOST_EPOCHS]);
+    assert_eq!(after_loss(9, Some(8)), [10 + LOST_EPOCHS, 11 + LOST_EPOCHS], "overtaken");
+    assert_eq!(after_loss(9, Some(u64::MAX)), [10 + LOST_EPOCHS, 11 + LOST_EPOCHS]);
+    assert_eq!(after_loss(9, None), [10 + LOST_EPOCHS, 11 + LOST_EPOCHS], "9 to 1033 may be under way");
+    assert_eq!(after_loss(0, Some(3)), [3, 4], "the store was lost too");
+    assert_eq!(after_loss(0, Some(u64::MAX)), [1, 2]);
+}
+
+#[test]
+fn a_journal_with_a_number_that_nobody_handed_out_is_refused_and_not_wrapped() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let catalog = open(&dir);
+    catalog.adopt_from_store(DISK, 4096).expect("adopts");
+    for stored in [u64::MAX, i64::MAX as u64 - 1] {
+        let error = catalog.grant_epoch(DISK, Epoch(stored), None, HOST).expect_err("no number left");
+        assert!(error.to_string().contains("no room"), "{error}");
+    }
+}
+
+#[test]
+fn the_owner_is_who_was_granted_last_until_it_gives_up() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let catalog = open(&dir);
+    catalog.record_report(&report(1, "vm"), 5).expect("records");
+    assert_eq!(catalog.owner(DISK).expect("reads"), None);
+    catalog.grant_epoch(DISK, Epoch(0), None, HOST).expect("grants");
+    let host = Host { id: HOST, name: "host1".to_owned() };
+    assert_eq!(catalog.owner(DISK).expect("reads"), Some((host, Epoch(1))));
+    catalog.grant_epoch(DISK, Epoch(0), None, HostId([2; 16])).expect("grants");
+    let nameless = Host { id: HostId([2; 16]), name: String::new() };
+    assert_eq!(catalog.owner(DISK).expect("reads"), Some((nameless, Epoch(2))));
+    catalog.give_up(DISK).expect("writes");
+    assert_eq!(catalog.owner(DISK).expect("reads"), None);
 }
 
 #[test]
@@ -61,7 +111,7 @@ fn a_disk_of_a_lost_catalog_comes_back_and_an_agent_that_captures_it_says_it_is_
     assert_eq!((row.protect, row.disk_bytes, row.name()), (None, 4096, DISK.to_string()));
     catalog.record_report(&report(1, "vm"), 5).expect("records");
     assert_eq!(catalog.disk(DISK).expect("reads").expect("known").protect, None, "a report is no wish");
-    catalog.grant_epoch(DISK, Epoch(3), Some(Epoch(3))).expect("grants");
+    catalog.grant_epoch(DISK, Epoch(3), Some(Epoch(3)), HOST).expect("grants");
     assert_eq!(catalog.disk(DISK).expect("reads").expect("known").protect, Some(true));
 }
 

@@ -5,8 +5,9 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Instant;
 
-use journal_format::DiskId;
+use journal_format::{DiskId, Epoch};
 
 use crate::core::Core;
 use crate::data::peer::Peer;
@@ -25,7 +26,7 @@ pub(crate) struct Work {
 impl Weighty for Work {
     fn weight(&self) -> usize {
         let held = match &self.request {
-            Request::Open(_) | Request::Gone => 0,
+            Request::Open(..) | Request::Close(_) | Request::Gone(_) => 0,
             Request::Frame(bytes) => bytes.len(),
         };
         held.saturating_add(size_of::<Self>())
@@ -37,11 +38,13 @@ struct Committer<'a> {
     core: &'a Core,
     plane: Plane,
     peers: HashMap<SessionId, Arc<Peer>>,
+    started: Instant,
 }
 
 /// The committer's thread: until the queue is closed and empty.
 pub(crate) fn run(core: &Core, queue: &Queue<Work>) {
-    let mut committer = Committer { core, plane: Plane::default(), peers: HashMap::new() };
+    let (plane, started) = (Plane::new(core.patience.idle), Instant::now());
+    let mut committer = Committer { core, plane, peers: HashMap::new(), started };
     let on = Backing { store: &core.store, catalog: &core.catalog };
     while let Some(batch) = queue.take(BATCH_BYTES) {
         for work in batch {
@@ -56,10 +59,10 @@ impl Committer<'_> {
     fn handle(&mut self, on: Backing<'_>, Work { peer, request }: Work) {
         let session = peer.id;
         match request {
-            Request::Gone => drop(self.peers.remove(&session)),
+            Request::Gone(_) => drop(self.peers.remove(&session)),
             _ => drop(self.peers.insert(session, peer)),
         }
-        self.plane.handle(on, session, request);
+        self.plane.handle(on, self.started.elapsed(), session, request);
         self.perform();
     }
 
@@ -72,7 +75,18 @@ impl Committer<'_> {
                         peer.close(&reason);
                     }
                 }
-                Effect::Opened(session, disk) => self.opened(session, disk),
+                Effect::Opened(session, host, disk, epoch) => {
+                    self.core.fleet.opened(session, host, disk, epoch);
+                    self.opened(session, disk, epoch);
+                }
+                Effect::Held(session, disk, why) => {
+                    tracing::debug!(%disk, agent = self.label(session), why, "refused a disk that another host has");
+                    self.core.fleet.held(session, disk, why);
+                }
+                Effect::Closed(session, disk) => {
+                    tracing::info!(%disk, agent = self.label(session), "disk given up");
+                    self.core.fleet.closed(disk);
+                }
                 Effect::Appended(header) => self.core.counters.frame(&header),
                 Effect::Failed(disk, error) => {
                     tracing::warn!(%disk, %error, "cannot write the disk's journal now; its agent keeps the frames");
@@ -89,8 +103,8 @@ impl Committer<'_> {
         }
     }
 
-    fn opened(&self, session: SessionId, disk: DiskId) {
-        tracing::info!(%disk, agent = self.label(session), "disk opened");
+    fn opened(&self, session: SessionId, disk: DiskId, epoch: Epoch) {
+        tracing::info!(%disk, agent = self.label(session), epoch = epoch.0, "disk opened");
         if self.core.store.disk(disk).is_some_and(|store| store.known_damage().is_empty()) {
             self.core.faults.whole(disk);
         }

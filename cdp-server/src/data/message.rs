@@ -19,6 +19,10 @@ const GROW_BYTES: usize = 256 << 10;
 struct TimedStream {
     stream: Arc<TcpStream>,
     deadline: Instant,
+    /// Longest wait for a byte.
+    pause: Duration,
+    /// When the last byte came.
+    heard: Instant,
 }
 
 impl Read for TimedStream {
@@ -29,10 +33,14 @@ impl Read for TimedStream {
                 return Err(io::ErrorKind::TimedOut.into());
             }
             // A timeout of less than a microsecond would be set as 0, which means none.
-            self.stream.set_read_timeout(Some(left.max(Duration::from_millis(1))))?;
+            self.stream.set_read_timeout(Some(left.min(self.pause).max(Duration::from_millis(1))))?;
             match (&*self.stream).read(buf) {
                 // A process that was stopped and goes on finds its wait ended.
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Ok(length) if length > 0 => {
+                    self.heard = Instant::now();
+                    return Ok(length);
+                }
                 result => return result,
             }
         }
@@ -47,18 +55,25 @@ pub(crate) struct MessageReader {
 
 impl MessageReader {
     pub(crate) fn new(stream: Arc<TcpStream>) -> Self {
-        let stream = TimedStream { stream, deadline: Instant::now() };
+        let now = Instant::now();
+        let stream = TimedStream { stream, deadline: now, pause: Duration::ZERO, heard: now };
         Self { stream: BufReader::with_capacity(BUFFER_BYTES, stream) }
     }
 
-    /// The next message: its first byte must come within `idle`, the rest within `whole` after that. `None` when the
-    /// peer has closed between two messages. Types for which `accept` gives no limit are refused.
+    /// When the last byte came.
+    pub(crate) fn heard(&self) -> Instant {
+        self.stream.get_ref().heard
+    }
+
+    /// The next message: its first byte must come within `idle`, the rest within `whole` after that, with no pause
+    /// longer than `idle`. `None` when the peer has closed between two messages. Types for which `accept` gives no limit are refused.
     pub(crate) fn next(
         &mut self,
         idle: Duration,
         whole: Duration,
         accept: impl Fn(MessageType) -> Option<usize>,
     ) -> Result<Option<(MessageType, Vec<u8>)>, ServerError> {
+        self.stream.get_mut().pause = idle;
         self.set_deadline(idle);
         if self.stream.fill_buf().map_err(receive_error)?.is_empty() {
             return Ok(None);

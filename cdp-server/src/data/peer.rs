@@ -8,11 +8,12 @@ use std::net::{Shutdown, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::time::Duration;
 
 use journal_format::wire::{self, Control};
 
 use crate::data::plane::SessionId;
-use crate::limits::{OUTGOING_MESSAGES, PING_EVERY};
+use crate::limits::OUTGOING_MESSAGES;
 
 /// One connected agent, to be sent to and to be closed.
 #[derive(Debug)]
@@ -77,10 +78,15 @@ impl Peer {
 }
 
 /// The writer thread: sends what is queued, and pings when nothing was for a while. Ends with the connection.
-pub(crate) fn write_loop(peer: &std::sync::Weak<Peer>, outgoing: &Receiver<Vec<u8>>, stream: &TcpStream) {
+pub(crate) fn write_loop(
+    peer: &std::sync::Weak<Peer>,
+    outgoing: &Receiver<Vec<u8>>,
+    stream: &TcpStream,
+    ping_every: Duration,
+) {
     let mut ping = 0;
     loop {
-        let bytes = match outgoing.recv_timeout(PING_EVERY) {
+        let bytes = match outgoing.recv_timeout(ping_every) {
             Ok(bytes) => bytes,
             Err(RecvTimeoutError::Timeout) => {
                 ping += 1;

@@ -3,46 +3,67 @@
 //! seams, takes requests in order, and says in [`Effect`]s what is to be sent, closed and counted. The committer's
 //! thread drives it with sockets; a simulation drives it without.
 //!
-//! When a session opens a disk, everything before is committed first, an older owner is closed, and frames that still
-//! come from it are dropped. So the answer to an open says where the journal really ends, and no frame of an older
-//! owner can come after it.
+//! A disk has one owner (the module `owners` says who): a session of another host is refused that disk, and nothing
+//! else. When a session opens a disk, everything before is committed first, an older session of its host is closed,
+//! and frames of anybody but the owner are dropped, as are the owner's of another epoch than it was granted. So the
+//! answer to an open says where the journal really ends, and no frame of an older owner can come after it.
 //!
 //! An acknowledgement is made only by the commit that covers it (invariant I5).
 
-use std::collections::{BTreeMap, BTreeSet};
+mod owners;
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeSet;
+use std::time::Duration;
 
 use journal_format::limits::MAX_DISK_BYTES;
-use journal_format::wire::{self, Ack, DiskOpened, MessageType, OpenDisk, Refused};
+use journal_format::wire::{self, Ack, CloseDisk, DiskOpened, MessageType, OpenDisk, Refused};
 use journal_format::{DiskId, Epoch, FormatError, Frame, FrameHeader};
 use journal_store::{Store, StoreError};
 
 use crate::catalog::Catalog;
 use crate::error::ServerError;
 use crate::limits::RETRY_AFTER;
+use crate::model::HostId;
+
+use self::owners::{Owners, Right};
 
 /// Number of a connection; never used again while the server runs.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
 pub struct SessionId(pub u64);
+
+/// The host for which an agent speaks.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Host {
+    /// Which it is.
+    pub id: HostId,
+    /// Its name, for people.
+    pub name: String,
+}
 
 /// What a session asks of the data plane.
 #[derive(Debug)]
 pub enum Request {
-    /// To write a disk.
-    Open(OpenDisk),
+    /// To write a disk, for that host.
+    Open(Host, OpenDisk),
     /// To keep a frame that parses.
     Frame(Vec<u8>),
-    /// Nothing more: it has ended.
-    Gone,
+    /// To give a disk up.
+    Close(CloseDisk),
+    /// Nothing more: it has ended, so long after the last message that came.
+    Gone(Duration),
 }
 
 impl Request {
-    /// A message for the data plane; `None` when it is for others.
+    /// A message of an agent for the data plane; `None` when it is for others.
     ///
     /// # Errors
     /// When it is not well formed; the connection must be closed.
-    pub fn parse(kind: MessageType, body: Vec<u8>) -> Result<Option<Self>, ServerError> {
+    pub fn parse(from: &Host, kind: MessageType, body: Vec<u8>) -> Result<Option<Self>, ServerError> {
         match kind {
-            MessageType::OpenDisk => Ok(Some(Self::Open(wire::decode(&body)?))),
+            MessageType::OpenDisk => Ok(Some(Self::Open(from.clone(), wire::decode(&body)?))),
+            MessageType::CloseDisk => Ok(Some(Self::Close(wire::decode(&body)?))),
             MessageType::Frame => {
                 let frame = Frame::parse(&body)?;
                 if frame.header().frame_len() != body.len() {
@@ -87,23 +108,18 @@ pub enum Effect {
     Send(SessionId, Reply),
     /// Close a connection; why.
     Close(SessionId, String),
-    /// A disk was opened; the session that owns it from now on.
-    Opened(SessionId, DiskId),
+    /// A disk was opened; the session and the host that own it from now on, and their epoch.
+    Opened(SessionId, HostId, DiskId, Epoch),
+    /// A session was refused a disk because another host has it; who, and what to do.
+    Held(SessionId, DiskId, String),
+    /// A session has given a disk up.
+    Closed(SessionId, DiskId),
     /// A frame was appended. Not durable yet.
     Appended(FrameHeader),
     /// A disk's frames were committed.
     Committed(DiskId),
     /// A disk cannot be written or opened now.
     Failed(DiskId, ServerError),
-}
-
-/// Who may write a disk.
-#[derive(Debug)]
-struct Owner {
-    session: SessionId,
-    epoch: Epoch,
-    /// It was told that its frames are refused; it opens the disk again before it sends more.
-    refused: bool,
 }
 
 /// What the data plane works on.
@@ -115,10 +131,12 @@ pub struct Backing<'a> {
     pub catalog: &'a Catalog,
 }
 
-/// The state machine. A new one owns no disk.
-#[derive(Debug, Default)]
+/// The state machine.
+#[derive(Debug)]
 pub struct Plane {
-    owners: BTreeMap<DiskId, Owner>,
+    owners: Owners,
+    /// The time of the last request.
+    now: Duration,
     /// Sessions that were told to go and have not gone yet: what still comes from them is dropped in silence.
     closing: BTreeSet<SessionId>,
     /// Disks with frames since the last commit, also those whose frames were all known: they are acknowledged too.
@@ -127,16 +145,30 @@ pub struct Plane {
 }
 
 impl Plane {
-    /// Takes a request; [`Plane::take_effects`] says what follows from it.
-    pub fn handle(&mut self, on: Backing<'_>, session: SessionId, request: Request) {
-        if self.closing.contains(&session) && !matches!(request, Request::Gone) {
+    /// A plane of a server that has just started, at time 0. An owner that was not heard for `keep` loses its disks.
+    #[must_use]
+    pub fn new(keep: Duration) -> Self {
+        Self {
+            owners: Owners::new(keep),
+            now: Duration::ZERO,
+            closing: BTreeSet::new(),
+            touched: BTreeSet::new(),
+            effects: Vec::new(),
+        }
+    }
+
+    /// Takes a request, at a time since the server's start; [`Plane::take_effects`] says what follows from it.
+    pub fn handle(&mut self, on: Backing<'_>, now: Duration, session: SessionId, request: Request) {
+        self.now = now;
+        if self.closing.contains(&session) && !matches!(request, Request::Gone(_)) {
             return;
         }
         match request {
-            Request::Open(request) => self.open(on, session, &request),
+            Request::Open(host, request) => self.open(on, session, &host, &request),
             Request::Frame(bytes) => self.frame(on, session, &bytes),
-            Request::Gone => {
-                self.owners.retain(|_, owner| owner.session != session);
+            Request::Close(request) => self.give_up(on, session, &request),
+            Request::Gone(silent) => {
+                self.owners.leave(session, now.saturating_sub(silent));
                 self.closing.remove(&session);
             }
         }
@@ -154,10 +186,10 @@ impl Plane {
         }
         for id in touched {
             self.effects.push(Effect::Committed(id));
-            let Some(owner) = self.owners.get(&id) else { continue };
+            let Some(session) = self.owners.session(id) else { continue };
             if let Some(disk) = on.store.disk(id) {
                 let ack = Ack { disk: id.0.to_vec(), durable_lsn: disk.durable_lsn().0 };
-                self.effects.push(Effect::Send(owner.session, Reply::Ack(ack)));
+                self.effects.push(Effect::Send(session, Reply::Ack(ack)));
             }
         }
     }
@@ -167,29 +199,57 @@ impl Plane {
         std::mem::take(&mut self.effects)
     }
 
-    fn open(&mut self, on: Backing<'_>, session: SessionId, request: &OpenDisk) {
+    fn open(&mut self, on: Backing<'_>, session: SessionId, host: &Host, request: &OpenDisk) {
         self.commit(on);
         let Ok(id) = wire::disk_id(&request.disk) else {
             return self.close(session, "it opens a disk whose id is not 16 bytes long".to_owned());
         };
-        if let Some(old) = self.owners.remove(&id)
-            && old.session != session
-        {
-            self.close(old.session, format!("another agent has opened its disk {id}"));
-        }
-        let answer = match open_journal(on, id, request) {
+        let right = self.owners.right(on.catalog, self.now, id, host, session);
+        let opened = match right {
+            Ok(Right::HeldBy(epoch, who)) => {
+                self.effects.push(Effect::Held(session, id, who.clone()));
+                let held =
+                    DiskOpened { disk: id.0.to_vec(), epoch: epoch.0, refused: who, ..DiskOpened::default() };
+                return self.effects.push(Effect::Send(session, Reply::Opened(held)));
+            }
+            Ok(Right::InPlaceOf(old)) => {
+                self.close(old, format!("the agent of its host has connected anew and opened disk {id}"));
+                open_journal(on, id, host, request)
+            }
+            Ok(Right::Its) => open_journal(on, id, host, request),
+            Err(error) => Err(error),
+        };
+        let answer = match opened {
             Ok(answer) => {
-                self.owners.insert(id, Owner { session, epoch: Epoch(answer.epoch), refused: false });
-                self.effects.push(Effect::Opened(session, id));
+                let epoch = Epoch(answer.epoch);
+                self.owners.insert(id, host.clone(), session, epoch);
+                self.effects.push(Effect::Opened(session, host.id, id, epoch));
                 answer
             }
             Err(error) => {
+                self.owners.failed(id, host, self.now);
                 let refused = error.to_string();
                 self.effects.push(Effect::Failed(id, error));
                 DiskOpened { disk: id.0.to_vec(), refused, ..DiskOpened::default() }
             }
         };
         self.effects.push(Effect::Send(session, Reply::Opened(answer)));
+    }
+
+    fn give_up(&mut self, on: Backing<'_>, session: SessionId, request: &CloseDisk) {
+        let Ok(id) = wire::disk_id(&request.disk) else {
+            return self.close(session, "it closes a disk whose id is not 16 bytes long".to_owned());
+        };
+        if self.owners.session(id) != Some(session) {
+            return;
+        }
+        self.commit(on);
+        self.owners.remove(id);
+        if let Err(error) = on.catalog.give_up(id) {
+            // It costs another host a wait, and only if the server is started anew before the disk is opened again.
+            self.effects.push(Effect::Failed(id, error));
+        }
+        self.effects.push(Effect::Closed(session, id));
     }
 
     fn frame(&mut self, on: Backing<'_>, session: SessionId, bytes: &[u8]) {
@@ -199,16 +259,16 @@ impl Plane {
         };
         let header = frame.header();
         let id = header.disk();
-        let Some(owner) = self.owners.get(&id).filter(|owner| owner.session == session) else {
+        let Some((epoch, refused)) = self.owners.granted(id, session) else {
             let message = "the disk was not opened on this connection; open it first";
             self.effects.push(Effect::Send(session, refusal(id, message)));
             return;
         };
-        if owner.refused {
+        if refused {
             return;
         }
-        if owner.epoch != header.epoch() {
-            let message = format!("epoch {} is not the one opened, {}", header.epoch().0, owner.epoch.0);
+        if epoch != header.epoch() {
+            let message = format!("epoch {} is not the one opened, {}", header.epoch().0, epoch.0);
             return self.refuse(id, &message);
         }
         match on.store.append(&frame) {
@@ -226,27 +286,31 @@ impl Plane {
     }
 
     fn refuse(&mut self, id: DiskId, message: &str) {
-        if let Some(owner) = self.owners.get_mut(&id).filter(|owner| !owner.refused) {
-            owner.refused = true;
-            self.effects.push(Effect::Send(owner.session, refusal(id, message)));
+        if let Some(session) = self.owners.refuse(id) {
+            self.effects.push(Effect::Send(session, refusal(id, message)));
         }
     }
 
     fn close(&mut self, session: SessionId, reason: String) {
-        self.owners.retain(|_, owner| owner.session != session);
+        self.owners.leave(session, self.now);
         self.closing.insert(session);
         self.effects.push(Effect::Close(session, reason));
     }
 }
 
-fn open_journal(on: Backing<'_>, id: DiskId, request: &OpenDisk) -> Result<DiskOpened, ServerError> {
+fn open_journal(
+    on: Backing<'_>,
+    id: DiskId,
+    host: &Host,
+    request: &OpenDisk,
+) -> Result<DiskOpened, ServerError> {
     if request.disk_bytes > MAX_DISK_BYTES {
         return Err(ServerError::Protocol(format!("the disk is larger than {MAX_DISK_BYTES} bytes")));
     }
     let disk = on.store.open_or_create(id, request.disk_bytes)?;
     on.catalog.adopt_from_store(id, request.disk_bytes)?;
     let resume = (request.resume_epoch != 0).then_some(Epoch(request.resume_epoch));
-    let epoch = on.catalog.grant_epoch(id, disk.last_epoch(), resume)?;
+    let epoch = on.catalog.grant_epoch(id, disk.last_epoch(), resume, host.id)?;
     Ok(DiskOpened {
         disk: id.0.to_vec(),
         durable_lsn: disk.durable_lsn().0,
@@ -260,116 +324,4 @@ fn open_journal(on: Backing<'_>, id: DiskId, request: &OpenDisk) -> Result<DiskO
 fn refusal(id: DiskId, message: &str) -> Reply {
     let retry_ms = u32::try_from(RETRY_AFTER.as_millis()).unwrap_or(u32::MAX);
     Reply::Refused(Refused { disk: id.0.to_vec(), message: message.to_owned(), retry_ms })
-}
-
-#[cfg(test)]
-mod tests {
-    use std::path::Path;
-    use std::sync::Arc;
-
-    use journal_format::frame::{FrameMeta, encode_head};
-    use journal_format::{Codec, GapReason, Lsn, Op, Record, Stamp};
-    use journal_store::StoreConfig;
-    use journal_store::io::MemStorage;
-
-    use super::*;
-
-    const DISK: DiskId = DiskId([7; 16]);
-    const FIRST: SessionId = SessionId(1);
-    const SECOND: SessionId = SessionId(2);
-
-    fn frame_at(epoch: u64, lsn: u64) -> Vec<u8> {
-        let meta = FrameMeta {
-            disk: DISK,
-            epoch: Epoch(epoch),
-            first_lsn: Lsn(lsn),
-            disk_bytes: 1 << 20,
-            codec: Codec::Raw,
-            raw_bytes: 0,
-        };
-        encode_head(&meta, &[Record { lsn: Lsn(lsn), stamp: Stamp(lsn), op: begin() }], &[]).expect("a frame")
-    }
-
-    fn begin() -> Op {
-        Op::GapBegin { reason: GapReason::Attach, generation: 1 }
-    }
-
-    fn open(resume_epoch: u64) -> Request {
-        Request::Open(OpenDisk { disk: DISK.0.to_vec(), disk_bytes: 1 << 20, resume_epoch })
-    }
-
-    struct World {
-        store: Store,
-        catalog: Catalog,
-        plane: Plane,
-    }
-
-    impl World {
-        fn new() -> Self {
-            let storage = Arc::new(MemStorage::new());
-            let store = Store::open_with("/store", storage, StoreConfig::default()).expect("a store");
-            let catalog = Catalog::open(Path::new(":memory:")).expect("a catalog");
-            Self { store, catalog, plane: Plane::default() }
-        }
-
-        fn ask(&mut self, session: SessionId, request: Request) -> Vec<Effect> {
-            let on = Backing { store: &self.store, catalog: &self.catalog };
-            self.plane.handle(on, session, request);
-            self.plane.take_effects()
-        }
-
-        fn commit(&mut self) -> Vec<Effect> {
-            self.plane.commit(Backing { store: &self.store, catalog: &self.catalog });
-            self.plane.take_effects()
-        }
-    }
-
-    fn acks(effects: &[Effect]) -> Vec<(SessionId, u64)> {
-        let ack = |effect: &Effect| match effect {
-            Effect::Send(session, Reply::Ack(ack)) => Some((*session, ack.durable_lsn)),
-            _ => None,
-        };
-        effects.iter().filter_map(ack).collect()
-    }
-
-    #[test]
-    fn a_frame_is_acknowledged_by_the_commit_and_not_before() {
-        let mut world = World::new();
-        world.ask(FIRST, open(0));
-        let effects = world.ask(FIRST, Request::Frame(frame_at(1, 1)));
-        assert!(matches!(effects[..], [Effect::Appended(_)]), "{effects:?}");
-        assert_eq!(acks(&world.commit()), [(FIRST, 1)]);
-        assert_eq!(acks(&world.commit()), [], "nothing new");
-    }
-
-    #[test]
-    fn an_older_owner_is_closed_and_nothing_of_it_is_taken_any_more() {
-        let mut world = World::new();
-        world.ask(FIRST, open(0));
-        world.ask(FIRST, Request::Frame(frame_at(1, 1)));
-        let effects = world.ask(SECOND, open(0));
-        assert_eq!(acks(&effects), [(FIRST, 1)], "what came before is committed before the answer");
-        assert!(effects.iter().any(|effect| matches!(effect, Effect::Close(FIRST, _))));
-        let opened = |effect: &Effect| matches!(effect, Effect::Send(SECOND, Reply::Opened(opened)) if opened.durable_lsn == 1);
-        assert!(effects.iter().any(opened));
-        assert!(world.ask(FIRST, Request::Frame(frame_at(1, 2))).is_empty());
-        assert!(world.ask(FIRST, open(1)).is_empty(), "it does not get the disk back");
-        world.commit();
-        assert_eq!(world.store.disk(DISK).map(|disk| disk.durable_lsn()), Some(Lsn(1)));
-        world.ask(FIRST, Request::Gone);
-        assert!(world.plane.closing.is_empty());
-    }
-
-    #[test]
-    fn after_a_refusal_frames_are_dropped_until_the_disk_is_opened_again() {
-        let mut world = World::new();
-        world.ask(FIRST, open(0));
-        let effects = world.ask(FIRST, Request::Frame(frame_at(1, 5)));
-        let refused = |effect: &Effect| matches!(effect, Effect::Send(FIRST, Reply::Refused(_)));
-        assert!(effects.iter().any(refused), "LSN 5 does not follow 0");
-        assert!(world.ask(FIRST, Request::Frame(frame_at(1, 1))).is_empty());
-        world.ask(FIRST, open(1));
-        world.ask(FIRST, Request::Frame(frame_at(1, 1)));
-        assert_eq!(acks(&world.commit()), [(FIRST, 1)]);
-    }
 }

@@ -15,10 +15,10 @@ use crate::data::door::Visit;
 use crate::data::hashes::Hashers;
 use crate::data::message::MessageReader;
 use crate::data::peer::{self, Peer};
-use crate::data::plane::Request;
+use crate::data::plane::{Host, Request};
 use crate::data::queue::Queue;
 use crate::error::ServerError;
-use crate::limits::{MAX_AGENTS, MAX_INVENTORY_ITEMS, MAX_NAME_BYTES, MAX_REASON_BYTES};
+use crate::limits::{MAX_AGENTS, MAX_INVENTORY_ITEMS, MAX_NAME_BYTES, MAX_REASON_BYTES, PING_EVERY, PINGS};
 use crate::model::{HostId, HostReport, cut};
 use crate::protection;
 
@@ -51,7 +51,7 @@ struct Session<'a> {
     hashing: Arc<AtomicUsize>,
     reader: MessageReader,
     peer: Arc<Peer>,
-    host: HostId,
+    host: Host,
     hello: Hello,
 }
 
@@ -87,13 +87,15 @@ impl<'a> Session<'a> {
             server_version: env!("CARGO_PKG_VERSION").to_owned(),
         };
         (&*stream).write_all(&wire::encode(&welcome)?).map_err(io)?;
-        let host = checked.map_err(ServerError::Protocol)?;
-        let label = format!("{} ({address})", cut(hello.host_name.clone(), MAX_NAME_BYTES));
+        let id = checked.map_err(ServerError::Protocol)?;
+        let host = Host { id, name: cut(hello.host_name.clone(), MAX_NAME_BYTES) };
+        let label = format!("{} ({address})", host.name);
         let (peer, outgoing) = Peer::new(core.fleet.next_session(), label, Arc::clone(&stream));
         let weak = Arc::downgrade(&peer);
+        let ping_every = PING_EVERY.min(patience.idle / PINGS);
         thread::Builder::new()
             .name("cdp-send".to_owned())
-            .spawn(move || peer::write_loop(&weak, &outgoing, &stream))
+            .spawn(move || peer::write_loop(&weak, &outgoing, &stream, ping_every))
             .map_err(|e| ServerError::io("start a thread for", address, e))?;
         tracing::info!(agent = peer.label, version = hello.agent_version, "agent connected");
         core.fleet.connected(&peer);
@@ -114,8 +116,8 @@ impl<'a> Session<'a> {
             MessageType::Inventory => {
                 self.inventory(wire::decode_inventory(&body, MAX_INVENTORY_ITEMS)?);
             }
-            MessageType::OpenDisk | MessageType::Frame => {
-                if let Some(request) = Request::parse(kind, body)? {
+            MessageType::OpenDisk | MessageType::CloseDisk | MessageType::Frame => {
+                if let Some(request) = Request::parse(&self.host, kind, body)? {
                     self.enqueue(request)?;
                 }
             }
@@ -139,7 +141,7 @@ impl<'a> Session<'a> {
 
     /// A catalog that cannot be written (its disk is full) costs what is new in the report; disks that are known go on.
     fn inventory(&self, inventory: wire::Inventory) {
-        let (report, dropped) = HostReport::from_wire(self.host, &self.hello, inventory);
+        let (report, dropped) = HostReport::from_wire(self.host.id, &self.hello, inventory);
         if dropped > 0 {
             tracing::warn!(
                 agent = self.peer.label,
@@ -147,10 +149,11 @@ impl<'a> Session<'a> {
                 "left out disks that are malformed or over the limit"
             );
         }
-        let recorded = self.core.catalog.record_report(&report, self.core.now_ns());
+        // Written down before it can be seen, and before anything follows from it.
+        let recorded = protection::record_part(self.core, &self.core.fleet.part_of(&report));
         self.core.fleet.reported(self.peer.id, &report);
-        for disk in report.vms.iter().flat_map(|vm| &vm.disks) {
-            self.core.write_name(disk.id);
+        if recorded.is_err() {
+            self.core.fleet.write_again(self.peer.id);
         }
         if let Err(error) = recorded.and_then(|()| protection::reconcile(self.core, Instant::now())) {
             tracing::error!(agent = self.peer.label, %error, "cannot write down what the agent reports; free its disk");
@@ -166,7 +169,7 @@ impl<'a> Session<'a> {
         self.peer.close(reason);
         self.core.fleet.disconnected(self.peer.id);
         // A queue that is closed has no owners to forget any more.
-        let _ = self.enqueue(Request::Gone);
+        let _ = self.enqueue(Request::Gone(self.reader.heard().elapsed()));
     }
 }
 
@@ -176,6 +179,7 @@ fn accepted(kind: MessageType) -> Option<usize> {
         kind,
         MessageType::Inventory
             | MessageType::OpenDisk
+            | MessageType::CloseDisk
             | MessageType::Frame
             | MessageType::CommandResult
             | MessageType::DiskStatus

@@ -17,6 +17,8 @@ pub(crate) const DISK_BYTES: u64 = 1 << 20;
 #[derive(Debug)]
 pub(crate) struct Agent {
     stream: TcpStream,
+    /// The epoch of the disk opened last.
+    pub(crate) epoch: u64,
 }
 
 impl Agent {
@@ -32,7 +34,7 @@ impl Agent {
     pub(crate) fn raw(server: SocketAddr) -> Self {
         let stream = TcpStream::connect(server).expect("the server listens");
         stream.set_read_timeout(Some(Duration::from_secs(20))).expect("a socket option");
-        Self { stream }
+        Self { stream, epoch: 0 }
     }
 
     /// Connects, and reports [`DISK`] as `vm/disk0`.
@@ -116,6 +118,7 @@ impl Agent {
         self.send(&wire::OpenDisk { disk: DISK.0.to_vec(), disk_bytes: DISK_BYTES, resume_epoch });
         let opened: wire::DiskOpened = self.expect();
         assert_eq!(opened.refused, "");
+        self.epoch = opened.epoch;
         opened
     }
 
@@ -123,7 +126,7 @@ impl Agent {
     pub(crate) fn try_with_disk(server: SocketAddr) -> Option<Self> {
         let stream = TcpStream::connect(server).ok()?;
         stream.set_read_timeout(Some(Duration::from_secs(20))).ok()?;
-        let mut agent = Self { stream };
+        let mut agent = Self { stream, epoch: 0 };
         agent.try_send(&wire::encode(&hello()).expect("encodes")).ok()?;
         agent.receive()?;
         agent.try_send(&wire::encode(&inventory(DISK, "vm", "disk0")).expect("encodes")).ok()?;
@@ -161,6 +164,7 @@ impl Agent {
             disk: DISK.0.to_vec(),
             mode: mode.to_owned(),
             captured_lsn: captured.0,
+            epoch: self.epoch,
             host_stamp,
             ring_used_bytes: 4096,
             ring_bytes: 64 << 20,

@@ -288,8 +288,10 @@ fn while_the_stores_disk_hangs_the_server_answers_and_nothing_is_acknowledged() 
 fn a_spool_of_the_host_that_fails_is_a_fault_of_the_disk_until_it_works() {
     let fixture = Fixture::start();
     let (mut agent, _) = with_journal(&fixture);
+    let epoch = agent.epoch;
     let status = |trouble: &str| wire::DiskStatus {
         disk: DISK.0.to_vec(),
+        epoch,
         mode: "capturing".to_owned(),
         captured_lsn: 3,
         host_stamp: now_ns(),

@@ -10,6 +10,7 @@ mod hashes;
 mod hostile;
 mod ingest;
 mod openapi;
+mod owners;
 mod program;
 mod protection;
 mod rest;

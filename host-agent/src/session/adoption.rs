@@ -7,7 +7,7 @@ use journal_format::{DiskId, Epoch, Lsn};
 use super::capture::{Capture, DiskLink, Phase};
 use super::inventory::Place;
 use super::{Action, Ending, FilterId, Session};
-use crate::limits::SPOOL_GRACE;
+use crate::limits::{OPEN_AGAIN, SPOOL_GRACE};
 
 /// What a filter says it holds, and what the ring's description says it is of.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -218,8 +218,22 @@ impl Session {
     }
 
     /// The server's answer for a spool.
-    pub(super) fn recoverable(&mut self, disk: DiskId, durable: Lsn, epoch: Epoch, refused: &str) {
+    pub(super) fn recoverable(
+        &mut self,
+        now: Duration,
+        disk: DiskId,
+        durable: Lsn,
+        epoch: Epoch,
+        refused: &str,
+    ) {
         let Some(capture) = self.captures.get_mut(&disk) else { return };
+        if !refused.is_empty() && epoch.0 == 0 {
+            // The server's trouble may pass, and the frames are all there is of their time.
+            capture.link = DiskLink::Wait(now.saturating_add(OPEN_AGAIN));
+            let waiters = core::mem::take(&mut capture.protect);
+            self.answer_all(waiters, &format!("the server does not take this disk: {refused}"));
+            return;
+        }
         if refused.is_empty() && epoch == capture.epoch {
             (capture.packed, capture.shipped) = (durable, durable);
             (capture.ever_shipped, capture.acked) = (durable, durable);

@@ -8,7 +8,7 @@ use journal_format::{DiskId, Epoch, ImageTag, Lsn, Stamp, wire};
 use super::commands::{BookmarkWait, Waiter};
 use super::inventory::Place;
 use super::{Action, Attach, Ending, FilterId, Sample, Session, ToServer};
-use crate::limits::{FAULT_HOLD, FILTER_ANSWER, RESYNC_EVERY, STATUS_EVERY, TICK};
+use crate::limits::{FAULT_HOLD, FILTER_ANSWER, OPEN_AGAIN, RESYNC_EVERY, STATUS_EVERY, TICK};
 
 /// Where a capture is in its life; the diagram is in the module above.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -136,6 +136,7 @@ impl Session {
     pub(super) fn open_disk(&mut self, disk: DiskId) {
         let Some(capture) = self.captures.get_mut(&disk) else { return };
         *self.asked.entry(disk).or_default() += 1;
+        self.opened.insert(disk);
         capture.link = DiskLink::Closed;
         let (disk_bytes, resume_epoch) = (capture.disk_bytes, capture.epoch.0);
         self.send(ToServer::OpenDisk(wire::OpenDisk { disk: disk.0.to_vec(), disk_bytes, resume_epoch }));
@@ -150,7 +151,20 @@ impl Session {
             return;
         }
         self.asked.remove(&disk);
+        if !self.captures.contains_key(&disk) {
+            return;
+        }
+        if refused.is_empty() {
+            self.note_taken(disk);
+        } else {
+            self.note_refusal(disk, refused);
+        }
         let Some(capture) = self.captures.get_mut(&disk) else { return };
+        // Only a refusal that is for good names the epoch that another host has.
+        let overtaken = epoch.0 > 0 && epoch != capture.epoch;
+        if overtaken && !refused.is_empty() {
+            self.opened.remove(&disk);
+        }
         match capture.phase {
             Phase::Opening if refused.is_empty() => self.attach(now, disk, opened),
             Phase::Opening => {
@@ -158,12 +172,12 @@ impl Session {
                 self.captures.remove(&disk);
                 self.answer_all(waiters, &format!("the server does not take this disk: {refused}"));
             }
-            Phase::Recovering => self.recoverable(disk, durable, epoch, refused),
-            _ if !refused.is_empty() => {
-                tracing::warn!(%disk, reason = refused, "the server does not take this disk now; frames are kept");
-                capture.link = DiskLink::Wait(now.saturating_add(Duration::from_secs(5)));
-            }
-            _ => self.resume(now, disk, durable, epoch),
+            Phase::Recovering => self.recoverable(now, disk, durable, epoch, refused),
+            _ if refused.is_empty() => self.resume(now, disk, durable, epoch),
+            // Its frames have no place in history any more: nobody waits for room that will not come.
+            _ if capture.discard => {}
+            _ if overtaken => self.start_over(now, disk, refused),
+            _ => capture.link = DiskLink::Wait(now.saturating_add(OPEN_AGAIN)),
         }
     }
 
@@ -429,6 +443,7 @@ impl Session {
         self.spooled.extend(recovering.map(|(disk, capture)| (*disk, (capture.epoch, capture.disk_bytes))));
         self.captures.retain(|_, capture| !matches!(capture.phase, Phase::Opening | Phase::Recovering));
         self.asked.clear();
+        self.opened.clear();
         for capture in self.captures.values_mut() {
             capture.link = DiskLink::Closed;
             capture.shipped = capture.acked;
@@ -525,6 +540,7 @@ fn status(disk: DiskId, capture: &Capture, sample: &Sample) -> wire::DiskStatus 
         dirty_bytes: sample.dirty_bytes,
         outbox_used_bytes: sample.outbox_used_bytes,
         host_stamp: sample.host_stamp.0,
+        epoch: capture.epoch.0,
         waiting: sample.waiting,
         waiting_ms: u64::try_from(sample.waited.as_millis()).unwrap_or(u64::MAX),
         sync: sample.sync.to_owned(),

@@ -122,19 +122,32 @@ impl Inventory {
         })
     }
 
+    /// Which filters claim a disk that another one claimed first, and what to do about it.
+    pub(super) fn rivals(&self) -> BTreeMap<(DiskId, FilterId), String> {
+        let mut owners: BTreeMap<DiskId, FilterId> = BTreeMap::new();
+        let mut rivals = BTreeMap::new();
+        for (filter, vm) in &self.vms {
+            for (id, _) in &vm.disks {
+                let owner = *owners.entry(*id).or_insert(*filter);
+                if let Some(owner) = self.vms.get(&owner).filter(|_| owner != *filter) {
+                    rivals.insert((*id, *filter), taken(&owner.info.display_name(), owner.info.pid));
+                }
+            }
+        }
+        rivals
+    }
+
     /// Everything, for the server. A disk whose id somebody else claimed first is listed with the reason.
     pub(super) fn to_wire(&self) -> wire::Inventory {
-        let mut owners: BTreeMap<DiskId, (String, u32)> = BTreeMap::new();
+        let rivals = self.rivals();
         let mut vms = Vec::with_capacity(self.vms.len());
-        for vm in self.vms.values() {
+        for (filter, vm) in &self.vms {
             let (name, pid) = (vm.info.display_name(), vm.info.pid);
             let mut disks = Vec::with_capacity(vm.disks.len());
             for (id, disk) in &vm.disks {
                 let mut listed = wire_disk(*id, disk);
-                if let Some((other, other_pid)) = owners.get(id) {
-                    listed.refused = taken(other, *other_pid);
-                } else {
-                    owners.insert(*id, (name.clone(), pid));
+                if let Some(why) = rivals.get(&(*id, *filter)) {
+                    listed.refused.clone_from(why);
                 }
                 disks.push(listed);
             }

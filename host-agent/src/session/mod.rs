@@ -8,8 +8,8 @@
 //! ```text
 //!  SetProtection(on)                                  filter: ok
 //!  ────────► Opening ──DiskOpened──► Attaching ───────────────► Capturing
-//!               │ refused, lost          │ filter: error            │ SetProtection(off), fault,
-//!               ▼                        │                          │ device gone, server lost its place
+//!               │ refused, lost          │ filter: error            │ SetProtection(off), fault, device gone,
+//!               ▼                        │                          │ server lost its place or has another owner
 //!            (gone)                      │                          ▼
 //!               ▲                        │        filter: ok     Detaching
 //!               │ drained and acked      ▼ ◄────────────────────────┘
@@ -24,6 +24,7 @@
 
 mod adoption;
 mod capture;
+mod claims;
 mod commands;
 mod filters;
 mod inventory;
@@ -31,7 +32,7 @@ mod server;
 #[cfg(test)]
 mod tests;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use capture_ring::Policy;
@@ -42,6 +43,7 @@ pub use self::inventory::{DiskInfo, VmInfo};
 pub use self::server::ServerMessage;
 
 use self::capture::{Capture, Phase};
+use self::claims::Said;
 use self::inventory::Inventory;
 use self::server::Server;
 use crate::compare::{Answer, Wanted};
@@ -256,6 +258,7 @@ pub enum ToServer {
     Hello(wire::Hello),
     Inventory(wire::Inventory),
     OpenDisk(wire::OpenDisk),
+    CloseDisk(wire::CloseDisk),
     CommandResult(wire::CommandResult),
     DiskStatus(wire::DiskStatus),
     HashRequest(wire::HashRequest),
@@ -287,6 +290,9 @@ pub struct Session {
     settings: BTreeMap<DiskId, Settings>,
     /// `OpenDisk` messages of this connection that the server has not answered.
     asked: BTreeMap<DiskId, u32>,
+    /// Disks that were opened on this connection and not given up since.
+    opened: BTreeSet<DiskId>,
+    said: Said,
     /// Lost filters whose processes still hold rings.
     orphans: BTreeMap<FilterId, u32>,
     /// What filters hold, until they have listed their disks.
@@ -313,6 +319,8 @@ impl Session {
             captures: BTreeMap::new(),
             settings: BTreeMap::new(),
             asked: BTreeMap::new(),
+            opened: BTreeSet::new(),
+            said: Said::default(),
             orphans: BTreeMap::new(),
             holdings: BTreeMap::new(),
             spooled: BTreeMap::new(),
@@ -350,6 +358,7 @@ impl Session {
             Event::Tick => self.tick(now),
             Event::Stop => self.stop(),
         }
+        self.close_unused();
         self.check();
         core::mem::take(&mut self.out)
     }
@@ -418,7 +427,10 @@ impl Session {
         }
     }
 
+    /// What is given up comes first: who hears that a disk is gone here may open it there.
     fn send_inventory(&mut self) {
+        self.close_unused();
+        self.note_rivals();
         self.send(ToServer::Inventory(self.inventory.to_wire()));
     }
 

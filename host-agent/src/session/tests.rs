@@ -1,6 +1,7 @@
 //! Tests of the session: stories here and in `adoption`, random orders of events in `orders`.
 
 mod adoption;
+mod claims;
 mod orders;
 
 use std::time::Duration;

@@ -244,6 +244,7 @@ impl FakeServer {
                 self.with(|state| state.inventory = inventory);
             }
             MessageType::OpenDisk => self.open(&wire::decode(body).unwrap()),
+            MessageType::CloseDisk => self.close(&wire::decode(body).unwrap()),
             MessageType::Frame => return self.frame(body),
             MessageType::CommandResult => {
                 let result: wire::CommandResult = wire::decode(body).unwrap();
@@ -266,6 +267,16 @@ impl FakeServer {
 
     fn complain(&self, what: String) {
         self.with(|state| state.complaints.push(what));
+    }
+
+    fn close(&self, close: &wire::CloseDisk) {
+        let was_open = self.with(|state| {
+            let journal = state.journals.get_mut(&close.disk);
+            journal.is_some_and(|journal| std::mem::take(&mut journal.open))
+        });
+        if !was_open {
+            self.complain("the agent gave up a disk that it had not opened".to_owned());
+        }
     }
 
     fn open(&self, open: &wire::OpenDisk) {

@@ -4,6 +4,7 @@
 
 mod consistency;
 mod drivers;
+mod identity;
 mod interruptions;
 mod outages;
 mod policies;

