@@ -151,7 +151,8 @@ impl Session {
             return;
         }
         self.asked.remove(&disk);
-        if !self.captures.contains_key(&disk) {
+        // Of what is still being read nothing was asked: this speaks of the reading before, which was abandoned.
+        if self.captures.get(&disk).is_none_or(Capture::is_loading) {
             return;
         }
         if refused.is_empty() {
