@@ -1,5 +1,7 @@
 //! What the server says and does when its store fails.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use cdp_api::{FaultKind, Kind, VerificationState};
@@ -251,17 +253,15 @@ fn while_one_disk_fails_the_others_go_on() {
 
 #[test]
 fn while_the_stores_disk_hangs_the_server_answers_and_nothing_is_acknowledged() {
-    let drill = "freeze-for=3s@1s";
+    let drill = "freeze-for=5s@1s";
     let fixture = Fixture::start_with(|config| config.drill = Some(drill.parse().expect("a drill")));
-    let mut agent = Agent::with_disk(fixture.data());
-    let mut capture = Capture::new(&agent.open(None), now_ns() - 1_000_000_000);
-    let frame = capture.begin().frame();
-    agent.ship(&frame, Lsn(2));
-    let health = fixture.url("/healthz");
+    let began = Instant::now();
+    let (health, over) = (fixture.url("/healthz"), Arc::new(AtomicBool::new(false)));
+    let stop = Arc::clone(&over);
     let answers = std::thread::spawn(move || {
-        let end = Instant::now() + Duration::from_secs(6);
         let mut answers = Vec::new();
-        while Instant::now() < end {
+        // ORDERING: Relaxed; the flag stands alone.
+        while !stop.load(Ordering::Relaxed) {
             let text = reqwest::blocking::get(&health).expect("answers").text().expect("text");
             assert!(text.contains(drill), "a drill is no secret: {text}");
             answers.push(Instant::now());
@@ -269,14 +269,22 @@ fn while_the_stores_disk_hangs_the_server_answers_and_nothing_is_acknowledged() 
         }
         answers
     });
+    let mut agent = Agent::with_disk(fixture.data());
+    let mut sent = Instant::now();
+    let mut capture = Capture::new(&agent.open(None), now_ns() - 1_000_000_000);
+    capture.begin();
+    // Whatever hangs first: opening the journal, or a frame.
     let hung = loop {
         let frame = capture.write(0, &[capture.last().0 as u8; 512]).frame();
-        let sent = Instant::now();
         agent.ship(&frame, capture.last());
         if sent.elapsed() >= Duration::from_secs(1) {
             break sent..Instant::now();
         }
+        assert!(began.elapsed() < Duration::from_secs(60), "nothing ever hung");
+        sent = Instant::now();
     };
+    // ORDERING: as above.
+    over.store(true, Ordering::Relaxed);
     let answers = answers.join().expect("every request is answered");
     let meanwhile = answers.iter().filter(|answer| hung.contains(answer)).count();
     assert!(meanwhile > 0, "no answer while the disk hung");
