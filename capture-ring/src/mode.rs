@@ -74,7 +74,7 @@ pub enum Resync {
     Whole,
     /// Chunks are dirty, or a fill is under way: go on copying.
     Dirty,
-    /// Requests that went untracked are still in flight, or a new gap is beginning: try again shortly.
+    /// Requests that went untracked are still in flight, the gap is held, or a new one is beginning: try again shortly.
     Busy,
     /// Not capturing: the agent has to make room first ([`Producer::try_resume`]), or capture is off.
     Paused,
@@ -164,6 +164,17 @@ impl Producer {
         if self.change(|word| (word.mode != Mode::Off).then_some(word.next(reason, word.mode))) {
             self.ensure_gap_begun();
         }
+        self.uncount_untracked();
+    }
+
+    /// Opens a gap that does not end before [`Producer::release_gap`]: no point between the two may be offered.
+    pub fn hold_gap(&self, reason: GapReason) {
+        self.count_untracked();
+        self.begin_gap(reason);
+    }
+
+    /// The gap of one [`Producer::hold_gap`] may end.
+    pub fn release_gap(&self) {
         self.uncount_untracked();
     }
 
@@ -277,7 +288,7 @@ impl Producer {
         self.detach();
     }
 
-    /// Counts a request or a gap-begin that `finish_resync` has to wait for. Before the mode is read.
+    /// Counts a request, a held gap or a gap-begin that `finish_resync` has to wait for. Before the mode is read.
     fn count_untracked(&self) {
         // ORDERING: AcqRel chains it to whoever counted down before: their gap-begin is visible to us.
         self.ring.memory().words().untracked.fetch_add(1, Ordering::AcqRel);

@@ -54,6 +54,14 @@ impl Ticket {
         self.range
     }
 
+    /// The disk changed only `range` of what the request covers: its record says so. Nothing happens to a request with
+    /// data, or when `range` is no part of it.
+    pub fn narrow(&mut self, range: ByteRange) {
+        if self.kind != kind::WRITE && !range.is_empty() && self.range.intersection(range) == Some(range) {
+            self.range = range;
+        }
+    }
+
     /// How many pieces of the arena hold its data: 0 for a request without data, at most
     /// [`crate::limits::MAX_PIECES`].
     #[must_use]

@@ -541,7 +541,7 @@ pub struct Gap {
     /// Its time in nanoseconds since 1970 UTC.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub to_stamp_ns: Option<u64>,
-    /// `attach`, `overflow`, `write-failed`, `agent-lost`, `filter-fault`, `contents-changed` or `unclean-end`.
+    /// `attach`, `overflow`, `write-failed`, `agent-lost`, `filter-fault`, `contents-changed`, `unclean-end` or `large-request`.
     pub reason: String,
 }
 

@@ -3,7 +3,7 @@
 /// Largest disk, in bytes: 256 TiB. Keeps every end offset far from 64-bit overflow.
 pub const MAX_DISK_BYTES: u64 = 1 << 48;
 
-/// Largest data of one write record, in bytes. A larger guest request is split into several.
+/// Largest data of one write record, in bytes. A larger guest request is several, in a gap.
 pub const MAX_RECORD_DATA_BYTES: u32 = 4 << 20;
 
 /// The agent closes a frame before its raw data would pass this, in bytes, unless one record is larger.

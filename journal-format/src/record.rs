@@ -46,6 +46,8 @@ pub enum GapReason {
     ContentsChanged = 6,
     /// QEMU or its host ended without closing the epoch.
     UncleanEnd = 7,
+    /// A guest's write is too large for one record: between its records the disk has a part of it.
+    LargeRequest = 8,
 }
 
 impl GapReason {
@@ -60,6 +62,7 @@ impl GapReason {
             5 => Self::FilterFault,
             6 => Self::ContentsChanged,
             7 => Self::UncleanEnd,
+            8 => Self::LargeRequest,
             _ => return None,
         })
     }
@@ -75,6 +78,7 @@ impl GapReason {
             Self::FilterFault => "filter-fault",
             Self::ContentsChanged => "contents-changed",
             Self::UncleanEnd => "unclean-end",
+            Self::LargeRequest => "large-request",
         }
     }
 }

@@ -42,7 +42,7 @@ fn any_op() -> impl Strategy<Value = Op> {
             });
     let zero = (any_range(8 << 20), any::<bool>(), any::<bool>(), any::<bool>())
         .prop_map(|(range, fill, fua, may_unmap)| Op::Zero { range, fill, fua, may_unmap });
-    let reason = (1_u8..=7).prop_map(|number| GapReason::from_u8(number).unwrap());
+    let reason = (1_u8..=8).prop_map(|number| GapReason::from_u8(number).unwrap());
     prop_oneof![
         5 => write,
         2 => zero,

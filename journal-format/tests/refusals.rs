@@ -130,7 +130,7 @@ fn a_record_with_a_field_out_of_range_is_refused() {
         ("bookmark without a name", bookmark, |r| r.length = U64::new(0)),
         ("bookmark of 256 bytes", bookmark, |r| r.length = U64::new(256)),
         ("gap for no reason", gap, |r| r.reason = U16::new(0)),
-        ("gap for an unknown reason", gap, |r| r.reason = U16::new(8)),
+        ("gap for an unknown reason", gap, |r| r.reason = U16::new(9)),
         ("gap for a reason over 255", gap, |r| r.reason = U16::new(257)),
         ("gap with a length", gap, |r| r.length = U64::new(1)),
         ("gap-end with a reason", gap_end, |r| r.reason = U16::new(1)),

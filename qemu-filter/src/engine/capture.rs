@@ -27,6 +27,7 @@ use super::fault::guard;
 use super::grace::InFlightCount;
 use super::inflight::{Entered, Slot, Span, Table};
 use super::request::{InFlight, State};
+use super::split::Held;
 use super::waiting::{Permission, WaitList};
 use super::{Begin, EngineError, Kind, Outcome, Request, Runtime, SyncWait, WaitToken};
 
@@ -60,6 +61,7 @@ pub struct Capture {
     fault: OnceLock<String>,
     room: WaitList,
     durable: WaitList,
+    held: Held,
     permission: Permission,
     now_ns: fn() -> u64,
 }
@@ -102,6 +104,7 @@ impl Capture {
             fault: OnceLock::new(),
             room: WaitList::new(runtime.wake),
             durable: WaitList::new(runtime.wake),
+            held: Held::new(),
             permission: Permission::new(),
             now_ns: runtime.now_ns,
         }))
@@ -288,6 +291,10 @@ impl Capture {
 
     pub(super) const fn durable(&self) -> &WaitList {
         &self.durable
+    }
+
+    pub(super) const fn held(&self) -> &Held {
+        &self.held
     }
 
     pub(super) const fn permission(&self) -> &Permission {
@@ -533,7 +540,7 @@ impl Capture {
         self.wake_waiters();
     }
 
-    fn protect(&self, work: impl FnOnce()) {
+    pub(super) fn protect(&self, work: impl FnOnce()) {
         if let Err(message) = guard(work) {
             self.fault(&message);
         }

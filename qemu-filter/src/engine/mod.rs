@@ -24,7 +24,9 @@
 //! capture.finish(&mut request, Outcome::Succeeded);         // before the guest is told
 //! ```
 //!
-//! Writes longer than [`MAX_WRITE_BYTES`] are issued by the caller as several requests, one after another.
+//! Writes longer than [`MAX_WRITE_BYTES`] are issued by the caller as several requests, one after another, between
+//! [`Capture::begin_large`] and [`Capture::end_large`]. A caller that itself gets one request of the guest in several
+//! calls makes them one with a [`Split`].
 
 mod capture;
 mod error;
@@ -36,6 +38,7 @@ mod limits;
 mod model_tests;
 mod request;
 mod resync;
+mod split;
 #[cfg(test)]
 mod testing;
 mod waiting;
@@ -47,6 +50,7 @@ pub(crate) use fault::guard;
 pub(crate) use grace::{InFlightCount, Phase};
 pub use request::{InFlight, Piece};
 pub use resync::Resync;
+pub use split::{PartEnd, Split};
 pub use waiting::{SyncWait, Waiters};
 
 /// Largest write that one request may carry, in bytes; longer ones are split by the caller.

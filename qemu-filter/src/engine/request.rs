@@ -4,7 +4,7 @@ use core::ptr::NonNull;
 
 use capture_ring::limits::MAX_PIECES;
 use capture_ring::{Pieces, Ticket, Tracked};
-use journal_format::Lsn;
+use journal_format::{ByteRange, Lsn};
 
 use super::grace::Phase;
 use super::inflight::Slot;
@@ -35,8 +35,7 @@ pub(crate) struct PieceList {
 }
 
 impl PieceList {
-    pub(crate) const EMPTY: Self =
-        Self { pieces: [Piece { ptr: NonNull::dangling(), len: 0 }; MAX_PIECES as usize], count: 0 };
+    pub(crate) const EMPTY: Self = Self { pieces: [Piece::EMPTY; MAX_PIECES as usize], count: 0 };
 
     pub(crate) fn set(&mut self, pieces: Pieces<'_>) {
         self.count = 0;
@@ -119,6 +118,13 @@ impl InFlight {
         self.pieces.as_slice()
     }
 
+    /// The disk changed only `range` of what a request without data covers.
+    pub(crate) fn narrow(&mut self, range: ByteRange) {
+        if let State::Captured(_, ticket) = &mut self.state {
+            ticket.narrow(range);
+        }
+    }
+
     /// After a finished request with FUA: what has to be durable before the guest is told, for
     /// [`super::Capture::wait_durable`].
     #[must_use]
@@ -130,6 +136,23 @@ impl InFlight {
     #[must_use]
     pub const fn is_active(&self) -> bool {
         !matches!(self.state, State::Idle)
+    }
+}
+
+impl Piece {
+    /// A place for one in a list.
+    pub(crate) const EMPTY: Self = Self { ptr: NonNull::dangling(), len: 0 };
+
+    /// Without its first `bytes` bytes, which are fewer than it has.
+    pub(crate) fn tail(self, bytes: usize) -> Self {
+        debug_assert!(bytes < self.len, "a piece is not empty");
+        let ptr = self.ptr.as_ptr().wrapping_add(bytes);
+        Self { ptr: NonNull::new(ptr).unwrap_or(self.ptr), len: self.len.saturating_sub(bytes) }
+    }
+
+    /// Its first `bytes` bytes at most.
+    pub(crate) fn first(self, bytes: usize) -> Self {
+        Self { len: self.len.min(bytes), ..self }
     }
 }
 

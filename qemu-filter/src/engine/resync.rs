@@ -120,6 +120,12 @@ impl Resync {
         }
     }
 
+    /// What it reads back for.
+    #[must_use]
+    pub fn capture(&self) -> &Capture {
+        &self.capture
+    }
+
     /// Takes the answer to the previous step and says what to do next. `now` is the time of any clock that only
     /// goes forward. Panics of ours are caught here.
     ///

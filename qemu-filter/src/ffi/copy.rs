@@ -69,8 +69,37 @@ pub unsafe fn all_zero(pieces: &[Piece]) -> bool {
     pieces.iter().all(|piece| {
         // SAFETY: the caller promises that the piece is live and not written to; pieces are contiguous.
         let bytes = unsafe { std::slice::from_raw_parts(piece.ptr.as_ptr(), piece.len) };
-        bytes.chunks(128).all(|chunk| chunk.iter().fold(0, |or, byte| or | byte) == 0)
+        no_bit_set(bytes)
     })
+}
+
+/// Whether `length` bytes of a scatter list, from its byte `skip` on, are there and all 0.
+///
+/// # Safety
+/// As for the list of [`copy_in`].
+#[must_use]
+pub unsafe fn is_zero(iov: *const libc::iovec, iovcnt: usize, skip: usize, length: usize) -> bool {
+    let list = if iovcnt == 0 {
+        &[]
+    } else {
+        // SAFETY: the caller promises `iovcnt` entries at `iov`, and nobody changes the list during the call.
+        unsafe { std::slice::from_raw_parts(iov, iovcnt) }
+    };
+    let mut source = Cursor { list, skip };
+    let mut left = length;
+    while left > 0 {
+        let Some((from, len)) = source.take(left) else { return false };
+        // SAFETY: `take` stays inside an entry, which is readable by the caller's promise.
+        if !no_bit_set(unsafe { std::slice::from_raw_parts(from, len) }) {
+            return false;
+        }
+        left -= len;
+    }
+    true
+}
+
+fn no_bit_set(bytes: &[u8]) -> bool {
+    bytes.chunks(128).all(|chunk| chunk.iter().fold(0, |or, byte| or | byte) == 0)
 }
 
 #[cfg(test)]

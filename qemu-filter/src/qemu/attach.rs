@@ -14,8 +14,8 @@ use super::devices::{self, ContextLock};
 use super::drain::{AllDrained, Drained, Restless};
 use super::hook::{self, Emptying};
 use super::slots::{self, MAX_DEVICES, Slot};
-use super::types::{AioContext, BlockBackend, Notifier};
-use super::{Glue, glue, image, mainloop, proof};
+use super::types::{AioContext, BlockBackend, Coroutine, Notifier};
+use super::{Glue, glue, image, mainloop, proof, tracked};
 use crate::control::DiskInfo;
 use crate::engine::Capture;
 
@@ -116,6 +116,26 @@ fn size_differs(glue: &Glue, slot: &Slot, blk: *mut BlockBackend) -> Option<u64>
 fn is_hooked(glue: &Glue, blk: *mut BlockBackend) -> bool {
     let node = devices::top_node(glue, blk);
     !node.is_null() && hook::is_hooked(devices::driver_of(node))
+}
+
+/// Ends what is held for requests that QEMU gave up between two parts, which nobody else would: others that overlap
+/// wait for them.
+pub(crate) fn end_given_up(glue: &Glue) {
+    let protected: Vec<_> = attached().iter().filter(|a| !a.gone).map(|a| (a.slot, a.blk)).collect();
+    for (slot, blk) in protected {
+        // What was woken for one of them may have run the main loop, in which the device went.
+        if slot.blk() != blk {
+            continue;
+        }
+        let _lock = ContextLock::of_device(glue, blk);
+        // A request on a node that is the device's no more has ended: the device was drained for the change.
+        let node = devices::top_node(glue, blk);
+        slot.with_capture(|capture| {
+            capture.abandon(|token, end| {
+                node.is_null() || !tracked::is_in_flight(glue, node, token.0 as *mut Coroutine, end)
+            });
+        });
+    }
 }
 
 /// Switches capture of a device on.
@@ -278,7 +298,10 @@ fn switch_off(glue: &Glue, entry: &Attached) {
 
 /// Lets the capture of a slot go; no request of its device is in flight.
 fn end_capture(slot: &'static Slot) {
-    slot.with_capture(Capture::detach);
+    slot.with_capture(|capture| {
+        capture.abandon(|_, _| true);
+        capture.detach();
+    });
     slot.unpublish();
     slot.let_go();
 }

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use super::devices::ContextLock;
 use super::types::{AioContext, BlockBackend, CoSleep, QemuIoVector};
-use super::{Glue, glue};
+use super::{Glue, attach, glue, mainloop};
 use crate::engine::{Answer, Capture, Piece, Resync, Step};
 use crate::ffi::copy;
 
@@ -29,6 +29,8 @@ const BLOCK_ZERO: c_int = 0x02;
 const MAX_SLEEP: Duration = Duration::from_millis(500);
 /// How often a coroutine that holds still looks whether it may go on.
 const HOLD_STILL: Duration = Duration::from_millis(1);
+/// How long a request may be between two parts before QEMU is asked whether it still is in flight.
+const LONG_HELD: Duration = Duration::from_secs(1);
 /// Sleep of a coroutine that is to leave, until the engine says so too, in nanoseconds.
 const SHORT_SLEEP_NS: i64 = 1_000_000;
 /// How often a stop looks whether a read that is just being issued has been issued.
@@ -164,11 +166,13 @@ impl Background {
         let Some(mut resync) = resync else { return };
         let began = Instant::now();
         let mut answer = Answer::None;
+        let mut held = (None, began);
         loop {
             answer = match resync.step(answer, began.elapsed()) {
                 Step::Stop => break,
                 Step::Pause(duration) => {
                     self.sleep(glue, duration);
+                    look_after_held(glue, resync.capture(), &mut held);
                     Answer::None
                 }
                 Step::Status { offset, length } => {
@@ -179,6 +183,22 @@ impl Background {
                 }
             };
         }
+    }
+}
+
+/// Has the main thread look at the requests between two parts when one has been there for long; `seen` is the one that
+/// was there at an earlier look, and since when.
+fn look_after_held(glue: &Glue, capture: &Capture, seen: &mut (Option<u64>, Instant)) {
+    let longest = capture.longest_held();
+    if longest.is_none() || longest != seen.0 {
+        *seen = (longest, Instant::now());
+    } else if seen.1.elapsed() >= LONG_HELD {
+        seen.1 = Instant::now();
+        mainloop::schedule(glue, || {
+            if let Some(glue) = super::glue() {
+                attach::end_given_up(glue);
+            }
+        });
     }
 }
 

@@ -17,7 +17,7 @@ use super::types::{
 };
 use super::write::{self, Source};
 use super::{Glue, glue};
-use crate::engine::{Kind, Outcome};
+use crate::engine::Kind;
 
 /// Bytes of a sector, the unit of `bdrv_co_writev`.
 const SECTOR_BYTES: i64 = 512;
@@ -96,7 +96,7 @@ unsafe extern "C" fn co_pwritev_part(
     let source = Source { offset, bytes, qiov, skip };
     match user(node) {
         None => issue(source, request_flags),
-        Some((glue, user)) => write::captured(glue, &user, source, request_flags, issue),
+        Some((glue, user)) => write::captured(glue, node, &user, source, request_flags, issue),
     }
 }
 
@@ -116,7 +116,7 @@ unsafe extern "C" fn co_pwritev(
         };
         return match user(node) {
             None => issue(source, request_flags),
-            Some((glue, user)) => write::captured(glue, &user, source, request_flags, issue),
+            Some((glue, user)) => write::captured(glue, node, &user, source, request_flags, issue),
         };
     }
     // SAFETY: as above.
@@ -134,7 +134,7 @@ unsafe extern "C" fn co_pwritev(
     };
     match user(node) {
         None => issue(source, request_flags),
-        Some((glue, user)) => write::captured(glue, &user, source, request_flags, issue),
+        Some((glue, user)) => write::captured(glue, node, &user, source, request_flags, issue),
     }
 }
 
@@ -163,7 +163,7 @@ unsafe extern "C" fn co_writev(
     };
     match user(node) {
         None => issue(source, request_flags),
-        Some((glue, user)) => write::captured(glue, &user, source, request_flags, issue),
+        Some((glue, user)) => write::captured(glue, node, &user, source, request_flags, issue),
     }
 }
 
@@ -183,7 +183,7 @@ unsafe extern "C" fn co_pwritev_compressed_part(
     let source = Source { offset, bytes, qiov, skip };
     match user(node) {
         None => issue(source, 0),
-        Some((glue, user)) => write::captured(glue, &user, source, 0, issue),
+        Some((glue, user)) => write::captured(glue, node, &user, source, 0, issue),
     }
 }
 
@@ -203,7 +203,7 @@ unsafe extern "C" fn co_pwritev_compressed(
     let source = Source { offset, bytes, qiov, skip: 0 };
     match user(node) {
         None => issue(source, 0),
-        Some((glue, user)) => write::captured(glue, &user, source, 0, issue),
+        Some((glue, user)) => write::captured(glue, node, &user, source, 0, issue),
     }
 }
 
@@ -226,7 +226,7 @@ unsafe extern "C" fn co_pwrite_zeroes(
                 fua: request_flags & flags::FUA != 0,
                 may_unmap: request_flags & flags::MAY_UNMAP != 0,
             };
-            write::range(glue, &user, kind, offset, bytes, outcome_or_not_done, issue)
+            write::range(glue, node, &user, kind, (offset, bytes), request_flags, issue)
         }
         _ => issue(),
     }
@@ -253,9 +253,7 @@ unsafe extern "C" fn co_pdiscard(node: *mut BlockDriverState, offset: i64, bytes
     };
     match user(node) {
         None => issue(),
-        Some((glue, user)) => {
-            write::range(glue, &user, Kind::Discard, offset, bytes, outcome_or_not_done, issue)
-        }
+        Some((glue, user)) => write::range(glue, node, &user, Kind::Discard, (offset, bytes), 0, issue),
     }
 }
 
@@ -275,19 +273,8 @@ unsafe extern "C" fn co_truncate(
     let issue = || unsafe { original(node, length, exact, preallocation, request_flags, error) };
     match user(node) {
         None => issue(),
-        Some((glue, user)) => write::range(glue, &user, Kind::Resize, 0, length, outcome, issue),
+        Some((glue, user)) => write::resize(glue, &user, length, issue),
     }
-}
-
-/// What a request's answer says about the range.
-fn outcome(answer: c_int) -> Outcome {
-    if answer >= 0 { Outcome::Succeeded } else { Outcome::Failed }
-}
-
-/// As [`outcome`], for callbacks that say -ENOTSUP before they have done anything: the block layer comes back
-/// with a plain write, or does without.
-fn outcome_or_not_done(answer: c_int) -> Outcome {
-    if answer == -libc::ENOTSUP { Outcome::NotDone } else { outcome(answer) }
 }
 
 /// Copying inside the storage passes our buffers by: captured nodes say that they cannot, and the block layer

@@ -63,7 +63,20 @@ pub(crate) const STATE_OPEN_FLAGS: usize = 0;
 /// Offset of `fd` (an int) in `BDRVRawState`, the private state of a `file` node (`block/file-posix.c`), in every release.
 pub(crate) const RAW_STATE_FD: usize = 0;
 
-/// One family's layout of `struct BlockDriver`.
+/// Where a node (`struct BlockDriverState`) keeps what is asked about its requests; proven on the scratch node.
+#[derive(Debug)]
+pub(crate) struct NodeLayout {
+    /// Offset of `bl.max_transfer` (a `uint32_t`).
+    pub(crate) max_transfer: usize,
+    /// Offset of `serialising_in_flight` (an `unsigned int`).
+    pub(crate) serialising_in_flight: usize,
+    /// Offset of the `QemuMutex` of the list; `None` where one thread has the node, and its coroutines a lock.
+    pub(crate) reqs_lock: Option<usize>,
+    /// Offset of `tracked_requests`, the pointer to the newest request.
+    pub(crate) tracked_requests: usize,
+}
+
+/// One family's layout of `struct BlockDriver` and of what is read of a node.
 #[derive(Debug)]
 pub(crate) struct Layout {
     /// The releases it is right for, for messages.
@@ -74,6 +87,7 @@ pub(crate) struct Layout {
     pub(crate) size: usize,
     /// Offset of the links of the list of drivers.
     pub(crate) list: usize,
+    pub(crate) node: NodeLayout,
     callbacks: &'static [(Callback, usize)],
 }
 
@@ -104,6 +118,12 @@ static V7_2: Layout = Layout {
     // scripts/layouts --rust, from the source of 7.2.0.
     size: 848,
     list: 432,
+    node: NodeLayout {
+        max_transfer: 16504,
+        serialising_in_flight: 16944,
+        reqs_lock: None,
+        tracked_requests: 17016,
+    },
     callbacks: &[
         (Callback::Open, 144),
         (Callback::Close, 160),
@@ -142,6 +162,12 @@ static V10_0: Layout = Layout {
     // scripts/layouts --rust, from the source of 10.0.2.
     size: 848,
     list: 440,
+    node: NodeLayout {
+        max_transfer: 16504,
+        serialising_in_flight: 16968,
+        reqs_lock: Some(16984),
+        tracked_requests: 17032,
+    },
     callbacks: &[
         (Callback::Open, 144),
         (Callback::Close, 152),
@@ -182,6 +208,12 @@ static V10_2: Layout = Layout {
     // scripts/layouts --rust, from the source of 10.2.2.
     size: 840,
     list: 440,
+    node: NodeLayout {
+        max_transfer: 16504,
+        serialising_in_flight: 16968,
+        reqs_lock: Some(16984),
+        tracked_requests: 17032,
+    },
     callbacks: &[
         (Callback::Open, 144),
         (Callback::Close, 152),

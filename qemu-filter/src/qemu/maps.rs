@@ -40,9 +40,18 @@ impl Maps {
         self.of(address, 1).is_some_and(|mapping| mapping.code)
     }
 
-    /// Whether all of the range can be read.
+    /// Whether all of the range can be read. It may cross from one mapping into the next: a heap is several in a process
+    /// that has forked.
     pub(crate) fn is_readable(&self, address: usize, length: usize) -> bool {
-        self.of(address, length).is_some_and(|mapping| mapping.readable)
+        let Some(end) = address.checked_add(length) else { return false };
+        let mut known = address;
+        while known < end {
+            match self.of(known, 1) {
+                Some(mapping) if mapping.readable => known = mapping.end,
+                _ => return false,
+            }
+        }
+        true
     }
 
     /// Whether all of the range can be read and written.
@@ -96,6 +105,14 @@ mod tests {
         assert!(maps.is_writable(0x3000, 0x2000));
         assert!(!maps.is_writable(0x4ff9, 8) && !maps.is_writable(0x2ff8, 16));
         assert!(!maps.is_writable(usize::MAX - 3, 8));
+    }
+
+    #[test]
+    fn a_range_is_readable_if_all_of_its_mappings_are() {
+        let maps = Maps::parse(TEXT);
+        assert!(maps.is_readable(0x1ff8, 0x3000) && maps.is_readable(0x4000, 0x1000));
+        assert!(!maps.is_readable(0x4000, 0x1001) && !maps.is_readable(0xff8, 16));
+        assert!(!maps.is_readable(usize::MAX - 3, 8));
     }
 
     #[test]

@@ -21,7 +21,7 @@
 //!
 //! | part | thread |
 //! | --- | --- |
-//! | `callbacks`, `write`, `slots::find` | any of QEMU's, inside a coroutine; never block, lock, allocate |
+//! | `callbacks`, `write`, `parts`, `tracked`, `slots::find` | any of QEMU's, inside a coroutine; never block, lock, allocate (but see `tracked`) |
 //! | `attach`, `devices`, `image`, `names`, `hook`, `proof` | QEMU's main thread, entered through [`mainloop`] |
 //! | `background` | the device's AioContext, in a coroutine of ours |
 //! | `host` | the control thread |
@@ -42,10 +42,12 @@ mod mainloop;
 mod maps;
 mod names;
 mod once;
+mod parts;
 mod proof;
 mod slots;
 mod start;
 mod symbols;
+mod tracked;
 mod types;
 mod verify;
 mod version;

@@ -1,9 +1,10 @@
 //! Proves the hook on a scratch node of our own before a guest's disk is touched.
 //!
-//! A `null-co` node, which stores nothing, is opened through a BlockBackend of its own; its driver is hooked; one
-//! write goes through QEMU's block layer. The capture rule must find it, our callback must see offset and length as
-//! they were written, and QEMU's own callback must answer success. Then all of it is taken away again.
-//! QEMU's main thread.
+//! A `null-co` node, which stores nothing, is opened below a filter with limits and units of its own (`blkdebug`),
+//! through a BlockBackend of its own; its driver is hooked; one write goes through QEMU's block layer, which has to pad
+//! it to those units. The capture rule must find it, our callback must see offset and length as they come out of the
+//! filter, the filter's node must have that one request in its list, where the table says ([`super::tracked`]), and
+//! QEMU's own callback must answer success. Then all of it is taken away again. QEMU's main thread.
 
 use std::ffi::c_int;
 use std::sync::OnceLock;
@@ -15,14 +16,24 @@ use super::driver::Driver;
 use super::hook::{self, Emptying, Filling};
 use super::maps::Maps;
 use super::slots::Slot;
+use super::tracked::Expected;
 use super::types::{BlockBackend, QemuError};
 use super::version::c_text;
 
 /// `BDRV_O_RDWR`.
 const OPEN_READ_WRITE: c_int = 0x2;
 
+/// What the filter makes of the write below.
 const OFFSET: i64 = 20 << 10;
-const LENGTH: usize = 12 << 10;
+const BYTES: i64 = 12 << 10;
+/// What is written: neither end lies at a multiple of 4 KiB, the filter's unit.
+const WRITTEN_OFFSET: i64 = OFFSET + 512;
+const WRITTEN_BYTES: usize = (BYTES - 1536) as usize;
+/// The filter's limit.
+const MAX_TRANSFER: u32 = 64 << 10;
+
+/// What its list of requests must say.
+pub(crate) const REQUEST: Expected = Expected { offset: OFFSET, bytes: BYTES, max_transfer: MAX_TRANSFER };
 
 static PROVEN: OnceLock<Result<(), String>> = OnceLock::new();
 
@@ -59,7 +70,7 @@ fn prove_once(glue: &Glue, slot: &'static Slot) -> Result<(), String> {
     let bytes = slot.seen.bytes.load(Ordering::Relaxed);
     match (answer, requests, offset, bytes) {
         (answer, ..) if answer < 0 => Err(format!("its write failed with {answer}")),
-        (_, 1, OFFSET, bytes) if bytes == LENGTH as i64 => Ok(()),
+        (_, 1, OFFSET, BYTES) => slot.seen.take_tracked(),
         _ => Err(format!("{requests} requests seen, the last of {bytes} bytes at {offset}")),
     }
 }
@@ -74,7 +85,14 @@ impl<'a> Scratch<'a> {
     fn open(glue: &'a Glue) -> Result<Self, String> {
         // SAFETY: takes nothing.
         let options = unsafe { (glue.symbols.qdict_new)() };
-        for (key, value) in [(c"driver", c"null-co"), (c"size", c"1048576"), (c"read-zeroes", c"on")] {
+        for (key, value) in [
+            (c"driver", c"blkdebug"),
+            (c"align", c"4096"),
+            (c"max-transfer", c"65536"),
+            (c"image.driver", c"null-co"),
+            (c"image.size", c"1048576"),
+            (c"image.read-zeroes", c"on"),
+        ] {
             // SAFETY: a live dictionary, which copies both texts.
             unsafe { (glue.symbols.qdict_put_str)(options, key.as_ptr(), value.as_ptr()) };
         }
@@ -93,9 +111,10 @@ impl<'a> Scratch<'a> {
     }
 
     fn write(&self) -> c_int {
-        let data = [0x5A_u8; LENGTH];
+        let data = [0x5A_u8; WRITTEN_BYTES];
+        let bytes = WRITTEN_BYTES as i64;
         // SAFETY: live; the data outlives the call, which waits for the write.
-        unsafe { (self.glue.symbols.blk_pwrite)(self.blk, OFFSET, LENGTH as i64, data.as_ptr().cast(), 0) }
+        unsafe { (self.glue.symbols.blk_pwrite)(self.blk, WRITTEN_OFFSET, bytes, data.as_ptr().cast(), 0) }
     }
 }
 

@@ -14,12 +14,12 @@
 //! thread holds for changes: there a slot also names its AioContext, and callbacks in others pass it by.
 
 use std::cell::UnsafeCell;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::Glue;
 use super::types::{AioContext, BlockBackend, BlockDriverState, Notifier};
-use crate::engine::Capture;
+use super::{Glue, proof, tracked};
+use crate::engine::{Capture, guard};
 
 /// How many devices of one process can be protected at once.
 pub(crate) const MAX_DEVICES: usize = 128;
@@ -46,6 +46,31 @@ pub(crate) struct Seen {
     pub(crate) requests: AtomicU64,
     pub(crate) offset: AtomicI64,
     pub(crate) bytes: AtomicI64,
+    /// What [`tracked::prove`] said.
+    tracked: Mutex<Result<(), String>>,
+}
+
+impl Seen {
+    const fn new() -> Self {
+        Self {
+            requests: AtomicU64::new(0),
+            offset: AtomicI64::new(0),
+            bytes: AtomicI64::new(0),
+            tracked: Mutex::new(Ok(())),
+        }
+    }
+
+    fn tracked(&self) -> MutexGuard<'_, Result<(), String>> {
+        self.tracked.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether the scratch node had its request where the table says.
+    ///
+    /// # Errors
+    /// What was not as expected.
+    pub(crate) fn take_tracked(&self) -> Result<(), String> {
+        std::mem::replace(&mut *self.tracked(), Ok(()))
+    }
 }
 
 // SAFETY: all fields but `removal` are atomic; `removal` is touched by QEMU's main thread only.
@@ -58,7 +83,7 @@ impl Slot {
             context: AtomicPtr::new(std::ptr::null_mut()),
             capture: AtomicPtr::new(std::ptr::null_mut()),
             users: AtomicUsize::new(0),
-            seen: Seen { requests: AtomicU64::new(0), offset: AtomicI64::new(0), bytes: AtomicI64::new(0) },
+            seen: Seen::new(),
             removal: UnsafeCell::new(Notifier::new(super::attach::on_removal)),
         }
     }
@@ -156,8 +181,12 @@ impl User {
     }
 
     /// Notes a request of the scratch node.
-    pub(crate) fn note(&self, offset: i64, bytes: i64) {
+    pub(crate) fn note(&self, glue: &Glue, offset: i64, bytes: i64) {
         let seen = &self.slot.seen;
+        // SAFETY: the scratch node's BlockBackend is live while it is published.
+        let root = unsafe { (glue.symbols.blk_bs)(self.slot.blk()) };
+        let proven = guard(|| tracked::prove(glue, root, &proof::REQUEST)).unwrap_or_else(Err);
+        *seen.tracked() = proven;
         // ORDERING: Relaxed: read by the same thread, after the request.
         seen.offset.store(offset, Ordering::Relaxed);
         seen.bytes.store(bytes, Ordering::Relaxed);

@@ -8,7 +8,7 @@ use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 
 use super::types::{
     AioContext, BdrvChild, BlockBackend, BlockDriver, BlockDriverState, CoSleep, Coroutine, Notifier, QDict,
-    QemuError, QemuIoVector, VersionInfo,
+    QemuError, QemuIoVector, QemuMutex, VersionInfo,
 };
 
 /// A process with all of these is a QEMU.
@@ -154,6 +154,8 @@ symbols! {
         qemu_get_aio_context: unsafe extern "C" fn() -> *mut AioContext,
         qemu_get_current_aio_context: unsafe extern "C" fn() -> *mut AioContext,
         qemu_get_vm_name: unsafe extern "C" fn() -> *const c_char,
+        qemu_mutex_lock_impl: unsafe extern "C" fn(*mut QemuMutex, *const c_char, c_int),
+        qemu_mutex_unlock_impl: unsafe extern "C" fn(*mut QemuMutex, *const c_char, c_int),
         register_module_init: unsafe extern "C" fn(unsafe extern "C" fn(), c_uint),
     }
     optional {

@@ -3,7 +3,7 @@
 //! QEMU's objects are opaque: only the fields named in [`super::layout`] and here are ever read, at the
 //! offsets measured there.
 
-use std::ffi::{c_char, c_int, c_void};
+use std::ffi::{c_char, c_int, c_uint, c_void};
 
 /// An object of QEMU's that only its own functions look into.
 macro_rules! opaque {
@@ -30,6 +30,8 @@ opaque! {
     AioContext,
     /// A coroutine.
     Coroutine,
+    /// A lock of QEMU's.
+    QemuMutex,
     /// A dictionary of options.
     QDict,
     /// An error with its message.
@@ -97,6 +99,31 @@ impl CoSleep {
     }
 }
 
+/// `BdrvTrackedRequest` up to its owner, the same in every release: a request in flight, on its coroutine's stack.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct TrackedRequest {
+    pub(crate) node: *mut BlockDriverState,
+    pub(crate) offset: i64,
+    pub(crate) bytes: i64,
+    /// `enum BdrvTrackedRequestType`.
+    pub(crate) kind: c_uint,
+    pub(crate) serialising: bool,
+    overlap_offset: i64,
+    overlap_bytes: i64,
+    /// The next older one of the node.
+    pub(crate) next: *const TrackedRequest,
+    previous: *const *const TrackedRequest,
+    pub(crate) coroutine: *mut Coroutine,
+}
+
+const _: () = assert!(
+    std::mem::offset_of!(TrackedRequest, kind) == 24
+        && std::mem::offset_of!(TrackedRequest, serialising) == 28
+        && std::mem::offset_of!(TrackedRequest, next) == 48
+        && std::mem::offset_of!(TrackedRequest, coroutine) == 64
+);
+
 /// `VersionTriple`.
 #[repr(C)]
 #[derive(Debug)]
@@ -126,6 +153,8 @@ pub(crate) mod flags {
     pub(crate) const FUA: c_int = 0x10;
     /// What the guest reads does not change (copy-on-read, streaming).
     pub(crate) const WRITE_UNCHANGED: c_int = 0x40;
+    /// Zeroes must not be written out: answer -ENOTSUP instead.
+    pub(crate) const NO_FALLBACK: c_int = 0x100;
 }
 
 /// `bdrv_co_pwritev`.

@@ -2,9 +2,12 @@
 
 use std::ffi::c_int;
 
+use journal_format::ByteRange;
+
 use super::Glue;
+use super::parts::Call;
 use super::slots::User;
-use super::types::{QemuIoVector, flags};
+use super::types::{BlockDriverState, QemuIoVector, flags};
 use crate::engine::{Begin, Capture, InFlight, Kind, MAX_WRITE_BYTES, Outcome, Request, SyncWait, WaitToken};
 use crate::ffi::copy;
 
@@ -12,7 +15,7 @@ use crate::ffi::copy;
 const MAX_PART_BYTES: i64 = MAX_WRITE_BYTES as i64;
 
 /// Most pieces that a part can have.
-const MAX_PIECES: usize = capture_ring::limits::MAX_PIECES as usize;
+pub(crate) const MAX_PIECES: usize = capture_ring::limits::MAX_PIECES as usize;
 
 /// Longest scatter list that QEMU builds (`IOV_MAX`).
 const MAX_IOV: usize = 1024;
@@ -67,7 +70,7 @@ impl Source {
         issue(&raw mut list)
     }
 
-    fn entries(&self) -> &[libc::iovec] {
+    pub(crate) fn entries(&self) -> &[libc::iovec] {
         // SAFETY: QEMU's scatter list of a request in flight.
         let list = unsafe { &*self.qiov };
         let count = usize::try_from(list.niov).unwrap_or(0);
@@ -79,26 +82,47 @@ impl Source {
     }
 }
 
-/// Issues a write to a protected disk, from the ring's copy where there is one. Writes longer than a record can
-/// hold are issued in parts, one after another.
+/// Issues a write to a protected disk, from the ring's copy where there is one.
 pub(crate) fn captured(
     glue: &Glue,
+    node: *mut BlockDriverState,
     user: &User,
     source: Source,
     request_flags: c_int,
     issue: impl Fn(Source, c_int) -> c_int,
 ) -> c_int {
     let Some(capture) = user.capture() else {
-        user.note(source.offset, source.bytes);
+        user.note(glue, source.offset, source.bytes);
         return issue(source, request_flags);
     };
     if source.bytes <= 0 || request_flags & flags::WRITE_UNCHANGED != 0 {
         return issue(source, request_flags);
     }
+    let call = Call { glue, capture, node };
+    let fua = request_flags & flags::FUA != 0;
+    if let Some(split) = call.split_of_write(source.offset, source.bytes, fua) {
+        return call.write(split, source, request_flags, &issue);
+    }
+    if source.bytes <= MAX_PART_BYTES {
+        return captured_part(glue, capture, source, request_flags, &issue);
+    }
+    capture.begin_large();
+    let answer = in_parts(&call, source, request_flags, &issue);
+    capture.end_large();
+    answer
+}
+
+/// Issues a write that may be longer than a record can hold in parts, one after another.
+pub(crate) fn in_parts(
+    call: &Call<'_>,
+    source: Source,
+    request_flags: c_int,
+    issue: &impl Fn(Source, c_int) -> c_int,
+) -> c_int {
     let mut done = 0;
     while done < source.bytes {
         let part = source.part(done, MAX_PART_BYTES.min(source.bytes - done));
-        let answer = captured_part(glue, capture, part, request_flags, &issue);
+        let answer = captured_part(call.glue, call.capture, part, request_flags, issue);
         if answer < 0 {
             return answer;
         }
@@ -164,28 +188,40 @@ fn copied(
     Some(QemuIoVector::over(used, source.bytes as usize))
 }
 
-/// Issues a request without data to a protected disk.
+/// Issues zeroes or a discard to a protected disk.
 pub(crate) fn range(
     glue: &Glue,
+    node: *mut BlockDriverState,
     user: &User,
     kind: Kind,
-    offset: i64,
-    length: i64,
-    outcome: impl FnOnce(c_int) -> Outcome,
+    (offset, length): (i64, i64),
+    request_flags: c_int,
     issue: impl FnOnce() -> c_int,
 ) -> c_int {
     let Some(capture) = user.capture() else {
-        user.note(offset, length);
+        user.note(glue, offset, length);
         return issue();
     };
-    if length <= 0 && kind != Kind::Resize {
+    let Some(part) = ByteRange::new(offset as u64, length as u64) else {
+        capture.fault("a request lies beyond 256 TiB, which no disk reaches");
+        return issue();
+    };
+    if part.is_empty() {
         return issue();
     }
+    Call { glue, capture, node }.range(kind, part, request_flags, issue)
+}
+
+/// Issues a change of size to a protected disk.
+pub(crate) fn resize(glue: &Glue, user: &User, length: i64, issue: impl FnOnce() -> c_int) -> c_int {
+    let Some(capture) = user.capture() else {
+        user.note(glue, 0, length);
+        return issue();
+    };
     let mut in_flight = InFlight::default();
-    begin(glue, capture, kind, offset, length, &mut in_flight);
+    begin(glue, capture, Kind::Resize, 0, length, &mut in_flight);
     let answer = issue();
-    capture.finish(&mut in_flight, outcome(answer));
-    wait_durable(glue, capture, in_flight.sync_wait());
+    capture.finish(&mut in_flight, if answer >= 0 { Outcome::Succeeded } else { Outcome::Failed });
     answer
 }
 
