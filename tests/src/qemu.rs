@@ -255,6 +255,29 @@ pub fn raw_file(path: &Path) -> Value {
     json!({"driver": "file", "node-name": "disk", "filename": path, "discard": "unmap"})
 }
 
+/// An image in the format qcow2, with clusters of 64 KiB.
+///
+/// # Panics
+/// When `qemu-img` fails.
+pub fn create_qcow2(path: &Path, disk_bytes: u64) {
+    let output = Command::new("qemu-img")
+        .args(["create", "-q", "-f", "qcow2", "-o", "cluster_size=65536"])
+        .arg(path)
+        .arg(disk_bytes.to_string())
+        .output()
+        .expect("qemu-img runs");
+    assert!(output.status.success(), "qemu-img: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// An image in the format qcow2 as node `disk`, on which discards take effect.
+#[must_use]
+pub fn qcow2_file(path: &Path) -> Value {
+    json!({
+        "driver": "qcow2", "node-name": "disk", "discard": "unmap",
+        "file": {"driver": "file", "filename": path, "discard": "unmap"},
+    })
+}
+
 /// A `blklogwrites` filter, node `witness`, above node `disk`; it logs to `log`, which must exist, with its header up to
 /// date after every request.
 #[must_use]
