@@ -194,6 +194,12 @@ impl Producer {
         Some(Tracked { range })
     }
 
+    /// As [`Producer::begin_tracked`], in any mode, for a request whose range the caller marks.
+    pub(crate) fn track_anyhow(&self, range: ByteRange) -> Tracked {
+        self.count_untracked();
+        Tracked { range }
+    }
+
     /// The disk has answered a tracked request, well or not. To be called before the guest learns of it: publishes
     /// the gap-begin if nobody has, and marks the range again, because a resync may have read it too early.
     pub fn end_tracked(&self, tracked: Tracked) {

@@ -11,6 +11,7 @@ use crate::clock::HostClock;
 use crate::error::Full;
 use crate::layout::{STATE_FAILED, STATE_FILL, STATE_ISSUED, STATE_PUBLISHED, flag, kind};
 use crate::limits::UNIT_BYTES;
+use crate::mode::Tracked;
 use crate::ring::Ring;
 use crate::slots::{Class, Entry};
 use crate::sync::Ordering;
@@ -231,6 +232,14 @@ impl Producer {
         self.mark_dirty(ticket.range);
         self.begin_gap(GapReason::WriteFailed);
         self.release(ticket);
+    }
+
+    /// As [`Producer::fail`], for a request that is still under way and goes on as one that is only tracked: the gap lasts at
+    /// least until [`Producer::end_tracked`].
+    pub fn lose(&self, ticket: Ticket) -> Tracked {
+        let tracked = self.track_anyhow(ticket.range);
+        self.fail(ticket);
+        tracked
     }
 
     /// The request came to nothing and changed nothing on the disk (a driver that answers "not supported", say):

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use journal_format::{Epoch, ImageTag, Lsn, Op, Record, Stamp};
 
-use journal_format::{EpochStart, Gap};
+use journal_format::{EpochStart, Gap, GapReason};
 
 /// A size that a disk got.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -50,13 +50,16 @@ impl Timeline {
         match record.op {
             Op::Resize { disk_bytes } => self.resize(record.lsn, disk_bytes),
             Op::GapBegin { reason, generation } => {
-                if self.open.is_none() {
-                    self.gaps.push(Gap {
+                match self.gaps.last_mut().filter(|_| self.open.is_some()) {
+                    // Nothing is missing because of a large request; what comes on top of it is why the gap lasts.
+                    Some(gap) if gap.reason == GapReason::LargeRequest => gap.reason = reason,
+                    Some(_) => {}
+                    None => self.gaps.push(Gap {
                         begin_lsn: record.lsn,
                         begin_stamp: record.stamp,
                         end: None,
                         reason,
-                    });
+                    }),
                 }
                 self.open = self.open.max(Some((epoch, generation)));
             }
@@ -102,11 +105,13 @@ impl Timeline {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use journal_format::GapReason;
 
     fn begin(lsn: u64, generation: u64) -> Record {
-        let op = Op::GapBegin { reason: GapReason::Overflow, generation };
-        Record { lsn: Lsn(lsn), stamp: Stamp(lsn), op }
+        begin_for(GapReason::Overflow, lsn, generation)
+    }
+
+    fn begin_for(reason: GapReason, lsn: u64, generation: u64) -> Record {
+        Record { lsn: Lsn(lsn), stamp: Stamp(lsn), op: Op::GapBegin { reason, generation } }
     }
 
     fn end(lsn: u64, generation: u64) -> Record {
@@ -126,6 +131,21 @@ mod tests {
         assert_eq!(timeline.gaps.len(), 1);
         assert_eq!(timeline.gaps[0].end, Some((Lsn(9), Stamp(9))));
         assert!(timeline.gap_at(Lsn(8)).is_some() && timeline.gap_at(Lsn(9)).is_none());
+    }
+
+    #[test]
+    fn a_gap_is_for_its_first_reason_but_a_large_request_gives_way_to_any_other() {
+        let reasons = |reasons: &[GapReason]| {
+            let begins = reasons.iter().zip(1..).map(|(reason, n)| begin_for(*reason, n, n));
+            let timeline = fold(&begins.collect::<Vec<_>>());
+            timeline.gaps.iter().map(|gap| (gap.begin_lsn.0, gap.reason)).collect::<Vec<_>>()
+        };
+        let (large, full, failed) = (GapReason::LargeRequest, GapReason::Overflow, GapReason::WriteFailed);
+        assert_eq!(reasons(&[large, large]), [(1, large)]);
+        assert_eq!(reasons(&[large, full, failed]), [(1, full)]);
+        assert_eq!(reasons(&[full, large]), [(1, full)]);
+        let ended = fold(&[begin_for(large, 1, 1), end(3, 1), begin(5, 2)]);
+        assert_eq!(ended.gaps[0].reason, large, "it had ended");
     }
 
     #[test]

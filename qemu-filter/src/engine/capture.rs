@@ -293,6 +293,10 @@ impl Capture {
         &self.durable
     }
 
+    pub(super) const fn table(&self) -> &Table {
+        &self.table
+    }
+
     pub(super) const fn held(&self) -> &Held {
         &self.held
     }

@@ -50,7 +50,7 @@ pub(crate) use fault::guard;
 pub(crate) use grace::{InFlightCount, Phase};
 pub use request::{InFlight, Piece};
 pub use resync::Resync;
-pub use split::{PartEnd, Split};
+pub use split::{PartEnd, Split, Standing};
 pub use waiting::{SyncWait, Waiters};
 
 /// Largest write that one request may carry, in bytes; longer ones are split by the caller.

@@ -19,12 +19,17 @@
 //!
 //! The block layer may give a request up between two parts, out of memory or when a flush fails. What was held for it
 //! would keep others that overlap waiting for good. So the glue looks after requests that stay held
-//! ([`Capture::longest_held`]), asks QEMU whether they still are in flight, and ends those that are not
-//! ([`Capture::abandon`]). And when the same coroutine comes with another request, [`Split::continues`] says so.
+//! ([`Capture::longest_held`]) and asks QEMU how they stand ([`Capture::look_after_held`]): those that are over end. And
+//! when the same coroutine comes with another request, [`Split::continues`] says so.
+//!
+//! Where a disk has several threads, QEMU may also make a request wait between two parts, for one that came at the same
+//! moment and that waits for it here: neither would ever go on. (A part of zeroes that are padded waits for requests
+//! that QEMU has just noted; one of these then takes it for one that is waiting already, and passes it.) Then the held
+//! request gives way: it goes on without a record, in a gap that lasts until it ends, and its range is read back.
 
 use std::sync::Mutex;
 use std::sync::PoisonError;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 use capture_ring::Producer;
 use journal_format::{ByteRange, GapReason};
@@ -167,6 +172,17 @@ pub enum PartEnd {
     Failed,
 }
 
+/// How a request stands of which the next part has not come.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Standing {
+    /// It is in flight.
+    GoesOn,
+    /// It is in flight, and QEMU has it wait for another request.
+    Waits,
+    /// It has ended.
+    Over,
+}
+
 const NOTHING: ByteRange = match ByteRange::new(0, 0) {
     Some(range) => range,
     None => panic!("the empty range is a range"),
@@ -182,6 +198,8 @@ struct Entry {
     token: AtomicUsize,
     /// Where the whole request ends.
     end: AtomicU64,
+    /// It was found waiting at a look.
+    waits: AtomicBool,
     /// Touched only by who has made the entry busy, so nobody ever waits for it.
     split: Mutex<Option<Kept>>,
 }
@@ -224,6 +242,7 @@ impl Held {
             number: AtomicU64::new(FREE),
             token: AtomicUsize::new(0),
             end: AtomicU64::new(0),
+            waits: AtomicBool::new(false),
             split: Mutex::new(None),
         };
         Self {
@@ -253,9 +272,10 @@ impl Held {
             if entry.number.compare_exchange(FREE, BUSY, Ordering::Acquire, Ordering::Relaxed).is_err() {
                 continue;
             }
-            // ORDERING: Relaxed: both are published by the number.
+            // ORDERING: Relaxed: all three are published by the number.
             entry.token.store(token.0, Ordering::Relaxed);
             entry.end.store(split.progress.range().end(), Ordering::Relaxed);
+            entry.waits.store(false, Ordering::Relaxed);
             *entry.split.lock().unwrap_or_else(PoisonError::into_inner) = Some(Kept::of(split));
             // ORDERING: Relaxed: only the numbers matter, each is handed out once.
             let number = self.next_number.fetch_add(1, Ordering::Relaxed);
@@ -323,11 +343,15 @@ impl Capture {
             self.finish_split(&mut split, outcome);
             return Some(split);
         }
+        self.hold(token, split);
+        None
+    }
+
+    fn hold(&self, token: WaitToken, split: Split) {
         if let Err(mut split) = self.held().put(token, split) {
             self.fault("more requests came in parts than can be in flight; attach again");
             self.finish_split(&mut split, Outcome::Failed);
         }
-        None
     }
 
     /// The request that the caller's last part left open.
@@ -355,18 +379,45 @@ impl Capture {
         self.held().each().map(|(_, number, _)| number).min()
     }
 
-    /// Gives up each held request that is over: `is_over` is asked with its token and where it ends. Any thread.
-    pub fn abandon(&self, mut is_over: impl FnMut(WaitToken, u64) -> bool) {
+    /// Gives up each held request that is over, and lets one give way that is found waiting a second time. `standing` is
+    /// asked with its token and where it ends. Any thread.
+    pub fn look_after_held(&self, mut standing: impl FnMut(WaitToken, u64) -> Standing) {
         let held = self.held();
         for (entry, number, token) in held.each() {
             // By its number: the token's next request is left alone.
             // ORDERING: Relaxed: published by the number; another's costs one look that finds nothing.
-            if is_over(token, entry.end.load(Ordering::Relaxed))
-                && let Some(kept) = held.take(entry, number)
-            {
-                self.give_up_split(kept.split(self.producer()));
+            let standing = standing(token, entry.end.load(Ordering::Relaxed));
+            let ends = match standing {
+                Standing::GoesOn => false,
+                // ORDERING: Relaxed: as above; one look too early costs a gap.
+                Standing::Waits => entry.waits.swap(true, Ordering::Relaxed),
+                Standing::Over => true,
+            };
+            let Some(kept) = ends.then(|| held.take(entry, number)).flatten() else { continue };
+            let mut split = kept.split(self.producer());
+            if standing == Standing::Over {
+                self.give_up_split(split);
+            } else {
+                self.give_way(&mut split);
+                self.hold(token, split);
             }
         }
+    }
+
+    /// The request excludes nobody any more, and has no record.
+    fn give_way(&self, split: &mut Split) {
+        self.protect(|| {
+            let in_flight = &mut split.in_flight;
+            in_flight.pieces.clear();
+            in_flight.state = match std::mem::take(&mut in_flight.state) {
+                State::Captured(slot, ticket) => {
+                    let tracked = self.producer().lose(ticket);
+                    self.table().leave(slot);
+                    State::Tracked(tracked)
+                }
+                state => state,
+            };
+        });
     }
 
     /// A write begins that is longer than a record can be: a gap, which does not end before [`Capture::end_large`].

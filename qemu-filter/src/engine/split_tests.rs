@@ -10,6 +10,7 @@ use super::*;
 use crate::ffi::testing::fill;
 
 const KIB: u64 = 1 << 10;
+const MIB: u64 = 1 << 20;
 
 fn range(offset: u64, length: u64) -> ByteRange {
     ByteRange::new(offset, length).expect("a range")
@@ -187,13 +188,43 @@ fn a_request_that_was_given_up_is_read_back_and_lets_others_go() {
     assert_eq!(capture.begin(&write, b, &mut parked), Begin::Wait);
     let longest = capture.longest_held();
     assert!(longest.is_some());
-    capture.abandon(|token, end| token == a && end == 128 * KIB);
+    capture.look_after_held(|token, end| match token == a && end == 128 * KIB {
+        true => Standing::Over,
+        false => Standing::GoesOn,
+    });
     assert_eq!(newest(&mut replica), Some(Op::GapBegin { reason: GapReason::WriteFailed, generation: 2 }));
     wait(b);
     assert_eq!(capture.begin(&write, b, &mut parked), Begin::Go);
     capture.finish(&mut parked, Outcome::Succeeded);
     assert!(capture.longest_held() > longest, "the other one is left alone");
     assert!(part(&capture, live, other, range(576 * KIB, 64 * KIB), PartEnd::Done));
+    assert!(capture.in_flight() == 0 && !capture.holds_any());
+}
+
+/// QEMU has it wait for a request that waits for it here.
+#[test]
+fn a_request_that_waits_between_two_parts_gives_way_in_a_gap_that_lasts_until_it_ends() {
+    let (capture, mut replica) = synced();
+    let [a, b] = two();
+    let whole = Request::zero(0, 128 * KIB, false, false);
+    assert!(!part(&capture, a, whole, range(0, 64 * KIB), PartEnd::Done));
+    let mut parked = InFlight::default();
+    let write = Request::write(100 * KIB, 512, false);
+    assert_eq!(capture.begin(&write, b, &mut parked), Begin::Wait);
+    let before = newest(&mut replica);
+    capture.look_after_held(|_, _| Standing::Waits);
+    assert_eq!(newest(&mut replica), before, "it may have been for a moment");
+    capture.look_after_held(|_, _| Standing::Waits);
+    assert_eq!(newest(&mut replica), Some(Op::GapBegin { reason: GapReason::WriteFailed, generation: 2 }));
+    wait(b);
+    assert_eq!(capture.begin(&write, b, &mut parked), Begin::Go);
+    capture.finish(&mut parked, Outcome::Succeeded);
+    let dirty = capture.producer().ring().dirty();
+    assert_eq!(dirty.take_run(0, MIB), Some(range(0, 128 * KIB)));
+    assert_eq!(capture.producer().finish_resync(), capture_ring::Resync::Busy, "its last part is to come");
+    assert!(part(&capture, a, whole, range(64 * KIB, 64 * KIB), PartEnd::Done));
+    assert_eq!(dirty.take_run(0, MIB), Some(range(0, 128 * KIB)), "the last part is on the disk since");
+    assert!(matches!(capture.producer().finish_resync(), capture_ring::Resync::Done(_)));
     assert!(capture.in_flight() == 0 && !capture.holds_any());
 }
 

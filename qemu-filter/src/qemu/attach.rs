@@ -17,7 +17,7 @@ use super::slots::{self, MAX_DEVICES, Slot};
 use super::types::{AioContext, BlockBackend, Coroutine, Notifier};
 use super::{Glue, glue, image, mainloop, proof, tracked};
 use crate::control::DiskInfo;
-use crate::engine::Capture;
+use crate::engine::{Capture, Standing};
 
 /// A device whose capture was switched on.
 struct Attached {
@@ -50,11 +50,13 @@ fn free_slot() -> Option<(usize, &'static Slot)> {
     slots::slot(index).map(|slot| (index, slot))
 }
 
-/// All disks. Also hooks drivers that a module has brought since the last time, and notes sizes that have changed.
+/// All disks. Also hooks drivers that a module has brought since the last time, notes sizes that have changed, and
+/// looks after requests in parts.
 pub(crate) fn disks(glue: &Glue) -> Vec<DiskInfo> {
     if attached().iter().any(|attached| !attached.gone) {
         watch_drivers(glue);
     }
+    look_after_held(glue);
     devices::list(glue).into_iter().map(|disk| disk.info).collect()
 }
 
@@ -118,23 +120,25 @@ fn is_hooked(glue: &Glue, blk: *mut BlockBackend) -> bool {
     !node.is_null() && hook::is_hooked(devices::driver_of(node))
 }
 
-/// Ends what is held for requests that QEMU gave up between two parts, which nobody else would: others that overlap
-/// wait for them.
-pub(crate) fn end_given_up(glue: &Glue) {
-    let protected: Vec<_> = attached().iter().filter(|a| !a.gone).map(|a| (a.slot, a.blk)).collect();
-    for (slot, blk) in protected {
-        // What was woken for one of them may have run the main loop, in which the device went.
-        if slot.blk() != blk {
-            continue;
-        }
-        let _lock = ContextLock::of_device(glue, blk);
-        // A request on a node that is the device's no more has ended: the device was drained for the change.
-        let node = devices::top_node(glue, blk);
-        slot.with_capture(|capture| {
-            capture.abandon(|token, end| {
-                node.is_null() || !tracked::is_in_flight(glue, node, token.0 as *mut Coroutine, end)
+/// Looks after requests of which QEMU has not sent the next part: those that it gave up end, which nobody else would see
+/// to while others that overlap wait for them. Also of devices that are just being detached, or leave: their drains
+/// wait for those others.
+pub(crate) fn look_after_held(glue: &Glue) {
+    for slot in slots::published() {
+        let mut holds_any = false;
+        slot.with_capture(|capture| holds_any = capture.holds_any());
+        if holds_any {
+            let blk = slot.blk();
+            let _lock = ContextLock::of_device(glue, blk);
+            // A request on a node that is the device's no more has ended: the device was drained for the change.
+            let node = devices::top_node(glue, blk);
+            slot.with_capture(|capture| {
+                capture.look_after_held(|token, end| match node.is_null() {
+                    true => Standing::Over,
+                    false => tracked::standing(glue, node, token.0 as *mut Coroutine, end),
+                });
             });
-        });
+        }
     }
 }
 
@@ -299,7 +303,7 @@ fn switch_off(glue: &Glue, entry: &Attached) {
 /// Lets the capture of a slot go; no request of its device is in flight.
 fn end_capture(slot: &'static Slot) {
     slot.with_capture(|capture| {
-        capture.abandon(|_, _| true);
+        capture.look_after_held(|_, _| Standing::Over);
         capture.detach();
     });
     slot.unpublish();

@@ -168,11 +168,11 @@ impl Background {
         let mut answer = Answer::None;
         let mut held = (None, began);
         loop {
+            look_after_held(glue, resync.capture(), &mut held);
             answer = match resync.step(answer, began.elapsed()) {
                 Step::Stop => break,
                 Step::Pause(duration) => {
                     self.sleep(glue, duration);
-                    look_after_held(glue, resync.capture(), &mut held);
                     Answer::None
                 }
                 Step::Status { offset, length } => {
@@ -196,7 +196,7 @@ fn look_after_held(glue: &Glue, capture: &Capture, seen: &mut (Option<u64>, Inst
         seen.1 = Instant::now();
         mainloop::schedule(glue, || {
             if let Some(glue) = super::glue() {
-                attach::end_given_up(glue);
+                attach::look_after_held(glue);
             }
         });
     }

@@ -43,11 +43,16 @@ impl Call<'_> {
     /// The request that a write is a part of; `None` when it is all of it.
     #[inline]
     pub(crate) fn split_of_write(&self, offset: i64, bytes: i64, fua: bool) -> Option<Split> {
-        let held = self.capture.take_held(self.token());
-        if held.is_none() && !tracked::may_be_part(self.glue, self.node, bytes) {
+        let may_be_part = tracked::may_be_part(self.glue, self.node, bytes);
+        if !may_be_part && !self.capture.holds_any() {
             return None;
         }
-        self.look_for(held, Kind::Write { fua }, ByteRange::new(offset as u64, bytes as u64)?)
+        let part = ByteRange::new(offset as u64, bytes as u64)?;
+        let held = self.capture.take_held(self.token());
+        if held.is_none() && !may_be_part {
+            return None;
+        }
+        self.look_for(held, Kind::Write { fua }, part)
     }
 
     #[cold]

@@ -238,6 +238,11 @@ fn in_context(glue: &Glue, slot: &Slot, caller: Caller) -> bool {
     unsafe { (glue.symbols.qemu_get_current_aio_context)() == context }
 }
 
+/// The slots that callbacks find. Main thread.
+pub(crate) fn published() -> impl Iterator<Item = &'static Slot> {
+    SLOTS.iter().filter(|slot| !slot.blk().is_null())
+}
+
 /// The slot that a removal notifier belongs to.
 pub(crate) fn by_notifier(notifier: *mut Notifier) -> Option<&'static Slot> {
     SLOTS.iter().find(|slot| slot.removal.get() == notifier)

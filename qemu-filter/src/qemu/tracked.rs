@@ -19,7 +19,7 @@ use journal_format::ByteRange;
 use super::Glue;
 use super::maps::Maps;
 use super::types::{BlockDriverState, Coroutine, QemuMutex, TrackedRequest};
-use crate::engine::{Kind, MAX_WRITE_BYTES};
+use crate::engine::{Kind, MAX_WRITE_BYTES, Standing};
 
 /// `BDRV_TRACKED_WRITE`: writes, and writes of zeroes.
 const TRACKED_WRITE: c_uint = 1;
@@ -126,19 +126,24 @@ pub(crate) fn whole(
     ByteRange::new(u64::try_from(entry.offset).ok()?, u64::try_from(entry.bytes).ok()?)
 }
 
-/// Whether a coroutine has a change in flight on a live node that ends at `end`. In 7.2 with its context locked.
-pub(crate) fn is_in_flight(
+/// How the change stands that a coroutine had in flight on a live node, and that ends at `end`. In 7.2 with the node's
+/// context locked.
+pub(crate) fn standing(
     glue: &Glue,
     node: *mut BlockDriverState,
     coroutine: *mut Coroutine,
     end: u64,
-) -> bool {
+) -> Standing {
     let is_it = |entry: &TrackedRequest| {
         entry.coroutine == coroutine
             && matches!(entry.kind, TRACKED_WRITE | TRACKED_DISCARD)
             && entry.offset.checked_add(entry.bytes).is_some_and(|its| its as u64 == end)
     };
-    find(glue, node, is_it).is_some()
+    match find(glue, node, is_it) {
+        None => Standing::Over,
+        Some(entry) if entry.waiting_for.is_null() => Standing::GoesOn,
+        Some(_) => Standing::Waits,
+    }
 }
 
 /// What is known of the only request of the scratch node while it is in flight.
@@ -187,7 +192,8 @@ pub(crate) fn prove(glue: &Glue, node: *mut BlockDriverState, expected: &Expecte
     let entry = unsafe { *entry };
     // SAFETY: takes nothing; we are in a coroutine.
     let coroutine = unsafe { (glue.symbols.qemu_coroutine_self)() };
-    let is_ours = entry.node == node && entry.coroutine == coroutine && entry.next.is_null();
+    let is_only = entry.next.is_null() && entry.waiting_for.is_null();
+    let is_ours = entry.node == node && entry.coroutine == coroutine && is_only;
     let as_written =
         (entry.offset, entry.bytes, entry.kind) == (expected.offset, expected.bytes, TRACKED_WRITE);
     if is_ours && as_written && entry.serialising {

@@ -99,7 +99,7 @@ impl CoSleep {
     }
 }
 
-/// `BdrvTrackedRequest` up to its owner, the same in every release: a request in flight, on its coroutine's stack.
+/// `BdrvTrackedRequest`, the same in every release: a request in flight, on its coroutine's stack.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct TrackedRequest {
@@ -115,6 +115,10 @@ pub(crate) struct TrackedRequest {
     pub(crate) next: *const TrackedRequest,
     previous: *const *const TrackedRequest,
     pub(crate) coroutine: *mut Coroutine,
+    /// Coroutines that wait for it (`CoQueue`).
+    wait_queue: [usize; 2],
+    /// The request that QEMU makes it wait for.
+    pub(crate) waiting_for: *const TrackedRequest,
 }
 
 const _: () = assert!(
@@ -122,6 +126,7 @@ const _: () = assert!(
         && std::mem::offset_of!(TrackedRequest, serialising) == 28
         && std::mem::offset_of!(TrackedRequest, next) == 48
         && std::mem::offset_of!(TrackedRequest, coroutine) == 64
+        && std::mem::offset_of!(TrackedRequest, waiting_for) == 88
 );
 
 /// `VersionTriple`.
