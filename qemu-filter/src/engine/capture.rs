@@ -58,6 +58,8 @@ pub struct Capture {
     /// Size of the disk in bytes, for the resync; see `finish_resize` for when it changes.
     disk_bytes: AtomicU64,
     resyncing: AtomicBool,
+    /// A request has gone its way because capture was off.
+    unseen: AtomicBool,
     fault: OnceLock<String>,
     room: WaitList,
     durable: WaitList,
@@ -101,6 +103,7 @@ impl Capture {
             count: InFlightCount::new(),
             disk_bytes,
             resyncing: AtomicBool::new(false),
+            unseen: AtomicBool::new(false),
             fault: OnceLock::new(),
             room: WaitList::new(runtime.wake),
             durable: WaitList::new(runtime.wake),
@@ -220,8 +223,7 @@ impl Capture {
     /// requests in flight are still published; [`Capture::is_idle`] says when the last one was.
     pub fn detach(&self) {
         self.protect(|| {
-            self.producer.detach();
-            self.let_parked_go();
+            self.switch_off();
         });
     }
 
@@ -233,12 +235,15 @@ impl Capture {
 
     /// As [`Capture::detach`], for a disk that is drained and will not be written through this process any more. `image` says
     /// how it looks from outside, or that nobody can tell; it is asked when later requests are no longer seen and none is
-    /// in flight. Then history ends with a close, if it is whole.
+    /// in flight. Then history ends with a close, if it is whole and no request has come unseen since capture ended. When it had
+    /// ended before this call, nobody knows that.
     pub fn close(&self, image: impl FnOnce() -> Option<ImageTag>) {
-        self.detach();
         self.protect(|| {
-            if self.count.total() == 0
+            if self.switch_off()
+                && self.count.total() == 0
                 && let Some(image) = image()
+                // ORDERING: SeqCst pairs with `pass_unseen`. After the image: a request that comes later shows in its tag.
+                && !self.unseen.load(Ordering::SeqCst)
             {
                 // Without it the next epoch begins with a comparison.
                 let _published = self.producer.close(image);
@@ -353,7 +358,7 @@ impl Capture {
                         return Begin::Go;
                     }
                 }
-                Mode::Off => return self.pass(in_flight),
+                Mode::Off => return self.pass_unseen(in_flight),
             }
         }
     }
@@ -403,7 +408,7 @@ impl Capture {
                 // capture is off.
                 fence(Ordering::SeqCst);
                 let go = self.mode() == Mode::Off && self.table.unpark(slot);
-                Ok(if go { self.pass(in_flight) } else { Begin::Wait })
+                Ok(if go { self.pass_unseen(in_flight) } else { Begin::Wait })
             }
             Entered::Full => {
                 in_flight.state = State::Entered;
@@ -516,6 +521,13 @@ impl Capture {
         Begin::Go
     }
 
+    /// As [`Capture::pass`], because capture is off: what the request changes is in no record.
+    fn pass_unseen(&self, in_flight: &mut InFlight) -> Begin {
+        // ORDERING: SeqCst, before the disk gets the request: pairs with the load in `close`.
+        self.unseen.store(true, Ordering::SeqCst);
+        self.pass(in_flight)
+    }
+
     fn leave_table(&self, in_flight: &mut InFlight) {
         if let State::Parked(slot) = in_flight.state {
             in_flight.state = State::Entered;
@@ -534,6 +546,13 @@ impl Capture {
             let _ = self.leave_room(place);
         }
         in_flight.state = State::Passed;
+    }
+
+    /// Whether this call did it: false when capture was off.
+    fn switch_off(&self) -> bool {
+        let switched = self.producer.detach();
+        self.let_parked_go();
+        switched
     }
 
     /// Wakes all parked requests once capture is off: nobody may be left waiting for a request that was lost.

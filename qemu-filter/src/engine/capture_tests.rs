@@ -5,7 +5,7 @@ use std::os::fd::AsFd as _;
 use capture_ring::RingConfig;
 use journal_format::{DiskId, Epoch, Op};
 
-use super::super::testing::{SECTOR, begin, capture, tokens, wait};
+use super::super::testing::{Replica, SECTOR, begin, capture, tokens, wait};
 use super::super::{EngineErrorKind, MAX_WRITE_BYTES, Mode};
 use super::*;
 use crate::ffi::testing::{bytes_of, fill};
@@ -152,4 +152,51 @@ fn a_ring_serves_one_capture_only() {
     let error =
         Capture::attach(clock.as_fd(), clock.as_fd(), bell(), Runtime::real(|_| {})).expect_err("no ring");
     assert_eq!(error.kind(), EngineErrorKind::Ring);
+}
+
+/// A capture whose history is whole.
+fn whole() -> (Arc<Capture>, Replica) {
+    let (capture, mut replica) = capture(1 << 20, 1 << 20, 64);
+    capture.unchanged();
+    assert!(matches!(capture.producer().finish_resync(), capture_ring::Resync::Done(_)));
+    replica.drain();
+    (capture, replica)
+}
+
+fn is_closed(replica: &mut Replica) -> bool {
+    replica.drain();
+    replica.records.iter().any(|record| matches!(record, Op::Close { .. }))
+}
+
+fn image() -> ImageTag {
+    ImageTag::from_halves([1, 2])
+}
+
+#[test]
+fn a_disk_closed_at_rest_is_left_as_it_is() {
+    let (capture, mut replica) = whole();
+    capture.close(|| Some(image()));
+    replica.drain();
+    assert_eq!(replica.records.last(), Some(&Op::Close { image: image() }));
+}
+
+#[test]
+fn a_close_after_capture_was_switched_off_says_nothing_of_the_image() {
+    let (capture, mut replica) = whole();
+    capture.detach();
+    // What the guest writes from here on need not even come past the capture.
+    capture.close(|| Some(image()));
+    assert!(!is_closed(&mut replica));
+}
+
+#[test]
+fn a_request_that_came_unseen_while_the_image_was_looked_at_is_in_no_closed_history() {
+    let (capture, mut replica) = whole();
+    capture.close(|| {
+        let mut request = begin(&capture, &Request::write(0, 512, false), two()[0]);
+        assert!(request.pieces().is_empty(), "capture is off");
+        capture.finish(&mut request, Outcome::Succeeded);
+        Some(image())
+    });
+    assert!(!is_closed(&mut replica));
 }
