@@ -188,6 +188,7 @@ impl Fleet {
         inner.owners.insert(disk, (host, epoch));
         let Some(claims) = inner.disks.get_mut(&disk) else { return };
         claims.forget_captures_but_of(host);
+        claims.newest_epoch = epoch.0;
         if let Some(live) = claims.of(session) {
             live.held.clear();
             if live.status.epoch != epoch.0 {
@@ -219,7 +220,8 @@ impl Fleet {
         let mut inner = self.lock();
         let owner = inner.owners.get(&disk).copied();
         let Some(live) = inner.disks.get_mut(&disk).and_then(|claims| claims.of(session)) else { return };
-        if owner.is_some_and(|(host, epoch)| (host, epoch.0) != (live.host, status.epoch)) {
+        let of_owner = owner.is_none_or(|(host, epoch)| (host, epoch.0) == (live.host, status.epoch));
+        if !of_owner || live.of_another >= status.epoch.max(1) {
             return;
         }
         live.mode = Mode::from_wire(&status.mode);

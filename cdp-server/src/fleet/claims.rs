@@ -77,6 +77,9 @@ pub(super) struct Live {
     pub(super) spool_failing_since: Option<Stamp>,
     /// Why the disk was refused to it: another host has it.
     pub(super) held: String,
+    /// The newest epoch that was another VM's of the same agent; 0 for none. What the agent still says of that one is not
+    /// said of this VM.
+    pub(super) of_another: u64,
     is_rival: bool,
 }
 
@@ -108,6 +111,8 @@ pub(crate) struct LiveDisk {
 pub(super) struct Claims {
     list: Vec<Live>,
     current: usize,
+    /// The newest capture session that was opened while it was claimed; 0 for none.
+    pub(super) newest_epoch: u64,
     /// Which VM was the current one when that was decided last.
     shown: Option<(SessionId, u32)>,
 }
@@ -203,6 +208,13 @@ impl Claims {
         }
         let before = self.shown;
         self.shown = self.current().map(|live| (live.session, live.vm_pid));
+        let same_agent = before.zip(self.shown).is_some_and(|(old, new)| old.0 == new.0 && old.1 != new.1);
+        let epoch = self.newest_epoch;
+        if let Some(live) = self.current_mut().filter(|_| same_agent) {
+            live.of_another = epoch;
+            (live.mode, live.mode_at) = (Mode::Off, None);
+            live.begin_epoch();
+        }
         self.shown.filter(|_| self.shown != before).map(|(session, _)| session)
     }
 
@@ -255,6 +267,7 @@ impl Live {
             told: None,
             spool_failing_since: None,
             held: String::new(),
+            of_another: 0,
             is_rival: false,
         }
     }

@@ -190,6 +190,33 @@ fn a_second_process_of_one_host_is_a_conflict_with_its_agents_words() {
     assert_eq!((vm_pid(&fleet), fleet.conflicts(DISK)), (Some(11), Vec::new()));
 }
 
+/// What the agent still said of the first one's capture once made the second one look protected.
+#[test]
+fn a_second_process_is_not_taken_to_be_captured_by_what_is_said_of_the_first() {
+    let (fleet, now) = (Fleet::default(), Instant::now());
+    let mut both = host_of(1, 10);
+    let mut second = both.vms[0].clone();
+    (second.pid, second.disks[0].refused) = (11, "process 10 has it".to_owned());
+    both.vms.push(second);
+    fleet.reported(A, &both);
+    fleet.opened(A, HOST_1, DISK, Epoch(1));
+    let capturing = |epoch| DiskStatus { epoch, ..status("capturing", 10, 1000) };
+    fleet.status(A, DISK, capturing(1), now);
+    both.vms.remove(0);
+    both.vms[0].disks[0].refused.clear();
+    let mode = || fleet.live(DISK, now).map(|live| (live.vm_pid, live.mode));
+    fleet.reported(A, &both);
+    assert_eq!(mode(), Some((11, Mode::Off)));
+    fleet.status(A, DISK, capturing(1), now);
+    assert_eq!(mode(), Some((11, Mode::Off)));
+    fleet.closed(DISK);
+    fleet.status(A, DISK, capturing(1), now);
+    assert_eq!(mode(), Some((11, Mode::Off)));
+    fleet.opened(A, HOST_1, DISK, Epoch(2));
+    fleet.status(A, DISK, capturing(2), now);
+    assert_eq!(mode(), Some((11, Mode::Capturing)));
+}
+
 #[test]
 fn a_new_connection_of_a_host_takes_the_place_of_the_old_one() {
     let fleet = cloned();
