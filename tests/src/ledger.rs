@@ -31,12 +31,17 @@ struct Version {
 struct Ledger {
     versions: Vec<Version>,
     image: Vec<u8>,
+    /// The newest version that a flush has covered that surely succeeded.
+    flushed: usize,
+    /// The version of the newest flush that was answered. `qemu-io` does not tell of a flush that fails because its server is
+    /// gone; the next write does.
+    flushing: usize,
 }
 
 impl Ledger {
     fn new(image: Vec<u8>) -> Self {
         let first = Version { sent_ns: 0, answered_ns: Some(0), hash: blake3::hash(&image) };
-        Self { versions: vec![first], image }
+        Self { versions: vec![first], image, flushed: 0, flushing: 0 }
     }
 
     /// Whether the region may have held `contents` at that time; if not, why.
@@ -180,6 +185,27 @@ impl Writer {
         after.answered_ns.is_none_or(|ns| ns > at_ns).then_some([before.hash, after.hash])
     }
 
+    /// Whether an image of the whole disk holds in this region all that the guest has flushed, and nothing that it never
+    /// wrote.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn check_flushed(&self, disk: &[u8]) -> Result<(), String> {
+        let ledger = locked(&self.ledger);
+        let hash = blake3::hash(self.region(disk));
+        let found = ledger.versions.iter().rposition(|version| version.hash == hash);
+        if found.is_some_and(|found| found >= ledger.flushed) {
+            return Ok(());
+        }
+        Err(format!("region {:?} holds version {found:?}, but {} was flushed", self.region, ledger.flushed))
+    }
+
+    /// The newest version that is flushed.
+    #[must_use]
+    pub fn flushed(&self) -> usize {
+        locked(&self.ledger).flushed
+    }
+
     /// The writer's region of an image of the whole disk.
     #[must_use]
     pub fn region<'a>(&self, disk: &'a [u8]) -> &'a [u8] {
@@ -223,6 +249,7 @@ fn run(
         let request = load.next_request();
         let mut image = locked(ledger).image.clone();
         load.apply(&mut image, &request);
+        let flushes = request.is_flush();
         let line = load.command(&request.moved(start));
         let version = Version { sent_ns: now_ns(), answered_ns: None, hash: blake3::hash(&image) };
         locked(ledger).versions.push(version);
@@ -232,6 +259,11 @@ fn run(
             let mut ledger = locked(ledger);
             ledger.image = image;
             ledger.versions.last_mut().expect("just pushed").answered_ns = Some(now_ns());
+            if flushes {
+                ledger.flushing = ledger.versions.len() - 1;
+            } else {
+                ledger.flushed = ledger.flushing;
+            }
             drop(ledger);
             thread::sleep(pause);
         }

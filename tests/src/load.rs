@@ -61,6 +61,12 @@ pub enum Request {
 }
 
 impl Request {
+    /// Whether all that was answered before it is on stable storage once it is answered.
+    #[must_use]
+    pub const fn is_flush(&self) -> bool {
+        matches!(self, Self::Flush)
+    }
+
     /// The same, `by` bytes further on.
     #[must_use]
     pub fn moved(mut self, by: u64) -> Self {

@@ -116,6 +116,12 @@ impl Site {
         &self.data
     }
 
+    /// The server's address for REST.
+    #[must_use]
+    pub fn http(&self) -> &str {
+        &self.http
+    }
+
     /// The directory for everything of this test.
     #[must_use]
     pub fn directory(&self) -> &Path {
@@ -145,7 +151,17 @@ impl Site {
     /// # Panics
     /// When it does not come up.
     pub fn restart_server(&mut self) {
-        self.server = start_server(self.directory.path(), &self.data, &self.http, &self.server_arguments);
+        self.restart_server_with(&[]);
+    }
+
+    /// The same, with more arguments this time.
+    ///
+    /// # Panics
+    /// When it does not come up.
+    pub fn restart_server_with(&mut self, more: &[&str]) {
+        let arguments: Vec<_> =
+            self.server_arguments.iter().cloned().chain(more.iter().map(|&word| word.to_owned())).collect();
+        self.server = start_server(self.directory.path(), &self.data, &self.http, &arguments);
         let _ = self.server.ready("http");
     }
 

@@ -1,21 +1,27 @@
 //! Faults at random, for as long as one likes, under guests that write all the time: the programs are killed, stopped
-//! and frozen, the network stalls and is cut, QEMU dies, protection is switched off and on. In between and at the end
-//! instants are picked at random, and what is restored there is compared with what the guests themselves know.
+//! and frozen, the network stalls and is cut, the server's disk fails and its bytes rot, strangers talk nonsense, QEMU dies,
+//! protection is switched off and on, settings are changed ([`fault::Fault`]). In between and at the end instants are
+//! picked at random, and what is restored there is compared with what the guests themselves know.
 //!
 //! `CDP_FAULTS` says how many faults (a few, if it is not set), `CDP_TEST_SEED` which, `CDP_FAULTS_ONLY` which kinds, as
 //! `QemuKilled,ServerFrozen`. What holds:
 //!
 //! - no request of a guest fails, unless its own QEMU was killed;
 //! - an instant that is listed as recoverable restores, for every guest, to a state that it had at that instant;
-//! - an instant that is refused is not listed;
+//! - an instant that is refused is not listed, unless its bytes are rotten just then, which the refusal says;
 //! - a gap begins only where QEMU died or protection was switched off: no other fault costs a single point;
 //! - in the end, the newest point is what the disk's file holds.
+
+mod fault;
+mod rot;
+mod strangers;
+mod sync;
 
 use std::fs::{self, File};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use cdp_api::{Kind, PointSpec, Points, ProtectionPhase};
+use cdp_api::{ClientError, Kind, PointSpec, Points, Protection, ProtectionPhase};
 use cdp_tests::ledger::{Writer, now_ns};
 use cdp_tests::network::Weather;
 use cdp_tests::qemu::{Qemu, raw_file};
@@ -23,57 +29,15 @@ use cdp_tests::random::Random;
 use cdp_tests::site::{Site, Via};
 use cdp_tests::wait_for;
 
+use fault::Fault;
+use rot::Rot;
+use strangers::Strangers;
+
 const REGION_BYTES: u64 = 256 << 10;
 const GUESTS: u64 = 3;
 const DISK_BYTES: u64 = REGION_BYTES * GUESTS;
 /// Records between the parts of one request, at most.
 const NEAR: u64 = 64;
-
-/// Something bad.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Fault {
-    AgentKilled,
-    AgentStopped,
-    AgentFrozen,
-    ServerKilled,
-    ServerStopped,
-    ServerFrozen,
-    NetworkDown,
-    NetworkStalled,
-    NetworkSlow,
-    QemuKilled,
-    ProtectionOff,
-}
-
-const FAULTS: [Fault; 11] = [
-    Fault::AgentKilled,
-    Fault::AgentStopped,
-    Fault::AgentFrozen,
-    Fault::ServerKilled,
-    Fault::ServerStopped,
-    Fault::ServerFrozen,
-    Fault::NetworkDown,
-    Fault::NetworkStalled,
-    Fault::NetworkSlow,
-    Fault::QemuKilled,
-    Fault::ProtectionOff,
-];
-
-impl Fault {
-    /// Whether history has a gap where this happened.
-    fn costs_history(self) -> bool {
-        matches!(self, Self::QemuKilled | Self::ProtectionOff)
-    }
-}
-
-/// Those that `CDP_FAULTS_ONLY` names, else all.
-fn kinds() -> Vec<Fault> {
-    let Ok(only) = std::env::var("CDP_FAULTS_ONLY") else { return FAULTS.to_vec() };
-    let named = |name: &str| FAULTS.into_iter().find(|fault| format!("{fault:?}") == name);
-    only.split(',')
-        .map(|name| named(name).unwrap_or_else(|| panic!("no fault {name}; there are {FAULTS:?}")))
-        .collect()
-}
 
 struct World {
     site: Site,
@@ -84,6 +48,8 @@ struct World {
     random: Random,
     /// Faults to choose from.
     kinds: Vec<Fault>,
+    rot: Option<Rot>,
+    strangers: Option<Strangers>,
     /// Gaps that there must be.
     gaps: usize,
     checked: usize,
@@ -103,9 +69,20 @@ impl World {
             Writer::new(seed * 1000 + i, i * REGION_BYTES..(i + 1) * REGION_BYTES, site.directory())
         });
         let guests = guests.collect();
-        let kinds = kinds();
-        let mut world =
-            Self { site, qemu, disk, image, guests, random, kinds, gaps: 1, checked: 0, refused: 0 };
+        let mut world = Self {
+            site,
+            qemu,
+            disk,
+            image,
+            guests,
+            random,
+            kinds: fault::kinds(),
+            rot: None,
+            strangers: None,
+            gaps: 1,
+            checked: 0,
+            refused: 0,
+        };
         world.start_guests();
         world
     }
@@ -132,15 +109,33 @@ impl World {
             Fault::ServerKilled => self.site.server.kill(),
             Fault::ServerStopped => self.site.server.terminate(),
             Fault::ServerFrozen => self.site.server.freeze(),
+            Fault::BothKilled => self.kill_both(),
             Fault::NetworkDown => self.site.network().set(Weather::Down),
             Fault::NetworkStalled => self.site.network().set(Weather::Stalled),
             Fault::NetworkSlow => self.site.network().set(Weather::Slow),
-            Fault::QemuKilled => {
-                self.qemu.process.kill();
-                let ended: Vec<_> = self.guests.iter_mut().map(Writer::stop).collect();
-                assert!(ended.iter().any(Result::is_err), "nobody noticed that QEMU is dead");
-                let disk = fs::read(&self.image).expect("image");
-                self.guests.iter_mut().for_each(|guest| guest.settle(&disk));
+            Fault::StoreFails => {
+                let drill = fault::drill(&mut self.random);
+                println!("  {drill}");
+                self.site.server.kill();
+                self.site.restart_server_with(&["--drill", &drill]);
+            }
+            Fault::ByteRots => {
+                self.site.server.kill();
+                let directory = self.site.store().join("disks").join(&self.disk);
+                self.rot = Some(Rot::strike(&directory, &mut self.random));
+                self.site.restart_server();
+            }
+            Fault::Strangers => self.strangers = Some(Strangers::come(&self.site, &mut self.random)),
+            Fault::SettingsChanged => self.change_settings(),
+            Fault::QemuKilled => self.kill_qemu(),
+            Fault::EverythingKilled => {
+                if self.random.chance(50) {
+                    self.kill_both();
+                    self.kill_qemu();
+                } else {
+                    self.kill_qemu();
+                    self.kill_both();
+                }
             }
             Fault::ProtectionOff => self.site.unprotect(&self.disk),
         }
@@ -152,16 +147,84 @@ impl World {
             Fault::AgentFrozen => self.site.agent.thaw(),
             Fault::ServerKilled | Fault::ServerStopped => self.site.restart_server(),
             Fault::ServerFrozen => self.site.server.thaw(),
+            Fault::BothKilled => self.restart_both(),
             Fault::NetworkDown | Fault::NetworkStalled | Fault::NetworkSlow => {
                 self.site.network().set(Weather::Clear);
             }
-            Fault::QemuKilled => {
-                self.qemu = Qemu::storage_daemon(&self.site, "faults", &[raw_file(&self.image)], "disk");
-                self.start_guests();
+            Fault::StoreFails => {
+                self.site.server.kill();
+                self.site.restart_server();
+            }
+            Fault::ByteRots => {
+                self.check(5);
+                self.site.server.kill();
+                if let Some(rot) = self.rot.take() {
+                    rot.heal();
+                }
+                self.site.restart_server();
+            }
+            Fault::Strangers => {
+                if let Some(mut strangers) = self.strangers.take() {
+                    strangers.listen();
+                }
+            }
+            Fault::SettingsChanged => {}
+            Fault::QemuKilled => self.restart_qemu(),
+            Fault::EverythingKilled => {
+                self.restart_both();
+                self.restart_qemu();
             }
             Fault::ProtectionOff => self.site.protect(&self.disk),
         }
         self.gaps += usize::from(fault.costs_history());
+    }
+
+    fn kill_qemu(&mut self) {
+        self.qemu.process.kill();
+        let ended: Vec<_> = self.guests.iter_mut().map(Writer::stop).collect();
+        assert!(ended.iter().any(Result::is_err), "nobody noticed that QEMU is dead");
+        let disk = fs::read(&self.image).expect("image");
+        self.guests.iter_mut().for_each(|guest| guest.settle(&disk));
+    }
+
+    fn restart_qemu(&mut self) {
+        self.qemu = Qemu::storage_daemon(&self.site, "faults", &[raw_file(&self.image)], "disk");
+        self.start_guests();
+    }
+
+    fn kill_both(&mut self) {
+        self.site.server.kill();
+        self.site.agent.kill();
+    }
+
+    fn restart_both(&mut self) {
+        if self.random.chance(50) {
+            self.site.restart_server();
+            self.site.restart_agent();
+        } else {
+            self.site.restart_agent();
+            self.site.restart_server();
+        }
+    }
+
+    fn change_settings(&mut self) {
+        let policies = ["track", "throttle", "strict"];
+        let settings = Protection {
+            enabled: true,
+            policy: Some(policies[self.random.within(0..3) as usize].to_owned()),
+            throttle_ms: Some(self.random.within(1..3000)),
+            ring_mib: Some(self.random.within(32..100)),
+            sync: Some(self.random.chance(50)),
+            sync_timeout_ms: Some(self.random.within(1..500)),
+        };
+        println!("  {settings:?}");
+        let changed = wait_for("an agent that takes the settings", || {
+            match self.site.client().put_protection(&self.disk, &settings) {
+                Err(error) if error.problem().is_some_and(|p| p.kind == Kind::AgentOffline) => None,
+                answer => Some(answer),
+            }
+        });
+        changed.unwrap_or_else(|e| panic!("new settings: {e:?}"));
     }
 
     /// Everything works, and the last fault is over for the disk too.
@@ -179,7 +242,7 @@ impl World {
         let (before, during) = (self.random.within(1..40), self.random.within(0..60));
         self.let_through(before);
         self.strike(fault);
-        if fault == Fault::QemuKilled {
+        if fault.kills_qemu() {
             std::thread::sleep(Duration::from_millis(during));
         } else {
             self.let_through(during);
@@ -196,9 +259,15 @@ impl World {
 
     /// Restores at instants picked at random, and compares with what the guests know.
     fn check(&mut self, count: usize) {
-        let points = self.site.points(&self.disk);
+        let points = match self.site.client().points(&self.disk) {
+            Err(error) if self.is_rotten(&error) => return,
+            answer => answer.unwrap_or_else(|e| panic!("points: {e:?}")),
+        };
         let (first, last) = (points.recoverable.first(), points.recoverable.last());
-        let (first, last) = first.zip(last).expect("something is recoverable");
+        let Some((first, last)) = first.zip(last) else {
+            assert!(self.rot.is_some(), "nothing is recoverable");
+            return;
+        };
         for _ in 0..count {
             let at_ns = self.random.within(first.from_stamp_ns..last.to_stamp_ns + 1);
             self.check_instant(&points, at_ns);
@@ -214,9 +283,9 @@ impl World {
         match self.site.client().resolve(&self.disk, &PointSpec::Time { stamp_ns: at_ns }) {
             Ok(point) => self.compare(point.lsn, at_ns),
             Err(error) => {
-                let kind = error.problem().map(|problem| problem.kind);
-                assert_eq!(kind, Some(Kind::PointInGap), "{error}");
-                assert!(!listed, "{at_ns} is refused and listed: {error}");
+                let in_gap = error.problem().is_some_and(|problem| problem.kind == Kind::PointInGap);
+                let excused = self.is_rotten(&error) || (in_gap && !listed);
+                assert!(excused, "{at_ns} is refused (listed: {listed}): {error}");
                 self.refused += 1;
             }
         }
@@ -227,18 +296,29 @@ impl World {
         match self.site.client().resolve(&self.disk, &PointSpec::Lsn(lsn)) {
             Ok(point) => self.compare(lsn, point.stamp_ns),
             Err(error) => {
-                assert!(!listed, "LSN {lsn} is refused and listed: {error}");
+                assert!(self.is_rotten(&error) || !listed, "LSN {lsn} is refused and listed: {error}");
                 self.refused += 1;
             }
         }
     }
 
+    /// Whether a refusal says that stored bytes are not what was written, while one is not.
+    fn is_rotten(&self, error: &ClientError) -> bool {
+        self.rot.is_some() && error.problem().is_some_and(|problem| problem.kind == Kind::Damaged)
+    }
+
     fn compare(&mut self, lsn: u64, at_ns: u64) {
-        let image = if self.random.chance(5) {
+        let image = if self.rot.is_none() && self.random.chance(5) {
             let via = if self.random.chance(50) { Via::Server } else { Via::Store };
             self.site.restore(&self.disk, &PointSpec::Lsn(lsn), via)
         } else {
-            self.site.client().data(&self.disk, lsn, 0, DISK_BYTES).expect("the data at a point")
+            match self.site.client().data(&self.disk, lsn, 0, DISK_BYTES) {
+                Err(error) if self.is_rotten(&error) => {
+                    self.refused += 1;
+                    return;
+                }
+                answer => answer.unwrap_or_else(|e| panic!("the data at LSN {lsn}: {e:?}")),
+            }
         };
         for guest in &self.guests {
             if let Err(why) = guest.check(&image, at_ns) {
@@ -286,7 +366,7 @@ impl World {
 
 #[test]
 fn no_fault_costs_a_point_or_makes_one_wrong() {
-    let faults = std::env::var("CDP_FAULTS").map_or(25, |text| text.parse().expect("CDP_FAULTS is a number"));
+    let faults = std::env::var("CDP_FAULTS").map_or(30, |text| text.parse().expect("CDP_FAULTS is a number"));
     let mut world = World::new(50);
     for _ in 0..faults {
         world.one_fault();
