@@ -99,7 +99,8 @@ impl Fleet {
     }
 
     /// What of a report will be what is known of its disks, once [`Fleet::reported`] has taken it over: not the disks
-    /// that another host has, and of several VMs with one disk only one.
+    /// that another host has, and of several VMs with one disk only one. Nor a disk that becomes another VM's with this very
+    /// report: until that is taken over, what is known of its capture is of the former VM ([`Fleet::unwritten`]).
     pub(crate) fn part_of(&self, report: &HostReport) -> HostReport {
         let inner = self.lock();
         let mut speakers: HashMap<DiskId, (bool, u32)> = HashMap::new();
@@ -112,15 +113,18 @@ impl Fleet {
                 }
             }
         }
-        let is_hosts = |disk: DiskId| {
+        let is_its = |disk: DiskId, pid: u32| {
             let owns = inner.owners.get(&disk).is_some_and(|(host, _)| *host == report.id);
-            let current = inner.disks.get(&disk).and_then(Claims::current);
-            owns || current.is_none_or(|live| live.host == report.id)
+            match inner.disks.get(&disk).and_then(Claims::current) {
+                None => true,
+                Some(live) if live.host == report.id => live.vm_pid == pid,
+                Some(_) => owns,
+            }
         };
         let mut part = report.clone();
         for vm in &mut part.vms {
             let speaks = |disk: DiskId| speakers.get(&disk).is_some_and(|(_, pid)| *pid == vm.pid);
-            vm.disks.retain(|disk| speaks(disk.id) && is_hosts(disk.id));
+            vm.disks.retain(|disk| speaks(disk.id) && is_its(disk.id, vm.pid));
         }
         part.vms.retain(|vm| !vm.disks.is_empty());
         part

@@ -59,7 +59,7 @@ pub(crate) fn record_part(core: &Core, part: &HostReport) -> Result<(), ServerEr
 ///
 /// # Errors
 /// When the catalog cannot be written; it is tried again the next time.
-fn record(core: &Core) -> Result<(), ServerError> {
+pub(crate) fn record(core: &Core) -> Result<(), ServerError> {
     let mut outcome = Ok(());
     for (session, part) in core.fleet.unwritten() {
         if let Err(error) = record_part(core, &part) {

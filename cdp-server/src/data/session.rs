@@ -155,6 +155,7 @@ impl<'a> Session<'a> {
         if recorded.is_err() {
             self.core.fleet.write_again(self.peer.id);
         }
+        let recorded = recorded.and_then(|()| protection::record(self.core));
         if let Err(error) = recorded.and_then(|()| protection::reconcile(self.core, Instant::now())) {
             tracing::error!(agent = self.peer.label, %error, "cannot write down what the agent reports; free its disk");
         }

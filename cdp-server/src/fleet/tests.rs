@@ -149,7 +149,12 @@ fn the_disk_follows_its_owner_and_the_catalog_learns_of_it() {
         fleet.unwritten().into_iter().map(|(session, report)| (session, report.vms.len())).collect()
     };
     assert_eq!(written(&fleet), [(A, 1)], "the clone is not written down");
-    assert_eq!(fleet.part_of(&host_of(1, 11)).vms.len(), 1);
+    assert_eq!(fleet.part_of(&host_of(1, 10)).vms.len(), 1);
+    assert_eq!(
+        fleet.part_of(&host_of(1, 11)).vms.len(),
+        0,
+        "another VM is not, before its report is taken over"
+    );
     assert_eq!(fleet.part_of(&host_of(2, 20)).vms.len(), 0, "nor when it reports");
     assert_eq!(written(&fleet), [], "once");
     fleet.closed(DISK);
