@@ -99,7 +99,7 @@ impl Live {
         let outbox_fd = kept(&outbox)?;
         let consumer = Consumer::new(Arc::clone(&ring), clock.clone());
         let packer = Packer::new(order.disk, order.epoch, order.disk_bytes);
-        let spool = Spool::open(&settings.spool, order.disk, order.epoch);
+        let spool = Spool::begin(&settings.spool, order.disk, order.epoch);
         let of = (order.disk, order.epoch);
         let worker = Worker::new(of, Some(consumer), writer, packer, spool, packed.lsn);
         let shared = Shared { ring, clock: clock.clone() };

@@ -2,8 +2,9 @@
 //!
 //! Files hold the entries of the outbox's area (`docs/formats/outbox.md`), one behind the other, and are freed whole
 //! when the server has made their frames durable. They are read back in LSN order through the outbox. A file that
-//! cannot be written costs nothing but the spool: frames then wait in the outbox and the ring. Nothing is synced:
-//! files survive the agent and an orderly restart of the host; what a power cut took is noticed when they are read.
+//! cannot be written costs nothing but the spool: frames then wait in the outbox and the ring. Nothing is synced, since
+//! nothing rests on it: what a power cut took is noticed when the files are read, and costs history, never its truth
+//! (the argument and its cases: `docs/formats/outbox.md`).
 
 use std::collections::VecDeque;
 use std::fs::{self, DirBuilder, File, OpenOptions};
@@ -121,7 +122,14 @@ struct Trouble {
 }
 
 impl Spool {
-    /// The spool of an epoch, with the frames that a former agent left there.
+    /// The empty spool of an epoch that begins: whatever is in its place is not of it.
+    #[must_use]
+    pub fn begin(place: &SpoolPlace, disk: DiskId, epoch: Epoch) -> Self {
+        discard(place, disk);
+        Self::open(place, disk, epoch)
+    }
+
+    /// The spool of an epoch that goes on, with the frames that a former agent left there.
     #[must_use]
     pub fn open(place: &SpoolPlace, disk: DiskId, epoch: Epoch) -> Self {
         let mut spool = Self {
@@ -340,7 +348,8 @@ impl Spool {
     fn scan(&mut self) {
         let mut torn = false;
         for (path, epoch, first) in files(&self.folder) {
-            let follows = self.last.is_none_or(|last| last.lsn.next() == first);
+            // A file may have lost all its frames and be whole to all appearance: its name says where it began.
+            let follows = self.segments.back().is_none_or(|before| before.last_lsn.next() == first);
             if epoch != self.epoch || torn || !follows {
                 tracing::warn!(file = %path.display(), disk = %self.disk, "what was spooled does not go on here; removing it");
                 remove(&path);
@@ -427,8 +436,11 @@ pub fn left_behind(place: &SpoolPlace) -> Vec<(DiskId, Epoch, u64)> {
     let folders = fs::read_dir(&place.folder).into_iter().flatten().flatten();
     let newest = |folder: fs::DirEntry| {
         let disk: DiskId = folder.file_name().to_str()?.parse().ok()?;
-        let (path, epoch, _) = files(&folder.path()).pop()?;
-        let (frame, _) = read_frame(&File::open(path).ok()?, HEADER_BYTES, disk, epoch).ok()?;
+        let files = files(&folder.path());
+        let (_, epoch, _) = *files.last()?;
+        // A power cut may have left the newest files without their frames.
+        let first_of = |path: &Path| read_frame(&File::open(path).ok()?, HEADER_BYTES, disk, epoch).ok();
+        let (frame, _) = files.iter().rev().find_map(|(path, ..)| first_of(path))?;
         Some((disk, epoch, frame.disk_bytes))
     };
     folders.filter_map(newest).collect()

@@ -33,10 +33,13 @@ impl Parked {
     /// Stages what the old outbox had staged, in the new one.
     ///
     /// # Errors
-    /// When a file of the spool cannot be read.
+    /// When a file of the spool cannot be read, or the spool does not go on where the outbox ends.
     pub fn new(adopted: Adopted, mut spool: Spool, of: (DiskId, Epoch)) -> io::Result<Self> {
         let Adopted { outbox: _, mut writer, packed, last, staged, data, left } = adopted;
         spool.pass(last)?;
+        if spool.peek()?.is_some_and(|frame| frame.first_lsn != last.next()) {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "the first frames in the spool are gone"));
+        }
         let mut packer = Packer::new(of.0, of.1, packed.disk_bytes);
         let mut taken = packed;
         for (number, record) in staged.iter().enumerate() {

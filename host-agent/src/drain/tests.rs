@@ -356,3 +356,64 @@ fn a_damaged_spool_ends_the_epoch_before_the_damage() {
     assert_eq!(last, worker.packed());
     assert!(last < bench.ring.captured_lsn());
 }
+
+fn spool_files(bench: &Bench) -> Vec<(std::path::PathBuf, Vec<u8>)> {
+    let folder = bench.folder.path().join(DISK.to_string());
+    let files = std::fs::read_dir(folder).unwrap().map(|file| file.unwrap().path());
+    let mut files: Vec<_> = files.map(|path| (path.clone(), std::fs::read(path).unwrap())).collect();
+    files.sort();
+    files
+}
+
+/// The agent was killed, and before the next one came something happened to the files of its spool. The outbox says how
+/// far frames were packed: once it was believed, and the frames behind the lost ones were sent next.
+#[test]
+fn what_the_spool_lost_while_no_agent_ran_never_makes_a_hole() {
+    let (bench, mut worker) = Bench::new(MIN_OUTBOX_BYTES, 64 << 20, u64::MAX);
+    let (mut now, mut number) = (Duration::ZERO, 0);
+    while worker.spool().used_bytes() < 18 << 20 {
+        assert!(noisy(&bench, number, 64 << 10), "the ring has room");
+        number += 1;
+        run(&mut worker, &mut now, None);
+    }
+    drop(worker);
+    let files = spool_files(&bench);
+    assert_eq!(files.len(), 2);
+    let captured = bench.ring.captured_lsn();
+    let (mut whole, mut refused, mut stopped) = (0, 0, 0);
+    let mut cases: Vec<(usize, Option<usize>)> = vec![(0, None), (1, None)];
+    for (file, (_, bytes)) in files.iter().enumerate() {
+        let places = [0, 64, 100, 4096, bytes.len() / 2, bytes.len() - 100, bytes.len()];
+        cases.extend(places.map(|at| (file, Some(at))));
+    }
+    for (damaged, at) in cases {
+        let folder = bench.folder.path().join(DISK.to_string());
+        let _ = std::fs::remove_dir_all(&folder);
+        std::fs::create_dir(&folder).unwrap();
+        for (file, (path, bytes)) in files.iter().enumerate() {
+            match at {
+                _ if file != damaged => std::fs::write(path, bytes).unwrap(),
+                Some(at) => std::fs::write(path, &bytes[..at]).unwrap(),
+                None => {}
+            }
+        }
+        let spool = bench.spool();
+        let Ok(adopted) = adopt(&bench.kept, DISK, EPOCH, 0, spool.last()) else {
+            refused += 1;
+            continue;
+        };
+        let Ok(parked) = crate::drain::parked::Parked::new(adopted, spool, (DISK, EPOCH)) else {
+            stopped += 1;
+            continue;
+        };
+        // The ring is left alone: what was taken out of it is here.
+        let (mut worker, mut seen) = (parked.into_worker(), Vec::new());
+        while run(&mut worker, &mut now, None) == Pace::Blocked {
+            ship(worker.writer().outbox(), &mut seen);
+        }
+        ship(worker.writer().outbox(), &mut seen);
+        assert_eq!(lsns(&seen), (FIRST.0..=captured.0).collect::<Vec<_>>(), "file {damaged} cut at {at:?}");
+        whole += 1;
+    }
+    assert!(whole == 2 && refused > 9 && stopped > 0, "{whole} whole, {refused} refused, {stopped} stopped");
+}

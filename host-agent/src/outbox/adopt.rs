@@ -72,6 +72,10 @@ pub fn adopt(
     if last > packed.lsn {
         return Err(bad("its frames reach further than what was packed"));
     }
+    // What is packed and was never here must still be in the spool, or the frames behind it would come after a hole.
+    if last < packed.lsn && spooled.is_none_or(|spooled| spooled.lsn < packed.lsn) {
+        return Err(bad("frames that were in the spool are gone"));
+    }
     let (staged, data, left) = read_staged(kept, &header, packed)?;
     Ok(Adopted { outbox, writer, packed, last, staged, data, left })
 }

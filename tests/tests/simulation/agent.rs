@@ -3,7 +3,7 @@
 
 mod live;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::time::Duration;
@@ -79,6 +79,8 @@ pub(crate) struct Agent {
     pub(crate) equal_bytes: u64,
     /// So many more actions, then it dies.
     pub(crate) fuse: Option<u64>,
+    /// Epochs whose frames this agent, or one before it, has thrown away: what is left of one may not fit together.
+    pub(crate) discarded: BTreeSet<(DiskId, Epoch)>,
 }
 
 impl Agent {
@@ -109,6 +111,7 @@ impl Agent {
             bookmarks: Vec::new(),
             equal_bytes: 0,
             fuse: None,
+            discarded: BTreeSet::new(),
         };
         for (disk, epoch, disk_bytes) in left {
             agent.notes.push(format!("agent finds a spool of {disk}, epoch {}", epoch.0));
@@ -161,7 +164,12 @@ impl Agent {
                 let hold = ToFilter::Hold { request: order.request, device: order.device, outbox };
                 self.to_filters.push_back((order.filter, hold));
             }
-            Err(error) => panic!("what an agent left cannot be adopted: {error}"),
+            Err(error) => {
+                let is_known = self.discarded.contains(&(order.disk, order.epoch));
+                assert!(is_known, "what an agent left cannot be adopted: {error}");
+                self.notes.push(format!("agent cannot adopt {}: {error}", order.device));
+                self.handle(now, Event::FilterResult(order.filter, order.request, error.to_string()));
+            }
         }
     }
 
@@ -349,6 +357,7 @@ impl Agent {
                 self.queue.push_back(Event::BookmarkPut(disk, request, put));
             }
             Action::Discard(disk, epoch) => {
+                self.discarded.insert((disk, epoch));
                 if let Some(live) = self.ring(disk, epoch) {
                     live.discarded = true;
                     if let Some(worker) = live.worker() {

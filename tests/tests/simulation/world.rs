@@ -4,7 +4,7 @@ mod faults;
 mod guest;
 mod host;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 use capture_ring::Mode;
@@ -12,7 +12,7 @@ use host_agent::identity::disk_id;
 use host_agent::session::FilterId;
 use host_agent::spool::SpoolPlace;
 use journal_format::wire::ProtectionOptions;
-use journal_format::{DiskId, ImageTag, Stamp};
+use journal_format::{DiskId, Epoch, ImageTag, Stamp};
 use journal_store::StoreConfig;
 use tempfile::TempDir;
 
@@ -75,6 +75,8 @@ pub(crate) struct World {
     next_pid: u32,
     pub(crate) agent: Option<Agent>,
     agent_gone: Duration,
+    /// What the agent that is gone had thrown away.
+    discarded: BTreeSet<(DiskId, Epoch)>,
     /// The agent was asked to stop; when its time is over.
     agent_stops: Option<Duration>,
     /// The filter's connection to the agent.
@@ -168,6 +170,7 @@ impl World {
             next_pid: 100,
             agent: None,
             agent_gone: Duration::ZERO,
+            discarded: BTreeSet::new(),
             agent_stops: None,
             filter: None,
             filter_closing: false,

@@ -116,7 +116,7 @@ impl Live {
                 .expect("an outbox");
         let consumer = Consumer::new(Arc::clone(&ring), clock.clone());
         let packer = Packer::new(order.disk, order.epoch, order.disk_bytes);
-        let spool = Spool::open(&sizes.spool, order.disk, order.epoch);
+        let spool = Spool::begin(&sizes.spool, order.disk, order.epoch);
         let of = (order.disk, order.epoch);
         let worker = Worker::new(of, Some(consumer), writer, packer, spool, packed.lsn);
         let fds = CaptureFds {

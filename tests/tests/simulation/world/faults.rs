@@ -44,7 +44,9 @@ impl World {
     pub(super) fn start_agent(&mut self) {
         self.trace.note(|| "agent starts".to_owned());
         let identity = Identity { host_id: HOST, host_name: "host".into(), token: String::new() };
-        self.agent = Some(Agent::new(self.now, identity, self.sizes.clone(), self.floor()));
+        let mut agent = Agent::new(self.now, identity, self.sizes.clone(), self.floor());
+        agent.discarded = std::mem::take(&mut self.discarded);
+        self.agent = Some(agent);
     }
 
     pub(super) fn fault(&mut self) {
@@ -216,6 +218,7 @@ impl World {
     pub(super) fn kill_agent(&mut self) {
         let Some(agent) = self.agent.take() else { return };
         self.trace.note(|| "agent is killed".to_owned());
+        self.discarded = agent.discarded;
         if let Some(conn) = agent.conn.and_then(|id| self.conns.get_mut(&id)) {
             conn.cut(&mut self.random);
         }
