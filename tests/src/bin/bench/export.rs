@@ -91,6 +91,8 @@ impl Export {
 /// What a load saw of its writes.
 pub(crate) struct Seen {
     pub(crate) writes: f64,
+    /// How long it ran, with its last flush.
+    pub(crate) seconds: f64,
     pub(crate) iops: f64,
     pub(crate) p50_us: f64,
     pub(crate) p99_us: f64,
@@ -111,6 +113,7 @@ pub(crate) fn finish(load: Child) -> Seen {
     let percentile = |name: &str| number(&write["clat_ns"]["percentile"][name]) / 1000.0;
     Seen {
         writes: number(&write["total_ios"]),
+        seconds: number(&parsed["jobs"][0]["job_runtime"]) / 1000.0,
         iops: number(&write["iops"]),
         p50_us: percentile("50.000000"),
         p99_us: percentile("99.000000"),
@@ -126,12 +129,18 @@ pub(crate) fn run(effort: Effort, report: &mut Report) {
         let vm = format!("bench-export-{}", medium.name());
         for pattern in PATTERNS {
             for round in 0..effort.rounds {
-                let quiet = !effort.patient || machine::wait_until_idle();
+                report.begin_round(effort);
                 for (variant, directory) in Variant::ALL.into_iter().zip(&directories) {
-                    let mut row =
-                        measure(&ours, variant, medium, directory.path(), (pattern, &vm), effort.seconds);
-                    (row.round, row.quiet) = (round, quiet);
-                    report.add(row);
+                    let row =
+                        Row::new("through an export", medium.name(), pattern.name, variant.name(), round);
+                    report.add(measure(
+                        &ours,
+                        variant,
+                        row,
+                        directory.path(),
+                        (pattern, &vm),
+                        effort.seconds,
+                    ));
                 }
             }
         }
@@ -141,7 +150,7 @@ pub(crate) fn run(effort: Effort, report: &mut Report) {
 fn measure(
     ours: &Ours,
     variant: Variant,
-    medium: Medium,
+    mut row: Row,
     directory: &Path,
     (pattern, vm): (Pattern, &str),
     seconds: f64,
@@ -156,7 +165,6 @@ fn measure(
     };
     let (daemon_before, sinks_before) = (machine::cpu_seconds(export.daemon.pid()), sinks());
     let seen = finish(export.load(pattern, seconds));
-    let mut row = Row::new("through an export", medium.name(), pattern.name, variant.name(), 0);
     let writes = seen.writes.max(1.0);
     row.set("iops", seen.iops);
     row.set("p50_us", seen.p50_us);

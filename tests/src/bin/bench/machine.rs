@@ -2,9 +2,13 @@
 
 use std::ffi::OsStr;
 use std::fs;
+use std::path::Path;
 use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
+
+use cdp_tests::programs::program;
+use nix::time::{ClockId, clock_gettime};
 
 /// The core of everything that is the guest's: the load and QEMU.
 pub(crate) const GUEST_CORE: &str = "0";
@@ -49,6 +53,44 @@ pub(crate) fn cpu_seconds(pid: u32) -> f64 {
     let fields = text.rsplit_once(") ").map_or("", |(_, rest)| rest);
     let ticks: u64 = fields.split(' ').skip(11).take(2).filter_map(|word| word.parse::<u64>().ok()).sum();
     ticks as f64 / ticks_per_second()
+}
+
+/// Processor time of all threads of a process with that name (at most 15 letters), in seconds; of those that have ended,
+/// nothing.
+pub(crate) fn thread_seconds(pid: u32, name: &str) -> f64 {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let of_that_name = tasks
+        .map(|task| task.path())
+        .filter(|task| fs::read_to_string(task.join("comm")).is_ok_and(|comm| comm.trim_end() == name));
+    of_that_name.map(|task| scheduled_seconds(&task.join("schedstat"))).sum()
+}
+
+/// The first number of a `schedstat`: nanoseconds on a processor.
+fn scheduled_seconds(path: &Path) -> f64 {
+    let text = fs::read_to_string(path).unwrap_or_default();
+    let nanoseconds = text.split(' ').next().and_then(|word| word.parse::<f64>().ok());
+    nanoseconds.unwrap_or_default() / 1e9
+}
+
+/// Processor time of the calling thread, in seconds.
+pub(crate) fn own_seconds() -> f64 {
+    let time = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).expect("the thread's clock");
+    Duration::from(time).as_secs_f64()
+}
+
+/// A line of `/proc/PID/status` that ends in kB, in MiB; 0 when there is none.
+pub(crate) fn status_mib(pid: u32, key: &str) -> f64 {
+    let text = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':'));
+    let kib = line.and_then(|rest| rest.split_whitespace().next()?.parse::<f64>().ok());
+    kib.unwrap_or_default() / 1024.0
+}
+
+/// A new directory on the disk that the build is on.
+pub(crate) fn directory_on_disk() -> tempfile::TempDir {
+    let here = program("cdp-server");
+    let target = here.ancestors().nth(2).expect("a target directory");
+    tempfile::Builder::new().prefix("cdp-bench-").tempdir_in(target).expect("a directory")
 }
 
 fn ticks_per_second() -> f64 {

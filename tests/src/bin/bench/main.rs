@@ -1,11 +1,16 @@
-//! What protection costs, side by side with what QEMU itself can run: `scripts/bench`.
+//! What protection costs and gives, side by side with what else can run here: `scripts/bench`.
 //!
-//! Every number comes from rounds in which all variants take turns, and is a ratio to the plain disk of the same round:
-//! machines drift and have neighbours, ratios within a round hold (`docs/benchmarks/README.md`).
+//! Every number comes from *rounds* in which all *variants* take turns, and gives a *row*. What counts is the ratio to the
+//! table's first variant (the plain disk, a peer) in the same round: machines drift and have neighbours, ratios within a
+//! round hold (`docs/benchmarks/README.md`).
 
+mod contents;
 mod export;
+mod feed;
+mod ingest;
 mod machine;
 mod ours;
+mod parts;
 mod report;
 mod stall;
 mod variants;
@@ -26,11 +31,14 @@ struct Effort {
     patient: bool,
 }
 
-const FULL: Effort = Effort { rounds: 7, seconds: 2.0, patient: true };
-const QUICK: Effort = Effort { rounds: 2, seconds: 0.4, patient: false };
+const FULL: Effort = Effort { rounds: 5, seconds: 1.5, patient: true };
+const QUICK: Effort = Effort { rounds: 1, seconds: 0.3, patient: false };
 
-const USAGE: &str =
-    "usage: bench capture|stall|all [--quick] [--out DIR]\n       bench compare OLD.json NEW.json";
+/// Measures a table.
+type Bench = fn(Effort, &mut Report);
+
+/// The tables' names, and what measures them.
+const TABLES: [(&str, Bench); 3] = [("capture", export::run), ("stall", stall::run), ("ingest", ingest::run)];
 
 fn main() -> ExitCode {
     let mut arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -40,24 +48,24 @@ fn main() -> ExitCode {
         _ => PathBuf::from("target/bench"),
     };
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
-    let tables: &[&str] = match words[..] {
-        ["capture"] => &["capture"],
-        ["stall"] => &["stall"],
-        ["all"] => &["capture", "stall"],
+    let wanted = match words[..] {
         ["compare", old, new] => return report::compare(old.as_ref(), new.as_ref()),
+        ["all"] => None,
+        [name] if TABLES.iter().any(|(table, _)| *table == name) => Some(name),
         _ => {
-            eprintln!("{USAGE}");
+            let names = TABLES.map(|(name, _)| name).join("|");
+            eprintln!(
+                "usage: bench {names}|all [--quick] [--out DIR]\n       bench compare OLD.json NEW.json"
+            );
             return ExitCode::from(2);
         }
     };
     let effort = if quick { QUICK } else { FULL };
     std::fs::create_dir_all(&out).unwrap_or_else(|e| panic!("cannot make {}: {e}", out.display()));
-    for table in tables {
-        let mut report = Report::new(table, quick);
-        match *table {
-            "capture" => export::run(effort, &mut report),
-            _ => stall::run(effort, &mut report),
-        }
+    for (name, measure) in TABLES.into_iter().filter(|(name, _)| wanted.is_none_or(|wanted| wanted == *name))
+    {
+        let mut report = Report::new(name, quick);
+        measure(effort, &mut report);
         report.write(&out);
     }
     ExitCode::SUCCESS

@@ -1,7 +1,10 @@
 //! Our own side of a benchmark: server and agent, on the sink's core.
 
+use std::fs;
+use std::path::Path;
 use std::process::Command;
 
+use cdp_tests::process::Process;
 use cdp_tests::programs::program;
 use cdp_tests::site::Site;
 use cdp_tests::wait_for;
@@ -35,4 +38,38 @@ impl Ours {
             (journal.lag_lsns == 0).then_some(journal.durable_lsn)
         })
     }
+}
+
+/// A server alone.
+pub(crate) struct Server {
+    pub(crate) process: Process,
+    /// Its address for agents.
+    pub(crate) data: String,
+}
+
+impl Server {
+    /// Starts one on a store, which is made if it is not there.
+    pub(crate) fn start(directory: &Path, store: &Path) -> Self {
+        let mut command = machine::pinned(SINK_CORE, program("cdp-server"));
+        command.arg("--store").arg(store).args(["--listen", "127.0.0.1:0", "--http", "127.0.0.1:0"]);
+        let mut process = Process::start(directory, "server", &mut command);
+        let data = process.ready("data");
+        Self { process, data }
+    }
+}
+
+/// Bytes that a store's files take on their disk: data, and everything else that belongs to disks.
+pub(crate) fn stored(store: &Path) -> (u64, u64) {
+    use std::os::unix::fs::MetadataExt;
+    let folders = fs::read_dir(store.join("disks")).expect("a store").flatten();
+    let files = folders.flat_map(|folder| fs::read_dir(folder.path()).expect("a disk").flatten());
+    let (mut data, mut metadata) = (0, 0);
+    for file in files {
+        let bytes = file.metadata().map_or(0, |metadata| metadata.blocks() * 512);
+        match file.file_name().to_string_lossy().starts_with("data-") {
+            true => data += bytes,
+            false => metadata += bytes,
+        }
+    }
+    (data, metadata)
 }

@@ -8,7 +8,7 @@ use std::process::ExitCode;
 
 use serde_json::{Value, json};
 
-use crate::machine;
+use crate::{Effort, machine};
 
 /// What one variant did in one round.
 #[derive(Clone, Debug)]
@@ -17,20 +17,25 @@ pub(crate) struct Row {
     medium: String,
     pattern: String,
     variant: String,
-    pub(crate) round: usize,
+    round: usize,
     /// Nothing else ran when the round began.
-    pub(crate) quiet: bool,
-    values: BTreeMap<String, f64>,
+    quiet: bool,
+    /// In the order in which they are shown; the first is the table's main one.
+    values: Vec<(String, f64)>,
 }
 
 impl Row {
     pub(crate) fn new(section: &str, medium: &str, pattern: &str, variant: &str, round: usize) -> Self {
         let [section, medium, pattern, variant] = [section, medium, pattern, variant].map(str::to_owned);
-        Self { section, medium, pattern, variant, round, quiet: true, values: BTreeMap::new() }
+        Self { section, medium, pattern, variant, round, quiet: true, values: Vec::new() }
     }
 
     pub(crate) fn set(&mut self, name: &str, value: f64) {
-        self.values.insert(name.to_owned(), value);
+        self.values.push((name.to_owned(), value));
+    }
+
+    fn value(&self, name: &str) -> Option<f64> {
+        self.values.iter().find(|(key, _)| key == name).map(|(_, value)| *value)
     }
 
     fn table(&self) -> String {
@@ -42,6 +47,8 @@ impl Row {
 pub(crate) struct Report {
     name: String,
     quick: bool,
+    /// Whether the present round began quietly.
+    quiet: bool,
     rows: Vec<Row>,
 }
 
@@ -58,10 +65,16 @@ impl Spread {
 
 impl Report {
     pub(crate) fn new(name: &str, quick: bool) -> Self {
-        Self { name: name.to_owned(), quick, rows: Vec::new() }
+        Self { name: name.to_owned(), quick, quiet: true, rows: Vec::new() }
+    }
+
+    /// Waits for a quiet moment, where the effort has the patience; the rows that follow say whether it came.
+    pub(crate) fn begin_round(&mut self, effort: Effort) {
+        self.quiet = !effort.patient || machine::wait_until_idle();
     }
 
     pub(crate) fn add(&mut self, row: Row) {
+        let row = Row { quiet: self.quiet, ..row };
         println!("{} | {} | round {} | {:?}", row.table(), row.variant, row.round, row.values);
         self.rows.push(row);
     }
@@ -86,8 +99,9 @@ impl Report {
 
     fn json(&self) -> Value {
         let rows = self.rows.iter().map(|row| {
+            let values: BTreeMap<_, _> = row.values.iter().cloned().collect();
             json!({"section": row.section, "medium": row.medium, "pattern": row.pattern, "variant": row.variant,
-                "round": row.round, "quiet": row.quiet, "values": row.values})
+                "round": row.round, "quiet": row.quiet, "main": row.values.first().map(|(name, _)| name), "values": values})
         });
         let machine: BTreeMap<_, _> = machine::describe().into_iter().collect();
         json!({"name": self.name, "quick": self.quick, "machine": machine, "rows": rows.collect::<Vec<_>>()})
@@ -117,17 +131,24 @@ impl Report {
 
     fn spread(&self, table: &str, variant: &str, value: &str) -> Option<Spread> {
         let rows = self.rows.iter().filter(|row| row.table() == table && row.variant == variant);
-        Spread::of(rows.filter_map(|row| row.values.get(value).copied()).collect())
+        Spread::of(rows.filter_map(|row| row.value(value)).collect())
     }
 
-    /// The variant's value over that of the plain disk in the same round.
+    /// The table's main value, by its name.
+    fn main_value(&self, table: &str) -> Option<&str> {
+        let row = self.rows.iter().find(|row| row.table() == table)?;
+        row.values.first().map(|(name, _)| name.as_str())
+    }
+
+    /// The variant's value over that of the table's first variant in the same round.
     fn ratio(&self, table: &str, variant: &str, value: &str) -> Option<Spread> {
+        let base = *self.variants(table).first()?;
         let find = |variant: &str, round: usize| {
             let mut rows = self.rows.iter().filter(|row| row.table() == table && row.variant == variant);
-            rows.find(|row| row.round == round)?.values.get(value).copied()
+            rows.find(|row| row.round == round)?.value(value)
         };
         let rounds = self.rows.iter().map(|row| row.round).max().map_or(0, |last| last + 1);
-        let ratio = |round| Some(find(variant, round)? / find("plain", round).filter(|plain| *plain > 0.0)?);
+        let ratio = |round| Some(find(variant, round)? / find(base, round).filter(|base| *base > 0.0)?);
         Spread::of((0..rounds).filter_map(ratio).collect())
     }
 
@@ -145,15 +166,15 @@ impl Report {
         if self.quick {
             text += "- a quick run: it shows that the benchmark works, not how fast anything is\n";
         }
-        text += "\nEach cell: median of the rounds [least to greatest]; in brackets behind it the median of the ratios to the plain disk of the same round.\n";
+        text += "\nEach cell: median of the rounds [least to greatest]; in brackets behind it the median of the ratios to the table's first row in the same round.\n";
         for (table, plot) in self.tables().iter().zip(plots) {
-            let values: Vec<&String> = {
-                let mut all: Vec<&String> = Vec::new();
-                for row in self.rows.iter().filter(|row| row.table() == *table) {
-                    all.extend(row.values.keys().filter(|key| !all.contains(key)).collect::<Vec<_>>());
+            let mut values: Vec<&String> = Vec::new();
+            for (name, _) in self.rows.iter().filter(|row| row.table() == *table).flat_map(|row| &row.values)
+            {
+                if !values.contains(&name) {
+                    values.push(name);
                 }
-                all
-            };
+            }
             let _ = write!(text, "\n## {table}\n\n![{table}]({plot})\n\n| |");
             for value in &values {
                 let _ = write!(text, " {value} |");
@@ -175,14 +196,11 @@ impl Report {
         text
     }
 
-    /// A bar for each variant: the first value of its table, over the plain disk's.
+    /// A bar for each variant: the table's main value, over the first variant's.
     fn plot(&self, table: &str) -> String {
         let variants = self.variants(table);
-        let value = match self.rows.iter().find(|row| row.table() == table) {
-            Some(row) if row.values.contains_key("iops") => "iops",
-            Some(row) if row.values.contains_key("us_per_write") => "us_per_write",
-            _ => "max_ms",
-        };
+        let (value, base) =
+            (self.main_value(table).unwrap_or_default(), variants.first().copied().unwrap_or_default());
         let bars: Vec<(&str, f64)> = variants
             .iter()
             .filter_map(|variant| Some((*variant, self.ratio(table, variant, value)?.0)))
@@ -191,7 +209,7 @@ impl Report {
         let height = 30 + 22 * bars.len();
         let mut svg = format!(
             "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"640\" height=\"{height}\" font-family=\"sans-serif\" font-size=\"12\">\n\
-             <text x=\"4\" y=\"16\">{value}, times the plain disk's</text>\n"
+             <text x=\"4\" y=\"16\">{value}, times that of: {base}</text>\n"
         );
         for (number, (variant, ratio)) in bars.iter().enumerate() {
             let (y, width) = (26 + 22 * number, 340.0 * ratio / longest);
@@ -219,16 +237,20 @@ fn short(value: f64) -> String {
     }
 }
 
-/// Medians of two runs side by side, by their ratios to the plain disk; fails when one of ours got worse by a tenth or more.
+/// Medians of two runs side by side, by their ratios to each table's first variant; fails when one of ours got worse by a
+/// tenth or more in its table's main value, or in a tail.
 pub(crate) fn compare(old: &Path, new: &Path) -> ExitCode {
     let (Some(old), Some(new)) = (read(old), read(new)) else { return ExitCode::from(2) };
     let mut worse = 0;
     for table in new.tables().iter().filter(|table| old.tables().contains(table)) {
+        let main = new.main_value(table);
         for variant in new.variants(table) {
-            for value in ["us_per_write", "iops", "p99_us", "max_ms"] {
+            for value in
+                main.into_iter().chain(["p99_us", "max_ms"].into_iter().filter(|tail| Some(*tail) != main))
+            {
                 let pair = old.ratio(table, variant, value).zip(new.ratio(table, variant, value));
                 let Some((Spread(before, ..), Spread(after, ..))) = pair else { continue };
-                let change = if value == "iops" { before / after } else { after / before };
+                let change = if more_is_better(value) { before / after } else { after / before };
                 let verdict = if change >= 1.1 && variant.starts_with("qemu-cdp") {
                     worse += 1;
                     "WORSE"
@@ -243,13 +265,22 @@ pub(crate) fn compare(old: &Path, new: &Path) -> ExitCode {
     if worse == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
+/// Rates; everything else is a time, a size or a share.
+fn more_is_better(value: &str) -> bool {
+    value == "iops" || value.ends_with("_per_s")
+}
+
 fn read(path: &Path) -> Option<Report> {
     let text = fs::read_to_string(path).map_err(|e| e.to_string());
     let parsed = text.and_then(|text| serde_json::from_str::<Value>(&text).map_err(|e| e.to_string()));
     let value = parsed.inspect_err(|e| eprintln!("bench: {}: {e}", path.display())).ok()?;
     let text = |row: &Value, key: &str| row[key].as_str().unwrap_or_default().to_owned();
     let rows = value["rows"].as_array().into_iter().flatten().map(|row| {
+        let main = text(row, "main");
         let values = row["values"].as_object().into_iter().flatten();
+        let mut values: Vec<_> =
+            values.map(|(key, value)| (key.clone(), value.as_f64().unwrap_or_default())).collect();
+        values.sort_by_key(|(key, _)| *key != main);
         let number = |value: &Value| usize::try_from(value.as_u64().unwrap_or_default()).unwrap_or_default();
         Row {
             section: text(row, "section"),
@@ -258,8 +289,12 @@ fn read(path: &Path) -> Option<Report> {
             variant: text(row, "variant"),
             round: number(&row["round"]),
             quiet: row["quiet"].as_bool().unwrap_or_default(),
-            values: values.map(|(key, value)| (key.clone(), value.as_f64().unwrap_or_default())).collect(),
+            values,
         }
     });
-    Some(Report { name: text(&value, "name"), quick: value["quick"].as_bool()?, rows: rows.collect() })
+    Some(Report {
+        quiet: true,
+        rows: rows.collect(),
+        ..Report::new(&text(&value, "name"), value["quick"].as_bool()?)
+    })
 }

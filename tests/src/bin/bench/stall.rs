@@ -5,14 +5,13 @@ use std::time::{Duration, Instant};
 
 use crate::Effort;
 use crate::export::{Export, finish};
-use crate::machine;
 use crate::ours::Ours;
 use crate::report::{Report, Row};
 use crate::variants::{Medium, Pattern, Variant};
 
 const PATTERN: Pattern = Pattern { name: "4 KiB, depth 8", bytes: 4 << 10, depth: 8 };
 /// The load runs before and after the stall for that long, in seconds.
-const AROUND: f64 = 1.5;
+const AROUND: f64 = 1.0;
 
 /// Who stands still.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -37,14 +36,17 @@ const CASES: [(Variant, Stalled, &str); 8] = [
 pub(crate) fn run(effort: Effort, report: &mut Report) {
     let ours = Ours::start();
     let directories = CASES.map(|_| Medium::Tmpfs.directory());
-    // A minute once: it says the same, thirty times as long.
-    let stalls: &[(f64, usize)] =
-        if effort.patient { &[(2.0, effort.rounds), (60.0, 1)] } else { &[(0.5, 1)] };
-    for &(seconds, rounds) in stalls {
+    // A minute once, and with one peer: it says the same, thirty times as long.
+    let stalls: &[(f64, usize, usize)] = if effort.patient {
+        &[(2.0, effort.rounds, CASES.len()), (60.0, 1, 4)]
+    } else {
+        &[(0.5, 1, CASES.len())]
+    };
+    for &(seconds, rounds, cases) in stalls {
         let name = format!("{seconds} s");
         for round in 0..rounds {
-            let quiet = !effort.patient || machine::wait_until_idle();
-            for ((variant, stalled, label), directory) in CASES.into_iter().zip(&directories) {
+            report.begin_round(effort);
+            for ((variant, stalled, label), directory) in CASES.into_iter().zip(&directories).take(cases) {
                 let vm = format!("bench-stall-{}", u8::from(stalled == Stalled::Agent));
                 let mut export = Export::start(&ours, variant, directory.path(), &vm);
                 let load = export.load(PATTERN, seconds + 2.0 * AROUND);
@@ -61,10 +63,9 @@ pub(crate) fn run(effort: Effort, report: &mut Report) {
                 process.inspect(|process| process.thaw());
                 let seen = finish(load);
                 let mut row = Row::new("stall", &name, PATTERN.name, label, round);
-                row.set("writes", seen.writes);
                 row.set("max_ms", seen.max_us / 1000.0);
+                row.set("writes", seen.writes);
                 row.set("p99_us", seen.p99_us);
-                row.quiet = quiet;
                 report.add(row);
                 if variant == Variant::OursOn {
                     ours.records(&vm);

@@ -5,6 +5,8 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
+use crate::machine;
+
 /// Bytes of the disk, and of each peer's second copy.
 pub(crate) const DISK_BYTES: u64 = 1 << 30;
 
@@ -13,7 +15,7 @@ pub(crate) const DISK_BYTES: u64 = 1 << 30;
 pub(crate) enum Medium {
     /// A file in memory.
     Tmpfs,
-    /// A file on the disk that the working directory is on.
+    /// A file on the disk that the build is on.
     Disk,
 }
 
@@ -27,11 +29,11 @@ impl Medium {
 
     /// Where its files lie.
     pub(crate) fn directory(self) -> tempfile::TempDir {
-        let builder =
-            |at: &str| tempfile::Builder::new().prefix("cdp-bench-").tempdir_in(at).expect("a directory");
         match self {
-            Self::Tmpfs => builder("/dev/shm"),
-            Self::Disk => builder("target"),
+            Self::Tmpfs => {
+                tempfile::Builder::new().prefix("cdp-bench-").tempdir_in("/dev/shm").expect("a directory")
+            }
+            Self::Disk => machine::directory_on_disk(),
         }
     }
 
