@@ -26,9 +26,16 @@ pub enum Weather {
     Down = 3,
 }
 
+/// Sees what passes.
+pub trait Watch: Send + Sync + std::fmt::Debug {
+    /// These bytes are about to be sent on, to the server or to the agent.
+    fn passed(&self, to_server: bool, bytes: &[u8]);
+}
+
 #[derive(Debug)]
 struct Shared {
     weather: AtomicU8,
+    watch: Option<Arc<dyn Watch>>,
     stop: AtomicBool,
     seed: AtomicU64,
     server: SocketAddr,
@@ -66,12 +73,26 @@ impl Network {
     /// When there is no free port.
     #[must_use]
     pub fn to(server: &str) -> Self {
+        Self::start(server, None)
+    }
+
+    /// The same, with somebody who sees what passes.
+    ///
+    /// # Panics
+    /// When there is no free port.
+    #[must_use]
+    pub fn watched(server: &str, watch: Arc<dyn Watch>) -> Self {
+        Self::start(server, Some(watch))
+    }
+
+    fn start(server: &str, watch: Option<Arc<dyn Watch>>) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
         let address = listener.local_addr().expect("bound");
         listener.set_nonblocking(true).expect("non-blocking");
         let server = server.parse().expect("an address");
         let shared = Arc::new(Shared {
             weather: AtomicU8::new(0),
+            watch,
             stop: AtomicBool::new(false),
             seed: AtomicU64::new(1),
             server,
@@ -115,12 +136,12 @@ fn accept(shared: &Arc<Shared>, listener: &TcpListener) {
             continue;
         }
         let Ok(server) = TcpStream::connect(shared.server) else { continue };
-        let pair = |a: &TcpStream, b: &TcpStream| {
+        let pair = |a: &TcpStream, b: &TcpStream, to_server: bool| {
             let (from, to) = (a.try_clone().expect("a descriptor"), b.try_clone().expect("a descriptor"));
             let shared = Arc::clone(shared);
-            thread::spawn(move || pump(&shared, from, to))
+            thread::spawn(move || pump(&shared, from, to, to_server))
         };
-        pumps.extend([pair(&agent, &server), pair(&server, &agent)]);
+        pumps.extend([pair(&agent, &server, true), pair(&server, &agent, false)]);
     }
     for pump in pumps {
         let _ = pump.join();
@@ -128,7 +149,7 @@ fn accept(shared: &Arc<Shared>, listener: &TcpListener) {
 }
 
 /// Carries bytes one way until either end closes, or the weather does.
-fn pump(shared: &Shared, mut from: TcpStream, mut to: TcpStream) {
+fn pump(shared: &Shared, mut from: TcpStream, mut to: TcpStream, to_server: bool) {
     let mut random = Random::of(shared.seed.fetch_add(1, Ordering::Relaxed));
     from.set_nonblocking(false).expect("blocking");
     from.set_read_timeout(Some(LOOK)).expect("a time-out");
@@ -141,6 +162,9 @@ fn pump(shared: &Shared, mut from: TcpStream, mut to: TcpStream) {
             Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => continue,
             Err(_) => break,
         };
+        if let Some(watch) = &shared.watch {
+            watch.passed(to_server, &buffer[..length]);
+        }
         let mut sent = 0;
         while sent < length {
             let step = match shared.weather() {

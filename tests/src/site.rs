@@ -3,11 +3,12 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::sync::Arc;
 
 use cdp_api::{Client, ClientError, DiskSummary, Kind, PointSpec, Points, ProtectionPhase};
 use tempfile::TempDir;
 
-use crate::network::Network;
+use crate::network::{Network, Watch};
 use crate::process::Process;
 use crate::programs::program;
 use crate::wait_for;
@@ -46,7 +47,7 @@ impl Site {
     /// When one does not come up.
     #[must_use]
     pub fn start() -> Self {
-        Self::start_with(false, &[], &[])
+        Self::start_with(|_| None, &[], &[])
     }
 
     /// The same, with more arguments for the agent.
@@ -55,7 +56,7 @@ impl Site {
     /// When one does not come up.
     #[must_use]
     pub fn start_with_agent(arguments: &[&str]) -> Self {
-        Self::start_with(false, arguments, &[])
+        Self::start_with(|_| None, arguments, &[])
     }
 
     /// The same, with more arguments for the server.
@@ -64,7 +65,7 @@ impl Site {
     /// When one does not come up.
     #[must_use]
     pub fn start_with_server(arguments: &[&str]) -> Self {
-        Self::start_with(false, &[], arguments)
+        Self::start_with(|_| None, &[], arguments)
     }
 
     /// The same, with a [`Network`] between agent and server.
@@ -73,16 +74,29 @@ impl Site {
     /// When one does not come up.
     #[must_use]
     pub fn start_with_network() -> Self {
-        Self::start_with(true, &[], &[])
+        Self::start_with(|server| Some(Network::to(server)), &[], &[])
     }
 
-    fn start_with(with_network: bool, arguments: &[&str], for_server: &[&str]) -> Self {
+    /// The same, with somebody between agent and server who sees what passes.
+    ///
+    /// # Panics
+    /// When one does not come up.
+    #[must_use]
+    pub fn start_watched(watch: Arc<dyn Watch>) -> Self {
+        Self::start_with(|server| Some(Network::watched(server, watch)), &[], &[])
+    }
+
+    fn start_with(
+        network: impl FnOnce(&str) -> Option<Network>,
+        arguments: &[&str],
+        for_server: &[&str],
+    ) -> Self {
         let directory = tempfile::Builder::new().prefix("cdp-e2e-").tempdir().expect("temporary directory");
         let owned = |words: &[&str]| words.iter().map(|&word| word.to_owned()).collect::<Vec<String>>();
         let (agent_arguments, server_arguments) = (owned(arguments), owned(for_server));
         let mut server = start_server(directory.path(), "127.0.0.1:0", "127.0.0.1:0", &server_arguments);
         let (http, data) = (server.ready("http"), server.ready("data"));
-        let network = with_network.then(|| Network::to(&data));
+        let network = network(&data);
         let address = network.as_ref().map_or(data.clone(), Network::address);
         let agent = start_agent(directory.path(), &address, &agent_arguments);
         let client = Client::new(&format!("http://{http}")).expect("client");

@@ -12,6 +12,8 @@ use journal_format::{ByteRange, Codec, DataSpan, DiskId, Epoch, GapReason, Lsn, 
 pub(crate) const ZSTD_LEVEL: i32 = 1;
 /// Bytes of different data; longer loads repeat them.
 const POOL_BYTES: usize = 64 << 20;
+/// Enough of the nearly empty kind: a few frames.
+const SPARSE_BYTES: usize = 8 << 20;
 /// Bytes of the disks that synthetic loads write to.
 pub(crate) const DISK_BYTES: u64 = 16 << 30;
 
@@ -24,6 +26,8 @@ pub(crate) enum Contents {
     Files,
     /// Pages of rows with numbers, words and random digits, three quarters full.
     Database,
+    /// Blocks of 4 KiB that are nearly empty, so that a long history fits a small disk.
+    Sparse,
 }
 
 impl Contents {
@@ -33,6 +37,13 @@ impl Contents {
             Self::Random => Random::of(1).bytes(POOL_BYTES),
             Self::Files => files(),
             Self::Database => pages(),
+            Self::Sparse => {
+                let (mut random, mut bytes) = (Random::of(3), vec![0; SPARSE_BYTES]);
+                bytes
+                    .chunks_exact_mut(4 << 10)
+                    .for_each(|block| block[..48].copy_from_slice(&random.bytes(48)));
+                bytes
+            }
         }
     }
 }
@@ -131,6 +142,11 @@ impl Journal {
         Self { disk, disk_bytes, epoch, next: Lsn::FIRST, stamp, random: Random::of(u64::from(disk.0[0])) }
     }
 
+    /// The same journal, going on behind what somebody has of it.
+    pub(crate) fn behind(self, lsn: Lsn, stamp: u64) -> Self {
+        Self { next: lsn.next(), stamp: self.stamp.max(stamp), ..self }
+    }
+
     /// The LSN of the newest record.
     pub(crate) fn last(&self) -> Lsn {
         self.next.prev()
@@ -142,13 +158,14 @@ impl Journal {
         [begin, Op::GapEnd { generation: 1 }].map(|op| self.head(&[op], Codec::Raw, 0, &[]))
     }
 
-    /// The head of a frame with that batch; its records go to random places.
-    pub(crate) fn frame(&mut self, batch: &Batch) -> Vec<u8> {
+    /// The head of a frame with that batch; its records go to random places, or one behind the other from `begin` on.
+    pub(crate) fn frame(&mut self, batch: &Batch, begin: Option<u64>) -> Vec<u8> {
         let (length, raw) = (batch.record_bytes as u64, batch.raw.len());
         let places = self.disk_bytes / length;
         let ops: Vec<Op> = (0..raw / batch.record_bytes)
             .map(|number| {
-                let offset = self.random.within(0..places) * length;
+                let random = self.random.within(0..places) * length;
+                let offset = begin.map_or(random, |begin| begin + number as u64 * length);
                 let span = DataSpan { pos: (number * batch.record_bytes) as u32, len: length as u32 };
                 let range = ByteRange::new(offset, length).expect("on the disk");
                 Op::Write { range, data: span, fill: false, fua: false }

@@ -76,14 +76,17 @@ impl Export {
         Self { daemon, sink, socket }
     }
 
-    /// Starts a load on it, for some seconds.
-    pub(crate) fn load(&self, pattern: Pattern, seconds: f64) -> Child {
+    /// Starts a load on it, for some seconds; at most so many writes a second, where that is given.
+    pub(crate) fn load(&self, pattern: Pattern, seconds: f64, rate: Option<f64>) -> Child {
         let mut command = machine::pinned(GUEST_CORE, "fio");
         command.args(["--name=load", "--ioengine=nbd", "--rw=randwrite", "--norandommap", "--time_based=1"]);
         command.args(["--output-format=json", "--randrepeat=0", "--refill_buffers=1", "--group_reporting=1"]);
         command.arg(format!("--uri=nbd+unix:///disk?socket={}", self.socket.display()));
         command.arg(format!("--bs={}", pattern.bytes)).arg(format!("--iodepth={}", pattern.depth));
         command.arg(format!("--runtime={}ms", (seconds * 1000.0) as u64)).arg(format!("--size={DISK_BYTES}"));
+        if let Some(rate) = rate {
+            command.arg(format!("--rate_iops={}", rate.max(1.0) as u64));
+        }
         command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().expect("fio runs")
     }
 }
@@ -164,7 +167,7 @@ fn measure(
         _ => 0.0,
     };
     let (daemon_before, sinks_before) = (machine::cpu_seconds(export.daemon.pid()), sinks());
-    let seen = finish(export.load(pattern, seconds));
+    let seen = finish(export.load(pattern, seconds, None));
     let writes = seen.writes.max(1.0);
     row.set("iops", seen.iops);
     row.set("p50_us", seen.p50_us);

@@ -81,7 +81,8 @@ impl Feed {
             send(&mut stream, &OpenDisk { disk: disk.0.to_vec(), disk_bytes: DISK_BYTES, resume_epoch: 0 });
             let opened: DiskOpened = next(&mut stream, MessageType::DiskOpened);
             assert_eq!(opened.refused, "", "the server refuses a disk");
-            Journal::new(disk, DISK_BYTES, Epoch(opened.epoch))
+            let journal = Journal::new(disk, DISK_BYTES, Epoch(opened.epoch));
+            journal.behind(Lsn(opened.durable_lsn), opened.durable_stamp)
         });
         let journals = journals.collect();
         Self { stream, journals }
@@ -103,7 +104,7 @@ impl Feed {
             }
             let (journal, batch) = (&mut self.journals[number % disks], &batches[at]);
             let first = journal.last();
-            let head = journal.frame(batch);
+            let head = journal.frame(batch, None);
             raw += batch.raw.len() as u64;
             records += journal.last().since(first);
             frames.push(Ready { disk: journal.disk, head, batch: Some(at), last: journal.last() });

@@ -7,12 +7,16 @@
 mod contents;
 mod export;
 mod feed;
+mod history;
 mod ingest;
 mod machine;
 mod ours;
 mod parts;
 mod report;
+mod restore;
+mod rpo;
 mod stall;
+mod stored;
 mod variants;
 
 use std::path::PathBuf;
@@ -38,7 +42,14 @@ const QUICK: Effort = Effort { rounds: 1, seconds: 0.3, patient: false };
 type Bench = fn(Effort, &mut Report);
 
 /// The tables' names, and what measures them.
-const TABLES: [(&str, Bench); 3] = [("capture", export::run), ("stall", stall::run), ("ingest", ingest::run)];
+const TABLES: [(&str, Bench); 6] = [
+    ("capture", export::run),
+    ("stall", stall::run),
+    ("ingest", ingest::run),
+    ("restore", restore::run),
+    ("history", history::run),
+    ("rpo", rpo::run),
+];
 
 fn main() -> ExitCode {
     let mut arguments: Vec<String> = std::env::args().skip(1).collect();

@@ -3,7 +3,10 @@
 use std::fs;
 use std::path::Path;
 use std::process::Command;
+use std::sync::Arc;
 
+use cdp_api::Client;
+use cdp_tests::network::Watch;
 use cdp_tests::process::Process;
 use cdp_tests::programs::program;
 use cdp_tests::site::Site;
@@ -18,7 +21,15 @@ pub(crate) struct Ours {
 
 impl Ours {
     pub(crate) fn start() -> Self {
-        let site = Site::start();
+        Self::pinned(Site::start())
+    }
+
+    /// The same, with somebody between them who sees what passes.
+    pub(crate) fn start_watched(watch: Arc<dyn Watch>) -> Self {
+        Self::pinned(Site::start_watched(watch))
+    }
+
+    fn pinned(site: Site) -> Self {
         machine::pin(site.agent.pid(), SINK_CORE);
         machine::pin(site.server.pid(), SINK_CORE);
         Self { site }
@@ -45,6 +56,9 @@ pub(crate) struct Server {
     pub(crate) process: Process,
     /// Its address for agents.
     pub(crate) data: String,
+    /// Its address for REST, and a client of it.
+    pub(crate) url: String,
+    pub(crate) client: Client,
 }
 
 impl Server {
@@ -53,8 +67,10 @@ impl Server {
         let mut command = machine::pinned(SINK_CORE, program("cdp-server"));
         command.arg("--store").arg(store).args(["--listen", "127.0.0.1:0", "--http", "127.0.0.1:0"]);
         let mut process = Process::start(directory, "server", &mut command);
-        let data = process.ready("data");
-        Self { process, data }
+        let (data, http) = (process.ready("data"), process.ready("http"));
+        let url = format!("http://{http}");
+        let client = Client::new(&url).expect("a client");
+        Self { process, data, url, client }
     }
 }
 

@@ -39,7 +39,7 @@ pub(crate) fn run(effort: Effort, report: &mut Report, load: &Load, batches: &[B
         for batch in &chosen {
             packed += timed(|| drop(codec::compress(&batch.raw, ZSTD_LEVEL)));
             let mut frame = Vec::new();
-            heads += timed(|| frame = journal.frame(batch));
+            heads += timed(|| frame = journal.frame(batch, None));
             frame.extend_from_slice(&batch.data);
             frames.push(frame);
         }

@@ -49,7 +49,7 @@ pub(crate) fn run(effort: Effort, report: &mut Report) {
             for ((variant, stalled, label), directory) in CASES.into_iter().zip(&directories).take(cases) {
                 let vm = format!("bench-stall-{}", u8::from(stalled == Stalled::Agent));
                 let mut export = Export::start(&ours, variant, directory.path(), &vm);
-                let load = export.load(PATTERN, seconds + 2.0 * AROUND);
+                let load = export.load(PATTERN, seconds + 2.0 * AROUND, None);
                 thread::sleep(Duration::from_secs_f64(AROUND));
                 let process = match stalled {
                     Stalled::Nobody => None,
