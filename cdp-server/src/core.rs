@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use journal_format::{DiskId, Lsn};
@@ -27,6 +27,8 @@ pub(crate) struct Core {
     pub(crate) catalog: Catalog,
     pub(crate) store: Store,
     pub(crate) fleet: Fleet,
+    /// Held while what agents report is written down.
+    pub(crate) recording: Mutex<()>,
     pub(crate) faults: Faults,
     pub(crate) counters: Counters,
     /// Bounds how many REST requests read the store at once.
@@ -77,6 +79,7 @@ impl Core {
             catalog,
             store,
             fleet,
+            recording: Mutex::default(),
             faults,
             counters: Counters::default(),
             readers,

@@ -33,7 +33,7 @@ struct Inner {
     owners: HashMap<DiskId, (HostId, Epoch)>,
     /// What each session reported last.
     reports: HashMap<SessionId, HostReport>,
-    /// Sessions whose reports the catalog has to learn anew: their VM is the one that has the disk now.
+    /// Sessions whose reports the catalog has yet to learn: they are new, or another VM than before has the disk now.
     unwritten: BTreeSet<SessionId>,
     pending: HashMap<u64, Pending>,
 }
@@ -42,6 +42,8 @@ struct Inner {
 struct Pending {
     session: SessionId,
     disk: DiskId,
+    /// Which VM's disk it was about.
+    vm_pid: u32,
     protection: Option<Option<ProtectionOptions>>,
     answer: oneshot::Sender<CommandResult>,
 }
@@ -98,40 +100,8 @@ impl Fleet {
         self.lock().sessions.len()
     }
 
-    /// What of a report will be what is known of its disks, once [`Fleet::reported`] has taken it over: not the disks
-    /// that another host has, and of several VMs with one disk only one. Nor a disk that becomes another VM's with this very
-    /// report: until that is taken over, what is known of its capture is of the former VM ([`Fleet::unwritten`]).
-    pub(crate) fn part_of(&self, report: &HostReport) -> HostReport {
-        let inner = self.lock();
-        let mut speakers: HashMap<DiskId, (bool, u32)> = HashMap::new();
-        for vm in &report.vms {
-            for disk in &vm.disks {
-                let speaker = (!disk.refused.is_empty(), vm.pid);
-                let known = speakers.entry(disk.id).or_insert(speaker);
-                if known.0 && !speaker.0 {
-                    *known = speaker;
-                }
-            }
-        }
-        let is_its = |disk: DiskId, pid: u32| {
-            let owns = inner.owners.get(&disk).is_some_and(|(host, _)| *host == report.id);
-            match inner.disks.get(&disk).and_then(Claims::current) {
-                None => true,
-                Some(live) if live.host == report.id => live.vm_pid == pid,
-                Some(_) => owns,
-            }
-        };
-        let mut part = report.clone();
-        for vm in &mut part.vms {
-            let speaks = |disk: DiskId| speakers.get(&disk).is_some_and(|(_, pid)| *pid == vm.pid);
-            vm.disks.retain(|disk| speaks(disk.id) && is_its(disk.id, vm.pid));
-        }
-        part.vms.retain(|vm| !vm.disks.is_empty());
-        part
-    }
-
     /// Takes over what a connection reports; it replaces what the same connection reported before, and of the same
-    /// disks what an older connection of its host did.
+    /// disks what an older connection of its host did. The catalog has to learn of it: [`Fleet::unwritten`].
     pub(crate) fn reported(&self, session: SessionId, host: &HostReport) {
         let mut inner = self.lock();
         let mut reported = HashSet::new();
@@ -143,6 +113,7 @@ impl Fleet {
         }
         let disks: HashSet<DiskId> = reported.iter().map(|(disk, _)| *disk).collect();
         inner.reports.insert(session, host.clone());
+        inner.unwritten.insert(session);
         inner.keep_claims(|live| {
             let of_host = live.host == host.id && disks.contains(&live.disk());
             !(live.session == session || of_host) || reported.contains(&(live.disk(), live.vm_pid))
@@ -301,8 +272,9 @@ impl Fleet {
             live.last_command = Some(now);
             live.command_running = true;
         }
+        let vm_pid = live.vm_pid;
         let peer = Arc::clone(inner.sessions.get(&session)?);
-        inner.pending.insert(request, Pending { session, disk, protection, answer });
+        inner.pending.insert(request, Pending { session, disk, vm_pid, protection, answer });
         drop(inner);
         let disk = disk.0.to_vec();
         let sent = match command {
@@ -319,14 +291,15 @@ impl Fleet {
         Some(result)
     }
 
-    /// Takes over what became of a command.
+    /// Takes over what became of a command. It says nothing of another VM that has the disk by now.
     pub(crate) fn completed(&self, session: SessionId, mut result: CommandResult, now: Instant) {
         result.error = cut(result.error, MAX_REASON_BYTES);
         let mut inner = self.lock();
         let pending = inner.pending.remove(&result.request);
         let Some(pending) = pending.filter(|pending| pending.session == session) else { return };
         let owner = inner.owners.get(&pending.disk).map(|(host, _)| *host);
-        if let Some(live) = inner.disks.get_mut(&pending.disk).and_then(|claims| claims.of(session))
+        let claims = inner.disks.get_mut(&pending.disk);
+        if let Some(live) = claims.and_then(|claims| claims.of_vm(session, pending.vm_pid))
             && let Some(options) = pending.protection
         {
             live.command_running = false;

@@ -14,7 +14,7 @@
 //! | the agent cannot switch it off | 409 `agent-refused` | kept: capture must not go on against the operator's will |
 
 use core::ops::RangeInclusive;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use cdp_api::limits::{RING_MIB, SYNC_TIMEOUT_MS, THROTTLE_MS};
@@ -28,7 +28,7 @@ use crate::core::Core;
 use crate::error::ServerError;
 use crate::fleet::{Command, LiveDisk, Mode};
 use crate::limits::{COMMAND_TIMEOUT, FORGET_EVERY};
-use crate::model::{HostReport, cut};
+use crate::model::cut;
 use crate::rest::problem::{ApiError, agent_refused};
 
 /// What a disk needs, given what is wanted and what is. `None`: nothing, or nothing now.
@@ -43,28 +43,21 @@ fn is_captured(live: &LiveDisk) -> bool {
     live.fresh && live.mode != Mode::Off
 }
 
-/// Writes down what an agent reports, without what is another VM's.
-///
-/// # Errors
-/// When the catalog cannot be written.
-pub(crate) fn record_part(core: &Core, part: &HostReport) -> Result<(), ServerError> {
-    let recorded = core.catalog.record_report(part, core.now_ns());
-    for disk in part.vms.iter().flat_map(|vm| &vm.disks) {
-        core.write_name(disk.id);
-    }
-    recorded
-}
-
-/// Writes down whose the disks are that have become another VM's.
+/// Writes down what agents report, without what is another VM's. All that was reported before the call is written when
+/// this returns, whoever writes it.
 ///
 /// # Errors
 /// When the catalog cannot be written; it is tried again the next time.
 pub(crate) fn record(core: &Core) -> Result<(), ServerError> {
+    let _one_at_a_time = core.recording.lock().unwrap_or_else(PoisonError::into_inner);
     let mut outcome = Ok(());
     for (session, part) in core.fleet.unwritten() {
-        if let Err(error) = record_part(core, &part) {
+        if let Err(error) = core.catalog.record_report(&part, core.now_ns()) {
             core.fleet.write_again(session);
             outcome = Err(error);
+        }
+        for disk in part.vms.iter().flat_map(|vm| &vm.disks) {
+            core.write_name(disk.id);
         }
     }
     outcome

@@ -149,13 +149,9 @@ impl<'a> Session<'a> {
                 "left out disks that are malformed or over the limit"
             );
         }
-        // Written down before it can be seen, and before anything follows from it.
-        let recorded = protection::record_part(self.core, &self.core.fleet.part_of(&report));
         self.core.fleet.reported(self.peer.id, &report);
-        if recorded.is_err() {
-            self.core.fleet.write_again(self.peer.id);
-        }
-        let recorded = recorded.and_then(|()| protection::record(self.core));
+        // Written down before anything follows from it.
+        let recorded = protection::record(self.core);
         if let Err(error) = recorded.and_then(|()| protection::reconcile(self.core, Instant::now())) {
             tracing::error!(agent = self.peer.label, %error, "cannot write down what the agent reports; free its disk");
         }

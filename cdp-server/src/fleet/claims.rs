@@ -140,6 +140,11 @@ impl Claims {
         mine.min_by_key(|live| !live.report.refused.is_empty())
     }
 
+    /// What a session claims for that VM.
+    pub(super) fn of_vm(&mut self, session: SessionId, pid: u32) -> Option<&mut Live> {
+        self.list.iter_mut().find(|live| (live.session, live.vm_pid) == (session, pid))
+    }
+
     /// The sessions that claim it.
     pub(super) fn sessions(&self) -> Vec<SessionId> {
         let mut sessions: Vec<SessionId> = self.list.iter().map(|live| live.session).collect();

@@ -148,15 +148,10 @@ fn the_disk_follows_its_owner_and_the_catalog_learns_of_it() {
     let written = |fleet: &Fleet| -> Vec<(SessionId, usize)> {
         fleet.unwritten().into_iter().map(|(session, report)| (session, report.vms.len())).collect()
     };
-    assert_eq!(written(&fleet), [(A, 1)], "the clone is not written down");
-    assert_eq!(fleet.part_of(&host_of(1, 10)).vms.len(), 1);
-    assert_eq!(
-        fleet.part_of(&host_of(1, 11)).vms.len(),
-        0,
-        "another VM is not, before its report is taken over"
-    );
-    assert_eq!(fleet.part_of(&host_of(2, 20)).vms.len(), 0, "nor when it reports");
+    assert_eq!(written(&fleet), [(A, 1), (B, 0)], "the clone is not written down");
     assert_eq!(written(&fleet), [], "once");
+    fleet.reported(A, &host_of(1, 10));
+    assert_eq!(written(&fleet), [(A, 1)], "whatever is reported anew");
     fleet.closed(DISK);
     assert_eq!(vm_pid(&fleet), Some(10), "who came first");
     fleet.opened(B, HOST_2, DISK, Epoch(2));
@@ -170,7 +165,7 @@ fn the_disk_follows_its_owner_and_the_catalog_learns_of_it() {
     assert_eq!(written(&fleet), [(A, 1)]);
     fleet.opened(A, HOST_1, DISK, Epoch(3));
     fleet.reported(B, &host_of(2, 20));
-    assert_eq!(written(&fleet), []);
+    assert_eq!(written(&fleet), [(B, 0)]);
     fleet.disconnected(A);
     assert_eq!(written(&fleet), [(B, 1)], "the one that came second is the only one left");
 }
@@ -186,40 +181,48 @@ fn a_second_process_of_one_host_is_a_conflict_with_its_agents_words() {
     assert_eq!(vm_pid(&fleet), Some(10));
     assert_eq!(fleet.conflicts(DISK)[0].reason, "process 10 has it");
     let [(_, written)] = &fleet.unwritten()[..] else { panic!("one report") };
-    for part in [written, &fleet.part_of(&both)] {
-        assert_eq!(part.vms.iter().map(|vm| vm.pid).collect::<Vec<_>>(), [10]);
-    }
+    assert_eq!(written.vms.iter().map(|vm| vm.pid).collect::<Vec<_>>(), [10]);
     both.vms.remove(1);
     both.vms[0].disks[0].refused.clear();
     fleet.reported(A, &both);
     assert_eq!((vm_pid(&fleet), fleet.conflicts(DISK)), (Some(11), Vec::new()));
 }
 
-/// What the agent still said of the first one's capture once made the second one look protected.
+/// What the agent still says of the first one's capture would make the second one look protected.
 #[test]
 fn a_second_process_is_not_taken_to_be_captured_by_what_is_said_of_the_first() {
     let (fleet, now) = (Fleet::default(), Instant::now());
-    let mut both = host_of(1, 10);
-    let mut second = both.vms[0].clone();
-    (second.pid, second.disks[0].refused) = (11, "process 10 has it".to_owned());
-    both.vms.push(second);
-    fleet.reported(A, &both);
-    fleet.opened(A, HOST_1, DISK, Epoch(1));
+    let (agent, _outgoing) = peer(&fleet);
+    let session = agent.id;
+    let both = |disk_is_of: u32| {
+        let mut both = host_of(1, 10);
+        both.vms.push(VmReport { pid: 11, ..both.vms[0].clone() });
+        for vm in both.vms.iter_mut().filter(|vm| vm.pid != disk_is_of) {
+            vm.disks[0].refused = format!("process {disk_is_of} has it");
+        }
+        both
+    };
     let capturing = |epoch| DiskStatus { epoch, ..status("capturing", 10, 1000) };
-    fleet.status(A, DISK, capturing(1), now);
-    both.vms.remove(0);
-    both.vms[0].disks[0].refused.clear();
     let mode = || fleet.live(DISK, now).map(|live| (live.vm_pid, live.mode));
-    fleet.reported(A, &both);
+    fleet.reported(session, &both(10));
+    fleet.opened(session, HOST_1, DISK, Epoch(1));
+    fleet.status(session, DISK, capturing(1), now);
+    let _answer = fleet.command(DISK, Command::SetProtection(Some(ProtectionOptions::default())), now);
+    let request = fleet.lock().last_number;
+    fleet.reported(session, &both(11));
     assert_eq!(mode(), Some((11, Mode::Off)));
-    fleet.status(A, DISK, capturing(1), now);
+    fleet.status(session, DISK, capturing(1), now);
+    assert_eq!(mode(), Some((11, Mode::Off)));
+    fleet.completed(session, CommandResult { request, ..CommandResult::default() }, now);
     assert_eq!(mode(), Some((11, Mode::Off)));
     fleet.closed(DISK);
-    fleet.status(A, DISK, capturing(1), now);
+    fleet.status(session, DISK, capturing(1), now);
     assert_eq!(mode(), Some((11, Mode::Off)));
-    fleet.opened(A, HOST_1, DISK, Epoch(2));
-    fleet.status(A, DISK, capturing(2), now);
+    fleet.opened(session, HOST_1, DISK, Epoch(2));
+    fleet.status(session, DISK, capturing(2), now);
     assert_eq!(mode(), Some((11, Mode::Capturing)));
+    fleet.reported(session, &both(10));
+    assert_eq!(mode(), Some((10, Mode::Off)), "what was known of its former capture is old");
 }
 
 #[test]
