@@ -176,15 +176,6 @@ impl Writer {
         ledger.versions.push(version);
     }
 
-    /// What the region held before and after the one request that was under way at that time, as hashes; `None` when none was.
-    #[must_use]
-    pub fn under_way(&self, at_ns: u64) -> Option<[blake3::Hash; 2]> {
-        let ledger = locked(&self.ledger);
-        let newest = ledger.versions.iter().rposition(|v| v.sent_ns <= at_ns)?;
-        let (before, after) = (ledger.versions.get(newest.checked_sub(1)?)?, ledger.versions.get(newest)?);
-        after.answered_ns.is_none_or(|ns| ns > at_ns).then_some([before.hash, after.hash])
-    }
-
     /// Whether an image of the whole disk holds in this region all that the guest has flushed, and nothing that it never
     /// wrote.
     ///
@@ -207,8 +198,7 @@ impl Writer {
     }
 
     /// The writer's region of an image of the whole disk.
-    #[must_use]
-    pub fn region<'a>(&self, disk: &'a [u8]) -> &'a [u8] {
+    fn region<'a>(&self, disk: &'a [u8]) -> &'a [u8] {
         &disk[self.region.start as usize..self.region.end as usize]
     }
 
