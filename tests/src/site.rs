@@ -252,15 +252,17 @@ impl Site {
     }
 
     /// Names the present moment, waits until it is durable, and returns its LSN: everything the guest has seen complete
-    /// has a smaller one. In a gap, which none is taken in, it waits for the gap's end.
+    /// has a smaller one. In a gap, and while nobody says that the disk is being captured, none is taken: it waits.
     ///
     /// # Panics
     /// When the bookmark is refused.
     pub fn bookmark(&self, disk: &str, name: &str) -> u64 {
-        let in_gap = |error: &ClientError| error.problem().is_some_and(|p| p.kind == Kind::PointInGap);
+        let not_yet = |error: &ClientError| {
+            error.problem().is_some_and(|p| matches!(p.kind, Kind::PointInGap | Kind::AgentOffline))
+        };
         let mark =
             wait_for("a bookmark outside of gaps", || match self.client.create_bookmark(disk, name, None) {
-                Err(error) if in_gap(&error) => None,
+                Err(error) if not_yet(&error) => None,
                 answer => Some(answer),
             });
         let refused = |e| panic!("bookmark: {e:?}; the gaps are {:?}", self.points(disk).gaps);

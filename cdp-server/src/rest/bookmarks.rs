@@ -26,13 +26,15 @@ const POLL: Duration = Duration::from_millis(10);
 
 /// Names a point: now, or with `at` one that exists.
 ///
-/// Now, on a disk that is being captured, is a record of its own in the disk's history, put there by the host. When
-/// the host's agent is away, now is the newest point there is.
+/// Now is a record of its own in the disk's history, put there by the host; so there is none on a disk that is not being
+/// captured or whose agent is away. The newest point there is can always be named, as `latest`.
 #[utoipa::path(post, path = "/v1/disks/{disk}/bookmarks", tag = "points", operation_id = "create_bookmark", params(
     ("disk" = String, Path, description = "UUID, or vm/device (as two segments or with the slash as %2F)"),
 ), request_body = CreateBookmark, responses(
     (status = 201, description = "The bookmark, durable", body = Bookmark),
     (status = 409, description = "The name is taken, or the point cannot be restored", body = Problem,
+     content_type = "application/problem+json"),
+    (status = 503, description = "No agent captures the disk, so now cannot be named", body = Problem,
      content_type = "application/problem+json"),
     (status = "default", description = "What went wrong", body = Problem, content_type = "application/problem+json"),
 ))]
@@ -97,12 +99,16 @@ async fn at_point(
 }
 
 async fn now(core: &Arc<Core>, row: &DiskRow, name: String, gap_open: bool) -> Result<Bookmark, ApiError> {
-    let live = core.fleet.live(row.id, Instant::now());
-    let capturing = live.is_some_and(|live| live.fresh && live.mode == Mode::Capturing);
-    if !capturing {
-        return at_point(core, row, name, PointSpec::Latest).await;
-    }
-    if gap_open {
+    let mode = core.fleet.live(row.id, Instant::now()).filter(|live| live.fresh).map(|live| live.mode);
+    let Some(mode @ (Mode::Tracking | Mode::Capturing)) = mode else {
+        let why = match mode {
+            Some(_) => "the disk is not being captured, so its history has no now",
+            None => "the VM does not run or its agent is away: nobody can say what now is",
+        };
+        let hint = "try again when the disk is protected, or name its newest point: 'at' is 'latest'";
+        return Err(Problem::new(Kind::AgentOffline, why, hint).into());
+    };
+    if gap_open || mode == Mode::Tracking {
         return Err(Problem::new(
             Kind::PointInGap,
             "the disk is still being synced; a bookmark set now could not be restored",

@@ -55,12 +55,16 @@ fn an_existing_point_can_be_named() {
 }
 
 #[test]
-fn without_the_agent_now_is_the_newest_point() {
+fn without_the_agent_nobody_can_say_what_now_is_and_the_newest_point_has_a_name() {
     let fixture = Fixture::start();
     let (agent, _) = protected(&fixture);
     drop(agent);
     eventually(|| (!fixture.client.disk(NAME).ok()?.online).then_some(()));
-    assert_eq!(fixture.client.create_bookmark(NAME, "end", None).expect("set").lsn, 3);
+    let refused = problem(fixture.client.create_bookmark(NAME, "end", None));
+    assert_eq!(refused.kind, Kind::AgentOffline);
+    assert!(refused.hint.contains("'latest'"), "{}", refused.hint);
+    let latest = fixture.client.create_bookmark(NAME, "end", Some(&PointSpec::Latest)).expect("set");
+    assert_eq!(latest.lsn, 3);
 }
 
 #[test]
