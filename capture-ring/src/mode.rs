@@ -108,14 +108,15 @@ impl Producer {
         Ok(lsn)
     }
 
-    /// Ends the epoch in order: requests are no longer captured. The caller waits for those in flight. False when that had
-    /// been done, or capture has ended some other way: the disk may have been written since.
+    /// Ends the epoch in order: requests are no longer captured. The caller waits for those in flight. False when that
+    /// had been done, or capture has ended some other way: the disk may have been written since.
     pub fn detach(&self) -> bool {
         self.change(|word| (word.mode != Mode::Off).then_some(ModeWord { mode: Mode::Off, ..word }))
     }
 
-    /// Right after a [`Producer::detach`] that was true, when no request is in flight: history is whole up to here, and the disk is left as `image`.
-    /// Publishes that as the last record. False, and nothing is published, when history has a gap or the ring no slot.
+    /// Right after a [`Producer::detach`] that was true, when no request is in flight: history is whole up to here, and
+    /// the disk is left as `image`. Publishes that as the last record. False, and nothing is published, when history has
+    /// a gap or the ring no slot.
     #[must_use]
     pub fn close(&self, image: ImageTag) -> bool {
         let ring = &self.ring;

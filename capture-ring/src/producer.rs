@@ -234,8 +234,8 @@ impl Producer {
         self.release(ticket);
     }
 
-    /// As [`Producer::fail`], for a request that is still under way and goes on as one that is only tracked: the gap lasts at
-    /// least until [`Producer::end_tracked`].
+    /// As [`Producer::fail`], for a request that is still under way and goes on as one that is only tracked: the gap
+    /// lasts at least until [`Producer::end_tracked`].
     pub fn lose(&self, ticket: Ticket) -> Tracked {
         let tracked = self.track_anyhow(ticket.range);
         self.fail(ticket);
