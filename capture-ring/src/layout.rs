@@ -4,7 +4,7 @@
 //! apart (two cache lines, because the processor fetches lines in pairs).
 
 use journal_format::limits::{DIRTY_CHUNK_BYTES, MAX_DISK_BYTES};
-use journal_format::{DiskId, Epoch, Lsn};
+use journal_format::{DiskId, Epoch, GapReason, Lsn};
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -54,7 +54,8 @@ pub struct Description {
     slabs_at: U64,
     arena_at: U64,
     total_bytes: U64,
-    reserved: [u8; 52],
+    begins: U32,
+    reserved: [u8; 48],
     crc: U32,
 }
 
@@ -169,7 +170,8 @@ impl Description {
             slabs_at: U64::new(geometry.slabs_at),
             arena_at: U64::new(geometry.arena_at),
             total_bytes: U64::new(geometry.total_bytes),
-            reserved: [0; 52],
+            begins: U32::new(config.begins as u32),
+            reserved: [0; 48],
             crc: U32::new(0),
         };
         this.crc = U32::new(this.computed_crc());
@@ -198,6 +200,7 @@ impl Description {
         if this.crc.get() != this.computed_crc() {
             return Err(bad("the ring's description is corrupt"));
         }
+        let begins = u8::try_from(this.begins.get()).ok().and_then(GapReason::from_u8);
         let config = RingConfig {
             disk: DiskId(this.disk),
             epoch: Epoch(this.epoch.get()),
@@ -205,6 +208,7 @@ impl Description {
             disk_bytes: this.disk_bytes.get(),
             arena_bytes: this.arena_bytes.get(),
             slots: this.slots.get(),
+            begins: begins.ok_or(bad("the ring's epoch begins for no known reason"))?,
         };
         let geometry = Geometry::new(&config)?;
         if Self::new(&config, &geometry).as_bytes() != bytes || geometry.total_bytes != file_bytes {

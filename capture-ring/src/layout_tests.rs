@@ -45,6 +45,7 @@ fn code() -> BTreeMap<&'static str, (usize, Fields)> {
         slabs_at,
         arena_at,
         total_bytes,
+        begins,
         reserved,
         crc,
     );

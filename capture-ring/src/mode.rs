@@ -83,8 +83,8 @@ pub enum Resync {
 }
 
 impl Producer {
-    /// Starts the epoch: everything is dirty, the first record is a gap-begin of generation 1 for
-    /// [`GapReason::Attach`], and requests are captured from here on. Call it once per ring.
+    /// Starts the epoch: everything is dirty, the first record is a gap-begin of generation 1 for the reason that the
+    /// ring was made with, and requests are captured from here on. Call it once per ring.
     ///
     /// # Errors
     /// [`crate::Full`] when the ring has been used already.
@@ -96,13 +96,13 @@ impl Producer {
         if let Some(disk) = ByteRange::new(0, ring.disk_bytes()) {
             self.mark_dirty(disk);
         }
-        let entry =
-            Entry { kind: kind::GAP_BEGIN, offset: 1, reason: GapReason::Attach as u16, ..Entry::default() };
+        let begins = ring.config().begins;
+        let entry = Entry { kind: kind::GAP_BEGIN, offset: 1, reason: begins as u16, ..Entry::default() };
         let (lsn, _) = self.bare(Class::Control, entry)?;
         let words = ring.memory().words();
         // ORDERING: Release pairs with the loads of both words: the gap-begin is published.
         words.gap_begun.fetch_max(1, Ordering::Release);
-        let word = ModeWord { generation: 1, reason: Some(GapReason::Attach), mode: Mode::Capturing };
+        let word = ModeWord { generation: 1, reason: Some(begins), mode: Mode::Capturing };
         // ORDERING: SeqCst, like every change of the mode.
         words.mode.store(word.pack(), Ordering::SeqCst);
         Ok(lsn)

@@ -1,6 +1,6 @@
 //! A ring: its memory, checked, and what both sides may ask of it.
 
-use journal_format::{DiskId, Epoch, Lsn};
+use journal_format::{DiskId, Epoch, GapReason, Lsn};
 
 use crate::arena::Arena;
 use crate::dirty::Dirty;
@@ -26,13 +26,16 @@ pub struct RingConfig {
     pub arena_bytes: u64,
     /// Records in flight: a power of two from 4 to 2^24.
     pub slots: u32,
+    /// Why the gap that the epoch begins with is there.
+    pub begins: GapReason,
 }
 
 impl RingConfig {
-    /// A configuration with the default sizes: 64 MiB of data and 65536 records.
+    /// A configuration with the default sizes: 64 MiB of data and 65536 records. The epoch begins because protection does.
     #[must_use]
     pub const fn new(disk: DiskId, epoch: Epoch, first_lsn: Lsn, disk_bytes: u64) -> Self {
-        Self { disk, epoch, first_lsn, disk_bytes, arena_bytes: DEFAULT_ARENA_BYTES, slots: DEFAULT_SLOTS }
+        let (arena_bytes, slots) = (DEFAULT_ARENA_BYTES, DEFAULT_SLOTS);
+        Self { disk, epoch, first_lsn, disk_bytes, arena_bytes, slots, begins: GapReason::Attach }
     }
 }
 

@@ -217,6 +217,16 @@ fn an_overflow_goes_to_tracking_and_a_resync_closes_its_gap() {
 }
 
 #[test]
+fn an_epoch_begins_for_the_reason_that_its_ring_was_made_with() {
+    for reason in [GapReason::Attach, GapReason::AgentLost, GapReason::FilterFault, GapReason::UncleanEnd] {
+        let (producer, mut consumer) = pair(&RingConfig { begins: reason, ..config() });
+        producer.attach().expect("new ring");
+        assert_eq!(drain(&mut consumer)[0].op, Op::GapBegin { reason, generation: 1 });
+        assert_eq!(producer.ring().mode().reason, Some(reason));
+    }
+}
+
+#[test]
 fn what_a_dead_producer_left_is_void_and_dirty() {
     let (producer, mut consumer) = pair(&config());
     let open = producer.begin_write(range(5 * MIB, 600_000), false).expect("room");

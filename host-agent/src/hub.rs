@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use capture_ring::HostClock;
 use capture_ring::control::CaptureFds;
-use journal_format::{DiskId, Epoch, FormatError, Lsn, wire};
+use journal_format::{DiskId, Epoch, FormatError, GapReason, Lsn, wire};
 use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::eventfd::EventFd;
 
@@ -431,7 +431,7 @@ impl Hub {
     fn resume(&mut self, disk: DiskId, epoch: Epoch) {
         let live = self.rings.get_mut(&disk).filter(|live| live.epoch == epoch);
         if let Some(Err(error)) = live.map(Live::resume) {
-            self.queue.push_back(Event::RingFault(disk, epoch, error.to_string()));
+            self.queue.push_back(Event::RingFault(disk, epoch, GapReason::AgentLost, error.to_string()));
         }
     }
 

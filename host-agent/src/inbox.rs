@@ -13,7 +13,7 @@
 
 use capture_ring::{Overflow, Policy};
 use journal_format::wire::{self, MESSAGE_HEADER_BYTES, MessageHeader, MessageType};
-use journal_format::{ChunkHash, Epoch, ImageTag, Lsn, Stamp};
+use journal_format::{ChunkHash, Epoch, GapReason, ImageTag, Lsn, Stamp};
 
 use crate::compare::{Answer, Wanted};
 use crate::error::AgentError;
@@ -82,6 +82,7 @@ fn decode(kind: MessageType, body: &[u8]) -> Result<ServerMessage, AgentError> {
                 durable_stamp: Stamp(opened.durable_stamp),
                 epoch: Epoch(opened.epoch),
                 closed_image: opened.closed_image.try_into().ok().map(ImageTag),
+                begins: wire::gap_reason(opened.begins).unwrap_or(GapReason::UncleanEnd),
                 refused: opened.refused,
             }
         }

@@ -84,6 +84,7 @@ impl Live {
                 0 => settings.ring_bytes,
                 mib => u64::from(mib) << 20,
             },
+            begins: order.begins,
             ..RingConfig::new(order.disk, order.epoch, order.first_lsn, order.disk_bytes)
         };
         let (ring, ring_fd) = Ring::create(&config).map_err(ring_error)?;

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use journal_format::frame::{FrameMeta, encode_head};
 use journal_format::limits::MAX_RECORD_DATA_BYTES;
-use journal_format::{DiskId, Epoch, FormatError, GapReason, Op, Record, codec};
+use journal_format::{DiskId, Epoch, FormatError, Op, Record, codec};
 
 use crate::limits::{FRAME_MAX_AGE, FRAME_MAX_RECORDS, FRAME_TARGET_BYTES, ZSTD_LEVEL};
 use crate::outbox::PackedFrame;
@@ -72,7 +72,7 @@ impl Packer {
         if let Op::Resize { disk_bytes } = record.op {
             self.disk_bytes = disk_bytes;
         }
-        self.begins_epoch |= matches!(record.op, Op::GapBegin { reason: GapReason::Attach, .. });
+        self.begins_epoch |= matches!(record.op, Op::GapBegin { generation: 1, .. });
         self.opened.get_or_insert(now);
         self.records.push(record);
     }
@@ -128,7 +128,7 @@ impl Packer {
 
 #[cfg(test)]
 mod tests {
-    use journal_format::{ByteRange, DataSpan, Frame, Lsn, Stamp};
+    use journal_format::{ByteRange, DataSpan, Frame, GapReason, Lsn, Stamp};
     use proptest::prelude::*;
 
     use super::*;

@@ -262,7 +262,7 @@ fn what_was_tampered_with_is_refused_and_a_new_epoch_begins() {
         });
         let journal = bench.caught_up();
         assert!(
-            matches!(journal.ops().last(), Some(Op::GapBegin { reason: GapReason::Attach, .. })),
+            matches!(journal.ops().last(), Some(Op::GapBegin { reason: GapReason::AgentLost, .. })),
             "{case}"
         );
         assert_eq!(bench.disk().mode(), Mode::Capturing);

@@ -32,15 +32,15 @@ impl DataSpan {
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 #[repr(u8)]
 pub enum GapReason {
-    /// Protection was switched on; the initial sync has not finished.
+    /// Protection was switched on, or a VM that was stopped in good order was started; the sync has not finished.
     Attach = 1,
     /// The ring was full and the policy let the guest go on.
     Overflow = 2,
     /// A guest write failed; what the disk now holds there has to be read back.
     WriteFailed = 3,
-    /// The agent was lost with data it had taken out of the ring.
+    /// The ring filled up while no agent was connected, or what an agent had taken out of the ring was lost.
     AgentLost = 4,
-    /// A fault in the filter itself switched capture off.
+    /// A fault in the filter itself switched capture off, or what it left in the ring could not be used.
     FilterFault = 5,
     /// The contents changed behind the guest's back (snapshot revert, migration, commit into the node).
     ContentsChanged = 6,

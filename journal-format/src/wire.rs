@@ -22,6 +22,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 use crate::error::{FormatError, FormatErrorKind};
 use crate::layout::{header_crc, layout};
 use crate::limits::MAX_FRAME_BYTES;
+use crate::record::GapReason;
 use crate::units::DiskId;
 
 /// Encoded size of a message header, in bytes.
@@ -266,6 +267,12 @@ pub fn disk_id(field: &[u8]) -> Result<DiskId, FormatError> {
         .map_err(|_| FormatError::invalid("message", "a disk id is not 16 bytes long"))
 }
 
+/// The reason that a message's field is the number of; `None` for 0, and for one that this program does not know.
+#[must_use]
+pub fn gap_reason(field: u32) -> Option<GapReason> {
+    u8::try_from(field).ok().and_then(GapReason::from_u8)
+}
+
 macro_rules! control {
     ($($name:ident),* $(,)?) => {
         $(impl Control for $name { const KIND: MessageType = MessageType::$name; })*
@@ -416,6 +423,10 @@ pub struct DiskOpened {
     /// 16 bytes when the journal ends with a close record: its image tag; else empty.
     #[prost(bytes = "vec", tag = "6")]
     pub closed_image: Vec<u8>,
+    /// Why a new epoch begins with a gap: see [`gap_reason`]; 0 for an epoch that goes on. `UncleanEnd` is what the server
+    /// says of an epoch of whose end it was told nothing.
+    #[prost(uint32, tag = "7")]
+    pub begins: u32,
 }
 
 /// The agent gives a disk up that it opened on this connection: it sends no more frames of it, and has none that are not
@@ -425,6 +436,10 @@ pub struct CloseDisk {
     /// 16 bytes: the disk's id.
     #[prost(bytes = "vec", tag = "1")]
     pub disk: Vec<u8>,
+    /// How its last epoch ended, which is why the next one begins with a gap: see [`gap_reason`]; 0 when the agent saw no
+    /// end of it, because QEMU was gone.
+    #[prost(uint32, tag = "2")]
+    pub ended: u32,
 }
 
 /// Everything of the disk up to this LSN survives a power cut.

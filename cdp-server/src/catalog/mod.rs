@@ -11,11 +11,12 @@ mod schema;
 
 use std::fs::{File, TryLockError};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use cdp_api::{OverflowPolicy, ProtectionOptions};
-use journal_format::{DiskId, Epoch};
+use journal_format::{DiskId, Epoch, GapReason};
 use rusqlite::{Connection, ErrorCode, OptionalExtension, Row, Transaction, params};
 
 use crate::data::plane::Host;
@@ -70,6 +71,8 @@ impl DiskRow {
 #[derive(Debug)]
 pub struct Catalog {
     db: Mutex<Connection>,
+    /// A write has failed, and none was good since.
+    failed: AtomicBool,
 }
 
 /// Takes the lock beside the catalog's file, until what it returns is dropped: two servers with one catalog would hand out
@@ -130,7 +133,21 @@ impl Catalog {
         };
         let mut db = open().map_err(|error| fail(format!("{error}; {}", advice(&error))))?;
         schema::migrate(&mut db).map_err(fail)?;
-        Ok(Self { db: Mutex::new(db) })
+        Ok(Self { db: Mutex::new(db), failed: AtomicBool::new(false) })
+    }
+
+    /// Whether the file can be used: read, and written if that failed last.
+    ///
+    /// # Errors
+    /// `Sqlite`: what does not work.
+    pub fn check(&self) -> Result<(), ServerError> {
+        // ORDERING: Relaxed: what it says is tried.
+        if self.failed.load(Ordering::Relaxed) {
+            return self.write(|db| db.pragma_update(None, "user_version", schema::VERSION));
+        }
+        let read = |row: &Row<'_>| row.get::<_, i64>(0);
+        self.lock().query_row("SELECT count(*) FROM disks", [], read)?;
+        Ok(())
     }
 
     /// All disks, in order of VM and device.
@@ -170,18 +187,18 @@ impl Catalog {
     /// # Errors
     /// `Sqlite`.
     pub fn record_report(&self, host: &HostReport, now_ns: u64) -> Result<(), ServerError> {
-        let mut db = self.lock();
-        let tx = db.transaction()?;
-        tx.execute(
-            "INSERT INTO hosts (id, name, agent_version, seen_ns) VALUES (?1, ?2, ?3, ?4)
-             ON CONFLICT (id) DO UPDATE SET name = ?2, agent_version = ?3, seen_ns = ?4",
-            params![&host.id.0[..], host.name, host.agent_version, to_sql(now_ns)],
-        )?;
-        for vm in &host.vms {
-            record_vm(&tx, host.id, vm, now_ns)?;
-        }
-        tx.commit()?;
-        Ok(())
+        self.write(|db| {
+            let tx = db.transaction()?;
+            tx.execute(
+                "INSERT INTO hosts (id, name, agent_version, seen_ns) VALUES (?1, ?2, ?3, ?4)
+                 ON CONFLICT (id) DO UPDATE SET name = ?2, agent_version = ?3, seen_ns = ?4",
+                params![&host.id.0[..], host.name, host.agent_version, to_sql(now_ns)],
+            )?;
+            for vm in &host.vms {
+                record_vm(&tx, host.id, vm, now_ns)?;
+            }
+            tx.commit()
+        })
     }
 
     /// Makes a disk of the store known when it is not: the catalog was lost, or the store came from elsewhere.
@@ -189,20 +206,31 @@ impl Catalog {
     /// # Errors
     /// `Sqlite`.
     pub fn adopt_from_store(&self, id: DiskId, disk_bytes: u64) -> Result<(), ServerError> {
-        self.lock().execute(
-            "INSERT INTO disks (id, device, node, driver, disk_bytes, read_only, seen_ns, epoch)
+        self.write(|db| {
+            db.execute(
+                "INSERT INTO disks (id, device, node, driver, disk_bytes, read_only, seen_ns, epoch)
              VALUES (?1, '', '', '', ?2, 0, 0, 0) ON CONFLICT (id) DO NOTHING",
-            params![&id.0[..], to_sql(disk_bytes)],
-        )?;
+                params![&id.0[..], to_sql(disk_bytes)],
+            )
+        })?;
         Ok(())
     }
 
-    /// Writes down whether a disk is to be protected.
+    /// Writes down whether a disk is to be protected. What was captured before it is switched on is another time of
+    /// protection, however that ended ([`Catalog::begins`]).
     ///
     /// # Errors
     /// `Sqlite`.
     pub fn set_protect(&self, id: DiskId, protect: Option<bool>) -> Result<(), ServerError> {
-        self.lock().execute("UPDATE disks SET protect = ?2 WHERE id = ?1", params![&id.0[..], protect])?;
+        self.write(|db| {
+            db.execute(
+                "UPDATE disks SET protect = ?2,
+                 ended = CASE WHEN ?2 IS 1 AND protect IS NOT 1 THEN ?3 ELSE ended END,
+                 ended_epoch = CASE WHEN ?2 IS 1 AND protect IS NOT 1 THEN epoch ELSE ended_epoch END
+             WHERE id = ?1",
+                params![&id.0[..], protect, GapReason::Attach as u8],
+            )
+        })?;
         Ok(())
     }
 
@@ -211,7 +239,8 @@ impl Catalog {
     /// # Errors
     /// `Sqlite`.
     pub fn set_options(&self, id: DiskId, options: &ProtectionOptions) -> Result<(), ServerError> {
-        self.lock().execute(
+        self.write(|db| {
+            db.execute(
             "UPDATE disks SET policy = ?2, throttle_ms = ?3, ring_mib = ?4, sync = ?5, sync_timeout_ms = ?6
              WHERE id = ?1",
             params![
@@ -222,7 +251,8 @@ impl Catalog {
                 options.sync,
                 options.sync_timeout_ms
             ],
-        )?;
+        )
+        })?;
         Ok(())
     }
 
@@ -247,24 +277,42 @@ impl Catalog {
         resume: Option<Epoch>,
         host: HostId,
     ) -> Result<Epoch, ServerError> {
-        let mut db = self.lock();
-        let tx = db.transaction()?;
-        let granted: Option<i64> = tx
-            .query_row("SELECT epoch FROM disks WHERE id = ?1", [&id.0[..]], |row| row.get(0))
-            .optional()?;
-        let epoch = next_epoch(granted.map_or(0, from_sql), stored.0, resume.map_or(0, |resume| resume.0));
-        let epoch = epoch.filter(|epoch| i64::try_from(*epoch).is_ok()).ok_or_else(|| {
+        let epoch = self.write(|db| {
+            let tx = db.transaction()?;
+            let granted: Option<i64> = tx
+                .query_row("SELECT epoch FROM disks WHERE id = ?1", [&id.0[..]], |row| row.get(0))
+                .optional()?;
+            let epoch =
+                next_epoch(granted.map_or(0, from_sql), stored.0, resume.map_or(0, |resume| resume.0));
+            let Some(epoch) = epoch.filter(|epoch| i64::try_from(*epoch).is_ok()) else { return Ok(None) };
+            tx.execute(
+                "UPDATE disks SET epoch = ?2, owner = ?3, protect = coalesce(protect, 1),
+                     ended_epoch = min(ended_epoch, ?2 - 1)
+                 WHERE id = ?1",
+                params![&id.0[..], to_sql(epoch), &host.0[..]],
+            )?;
+            tx.commit()?;
+            Ok(Some(epoch))
+        })?;
+        let epoch = epoch.ok_or_else(|| {
             let newest = stored.0;
             ServerError::Protocol(format!(
                 "the journal's newest epoch, {newest}, leaves no room for a new one"
             ))
         })?;
-        tx.execute(
-            "UPDATE disks SET epoch = ?2, owner = ?3, protect = coalesce(protect, 1) WHERE id = ?1",
-            params![&id.0[..], to_sql(epoch), &host.0[..]],
-        )?;
-        tx.commit()?;
         Ok(Epoch(epoch))
+    }
+
+    /// Why a new epoch begins with a gap when the journal does not end with a close: how its newest epoch, `stored`, ended,
+    /// as far as anybody said. Nobody speaks for a QEMU or a host that was killed.
+    ///
+    /// # Errors
+    /// `Sqlite`.
+    pub fn begins(&self, id: DiskId, stored: Epoch) -> Result<GapReason, ServerError> {
+        let db = self.lock();
+        let mut query = db.prepare_cached("SELECT ended FROM disks WHERE id = ?1 AND ended_epoch >= ?2")?;
+        let ended = query.query_row(params![&id.0[..], to_sql(stored.0)], |row| row.get(0)).optional()?;
+        Ok(ended.and_then(GapReason::from_u8).unwrap_or(GapReason::UncleanEnd))
     }
 
     /// The host to which the disk's last epoch was handed out, unless it gave the disk up; and that epoch.
@@ -296,13 +344,31 @@ impl Catalog {
         Ok(query.query_map([], read)?.collect::<rusqlite::Result<Vec<_>>>()?)
     }
 
-    /// Writes down that the disk's owner has given it up.
+    /// Writes down that the disk's owner has given it up, and how its last epoch ended if the owner knows.
     ///
     /// # Errors
     /// `Sqlite`.
-    pub fn give_up(&self, id: DiskId) -> Result<(), ServerError> {
-        self.lock().execute("UPDATE disks SET owner = NULL WHERE id = ?1", [&id.0[..]])?;
+    pub fn give_up(&self, id: DiskId, ended: Option<GapReason>) -> Result<(), ServerError> {
+        self.write(|db| {
+            db.execute(
+                "UPDATE disks SET owner = NULL, ended = coalesce(?2, ended),
+                 ended_epoch = CASE WHEN ?2 IS NULL THEN ended_epoch ELSE epoch END
+             WHERE id = ?1",
+                params![&id.0[..], ended.map(|ended| ended as u8)],
+            )
+        })?;
         Ok(())
+    }
+
+    /// Changes something, and remembers whether that could be done.
+    fn write<T>(
+        &self,
+        change: impl FnOnce(&mut Connection) -> rusqlite::Result<T>,
+    ) -> Result<T, ServerError> {
+        let changed = change(&mut self.lock());
+        // ORDERING: Relaxed, as in `check`.
+        self.failed.store(changed.is_err(), Ordering::Relaxed);
+        Ok(changed?)
     }
 
     fn lock(&self) -> MutexGuard<'_, Connection> {

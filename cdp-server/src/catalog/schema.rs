@@ -3,7 +3,7 @@
 use rusqlite::{Connection, Transaction};
 
 /// The version this program writes. SQLite's `user_version` holds the version of a file.
-pub(crate) const VERSION: i64 = 3;
+pub(crate) const VERSION: i64 = 4;
 
 const STEPS: [&str; VERSION as usize] = ["
     CREATE TABLE hosts (
@@ -42,6 +42,9 @@ const STEPS: [&str; VERSION as usize] = ["
     ALTER TABLE disks ADD COLUMN sync_timeout_ms INTEGER NOT NULL DEFAULT 10000;
 ", "
     ALTER TABLE disks ADD COLUMN owner BLOB;                  -- host that has the disk; NULL: nobody, or not known
+", "
+    ALTER TABLE disks ADD COLUMN ended_epoch INTEGER NOT NULL DEFAULT 0;  -- last epoch of which it is known how it ended; 0: none
+    ALTER TABLE disks ADD COLUMN ended INTEGER NOT NULL DEFAULT 1;        -- how: a number of GapReason
 "];
 
 /// Brings an open file to [`VERSION`]; `Err` carries what to do.

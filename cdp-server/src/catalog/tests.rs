@@ -98,7 +98,7 @@ fn the_owner_is_who_was_granted_last_until_it_gives_up() {
     catalog.grant_epoch(DISK, Epoch(0), None, HostId([2; 16])).expect("grants");
     let nameless = Host { id: HostId([2; 16]), name: String::new() };
     assert_eq!(catalog.owner(DISK).expect("reads"), Some((nameless, Epoch(2))));
-    catalog.give_up(DISK).expect("writes");
+    catalog.give_up(DISK, None).expect("writes");
     assert_eq!(catalog.owner(DISK).expect("reads"), None);
 }
 
@@ -125,4 +125,66 @@ fn a_catalog_of_a_newer_release_is_left_alone() {
     drop(db);
     let error = Catalog::open(&path).expect_err("refused");
     assert!(error.to_string().contains("newer cdp-server"), "{error}");
+}
+
+#[test]
+fn a_new_epoch_is_told_how_the_one_that_the_journal_ends_with_ended() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let catalog = open(&dir);
+    catalog.record_report(&report(1, "vm"), 5).expect("records");
+    let begins = |stored| catalog.begins(DISK, Epoch(stored)).expect("reads");
+    let grant =
+        |resume: Option<u64>| catalog.grant_epoch(DISK, Epoch(0), resume.map(Epoch), HOST).expect("grants").0;
+    catalog.set_protect(DISK, Some(true)).expect("sets");
+    assert_eq!(grant(None), 1);
+    assert_eq!(begins(1), GapReason::UncleanEnd, "nobody said anything of its end");
+    catalog.give_up(DISK, None).expect("writes");
+    assert_eq!(begins(1), GapReason::UncleanEnd, "its host saw QEMU go");
+    catalog.give_up(DISK, Some(GapReason::AgentLost)).expect("writes");
+    assert_eq!(begins(1), GapReason::AgentLost);
+    assert_eq!(grant(None), 2);
+    assert_eq!(begins(1), GapReason::AgentLost, "nothing of epoch 2 was stored");
+    assert_eq!(begins(2), GapReason::UncleanEnd);
+    catalog.set_protect(DISK, Some(true)).expect("sets");
+    assert_eq!(begins(2), GapReason::UncleanEnd, "it was on");
+    catalog.set_protect(DISK, Some(false)).expect("sets");
+    assert_eq!(begins(2), GapReason::UncleanEnd, "it is off");
+    catalog.set_protect(DISK, Some(true)).expect("sets");
+    assert_eq!(begins(2), GapReason::Attach, "switched on anew");
+    assert_eq!(open(&dir).begins(DISK, Epoch(2)).expect("reads"), GapReason::Attach, "and kept");
+    assert_eq!(grant(Some(2)), 2);
+    assert_eq!(begins(2), GapReason::UncleanEnd, "it goes on after all");
+}
+
+#[test]
+fn a_catalog_from_before_ends_were_known_is_upgraded_and_keeps_everything() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let catalog = open(&dir);
+    catalog.record_report(&report(1, "vm"), 5).expect("records");
+    catalog.set_protect(DISK, Some(true)).expect("sets");
+    catalog.grant_epoch(DISK, Epoch(4), None, HOST).expect("grants");
+    let before = catalog.disk(DISK).expect("reads");
+    drop(catalog);
+    let db = Connection::open(dir.path().join("catalog.sqlite3")).expect("opens");
+    db.execute_batch("ALTER TABLE disks DROP COLUMN ended; ALTER TABLE disks DROP COLUMN ended_epoch;")
+        .expect("as version 3 was");
+    db.pragma_update(None, "user_version", 3).expect("sets");
+    drop(db);
+    let catalog = open(&dir);
+    assert_eq!(catalog.disk(DISK).expect("reads"), before);
+    assert_eq!(catalog.begins(DISK, Epoch(4)).expect("reads"), GapReason::UncleanEnd);
+}
+
+#[test]
+fn a_catalog_that_could_not_be_written_is_unusable_until_it_can_be() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let catalog = open(&dir);
+    catalog.record_report(&report(1, "vm"), 5).expect("records");
+    catalog.check().expect("good");
+    catalog.lock().pragma_update(None, "query_only", true).expect("sets");
+    catalog.set_protect(DISK, Some(true)).expect_err("read only");
+    catalog.check().expect_err("it was tried again");
+    catalog.lock().pragma_update(None, "query_only", false).expect("sets");
+    catalog.check().expect("good again");
+    assert_eq!(catalog.disk(DISK).expect("reads").expect("known").protect, Some(false));
 }

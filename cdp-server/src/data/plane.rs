@@ -19,7 +19,7 @@ use std::time::Duration;
 
 use journal_format::limits::MAX_DISK_BYTES;
 use journal_format::wire::{self, Ack, CloseDisk, DiskOpened, MessageType, OpenDisk, Refused};
-use journal_format::{DiskId, Epoch, FormatError, Frame, FrameHeader};
+use journal_format::{DiskId, Epoch, FormatError, Frame, FrameHeader, GapReason, Lsn};
 use journal_store::{Store, StoreError};
 
 use crate::catalog::Catalog;
@@ -245,7 +245,7 @@ impl Plane {
         }
         self.commit(on);
         self.owners.remove(id);
-        if let Err(error) = on.catalog.give_up(id) {
+        if let Err(error) = on.catalog.give_up(id, wire::gap_reason(request.ended)) {
             // It costs another host a wait, and only if the server is started anew before the disk is opened again.
             self.effects.push(Effect::Failed(id, error));
         }
@@ -310,14 +310,18 @@ fn open_journal(
     let disk = on.store.open_or_create(id, request.disk_bytes)?;
     on.catalog.adopt_from_store(id, request.disk_bytes)?;
     let resume = (request.resume_epoch != 0).then_some(Epoch(request.resume_epoch));
-    let epoch = on.catalog.grant_epoch(id, disk.last_epoch(), resume, host.id)?;
+    let (stored, closed_image) = (disk.last_epoch(), disk.closed_image());
+    let in_order = disk.durable_lsn() == Lsn::ZERO || closed_image.is_some();
+    let begins = if in_order { GapReason::Attach } else { on.catalog.begins(id, stored)? };
+    let epoch = on.catalog.grant_epoch(id, stored, resume, host.id)?;
     Ok(DiskOpened {
         disk: id.0.to_vec(),
         durable_lsn: disk.durable_lsn().0,
         durable_stamp: disk.durable_stamp().0,
         epoch: epoch.0,
         refused: String::new(),
-        closed_image: disk.closed_image().map(|image| image.0.to_vec()).unwrap_or_default(),
+        closed_image: closed_image.map(|image| image.0.to_vec()).unwrap_or_default(),
+        begins: if resume == Some(epoch) { 0 } else { begins as u32 },
     })
 }
 

@@ -39,7 +39,7 @@ fn conflicts(fixture: &Fixture) -> Vec<Conflict> {
 }
 
 fn close() -> wire::CloseDisk {
-    wire::CloseDisk { disk: DISK.0.to_vec() }
+    wire::CloseDisk { disk: DISK.0.to_vec(), ended: 0 }
 }
 
 #[test]

@@ -210,7 +210,7 @@ impl Driver {
                     self.pause(pace);
                     continue;
                 }
-                Err(stop) => Event::RingFault(disk, epoch, stop.to_string()),
+                Err(stop) => Event::RingFault(disk, epoch, stop.reason(), stop.to_string()),
             };
             let _ = self.events.event(last);
             return;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use capture_ring::{Consumer, Next, RingError};
-use journal_format::{DiskId, Epoch, Lsn, Op, Record, Stamp};
+use journal_format::{DiskId, Epoch, GapReason, Lsn, Op, Record, Stamp};
 
 use crate::compare::{Comparer, HashBox, SyncBytes, Wanted};
 use crate::limits::{DRAIN_IDLE, REFILL_BATCH};
@@ -52,6 +52,17 @@ pub enum Stop {
     Format(journal_format::FormatError),
     /// Frames that were spooled cannot be read back.
     Spool(std::io::Error),
+}
+
+impl Stop {
+    /// Why history has a gap then.
+    #[must_use]
+    pub fn reason(&self) -> GapReason {
+        match self {
+            Self::Ring(_) | Self::Format(_) => GapReason::FilterFault,
+            Self::Spool(_) => GapReason::AgentLost,
+        }
+    }
 }
 
 impl core::fmt::Display for Stop {

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use journal_format::{DiskId, Epoch, Lsn};
+use journal_format::{DiskId, Epoch, GapReason, Lsn};
 
 use super::capture::{Capture, DiskLink, Phase};
 use super::inventory::Place;
@@ -55,7 +55,7 @@ impl Session {
                         why,
                         "what a former agent left cannot be used; its capture ends"
                     );
-                    self.let_go(filter, &holding.device);
+                    self.lose(filter, &holding.device);
                 }
             }
         }
@@ -167,7 +167,7 @@ impl Session {
             tracing::error!(%disk, error, "what the agent before left cannot be used; a new epoch begins with a gap");
             let Some(capture) = self.captures.remove(&disk) else { return };
             self.out.push(Action::DropSpool(disk));
-            self.let_go(capture.filter, &capture.device);
+            self.lose(capture.filter, &capture.device);
             self.answer_all(capture.unprotect, "");
             if !capture.protect.is_empty() {
                 self.start_opening(disk, capture.protect);
@@ -184,6 +184,15 @@ impl Session {
         } else {
             self.attached(now, disk);
         }
+    }
+
+    /// Ends what a former agent left with a filter and this one cannot use: it lost what it had taken.
+    fn lose(&mut self, filter: FilterId, device: &str) {
+        let place = |disk: &DiskId| self.inventory.find(*disk).is_some_and(|place| place.filter == filter);
+        if let Some(disk) = self.inventory.id_for(filter, device).filter(place) {
+            self.ended.insert(disk, GapReason::AgentLost);
+        }
+        self.let_go(filter, device);
     }
 
     /// Ends what a filter holds and nobody can use.

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use journal_format::{DiskId, Epoch, ImageTag, Lsn, Stamp, wire};
+use journal_format::{DiskId, Epoch, GapReason, ImageTag, Lsn, Stamp, wire};
 
 use super::commands::{BookmarkWait, Waiter};
 use super::inventory::Place;
@@ -53,6 +53,8 @@ pub(super) struct Opened {
     pub(super) epoch: Epoch,
     /// How the last epoch left the image, if the journal ends with its close.
     pub(super) closed_image: Option<ImageTag>,
+    /// Why a new epoch begins with a gap, as far as the server knows.
+    pub(super) begins: GapReason,
 }
 
 /// The state of one protected disk.
@@ -165,6 +167,8 @@ impl Session {
         let overtaken = epoch.0 > 0 && epoch != capture.epoch;
         if overtaken && !refused.is_empty() {
             self.opened.remove(&disk);
+            // The next epoch here comes after one of that host.
+            self.ended.remove(&disk);
         }
         match capture.phase {
             Phase::Opening if refused.is_empty() => self.attach(now, disk, opened),
@@ -183,10 +187,12 @@ impl Session {
     }
 
     fn attach(&mut self, now: Duration, disk: DiskId, opened: Opened) {
-        let Opened { durable, stamp, epoch, closed_image } = opened;
+        let Opened { durable, stamp, epoch, closed_image, begins } = opened;
         let place = self.inventory.find(disk);
         let settings = self.settings.get(&disk).copied().unwrap_or_default();
         let request = self.request();
+        // What the server was told of the end is newer; what only this agent saw, nobody could tell it.
+        let seen = self.ended.get(&disk).copied().filter(|_| begins == GapReason::UncleanEnd);
         let Some(capture) = self.captures.get_mut(&disk) else { return };
         let Some(place) = place.filter(|place| place.filter == capture.filter && epoch.0 > 0) else {
             let waiters = core::mem::take(&mut capture.protect);
@@ -212,6 +218,7 @@ impl Session {
             disk_bytes: place.disk_bytes,
             clock_floor: stamp,
             closed_image,
+            begins: seen.unwrap_or(begins),
             settings,
         }));
     }
@@ -228,6 +235,7 @@ impl Session {
                  up to LSN {} and sent up to {}",
                 epoch.0, capture.epoch.0, capture.acked, capture.ever_shipped
             );
+            self.ended.insert(disk, GapReason::AgentLost);
             self.start_over(now, disk, &why);
             return;
         }
@@ -307,6 +315,7 @@ impl Session {
     pub(super) fn attached(&mut self, now: Duration, disk: DiskId) {
         let Some(capture) = self.captures.get_mut(&disk) else { return };
         capture.phase = Phase::Capturing;
+        self.ended.remove(&disk);
         if capture.unwanted {
             // Whoever waits now ordered the next epoch.
             self.begin_detach(now, disk);
@@ -333,24 +342,35 @@ impl Session {
         let Some(capture) = self.captures.get_mut(&disk) else { return };
         capture.phase = Phase::Draining;
         capture.is_parked = false;
+        if ending == Ending::Detached {
+            self.ended.entry(disk).or_insert(GapReason::Attach);
+        }
         if !capture.drained {
             self.out.push(Action::EndRing(disk, capture.epoch, ending));
         }
         self.close_if_done(disk);
     }
 
-    pub(super) fn ring_fault(&mut self, now: Duration, disk: DiskId, epoch: Epoch, message: &str) {
+    pub(super) fn ring_fault(
+        &mut self,
+        now: Duration,
+        (disk, epoch): (DiskId, Epoch),
+        why: GapReason,
+        message: &str,
+    ) {
         let Some(capture) = self.captures.get_mut(&disk).filter(|capture| capture.epoch == epoch) else {
             return;
         };
-        tracing::error!(%disk, reason = message, "what QEMU left in the ring cannot be used; its capture ends");
+        tracing::error!(%disk, reason = message, "what was captured cannot be used any more; its capture ends");
         capture.drained = true;
-        self.hold(now, disk, message);
+        self.hold(now, disk, why, message);
         self.begin_detach(now, disk);
         self.close_if_done(disk);
     }
 
-    pub(super) fn hold(&mut self, now: Duration, disk: DiskId, why: &str) {
+    /// Leaves a disk alone for a while; its next epoch begins with a gap for that reason.
+    pub(super) fn hold(&mut self, now: Duration, disk: DiskId, reason: GapReason, why: &str) {
+        self.ended.insert(disk, reason);
         self.holds.insert(disk, (now.saturating_add(FAULT_HOLD), why.to_owned()));
         if let Some(capture) = self.captures.get_mut(&disk) {
             capture.reopen = false;

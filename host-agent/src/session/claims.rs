@@ -28,7 +28,8 @@ impl Session {
         }
         for disk in unused {
             self.opened.remove(&disk);
-            self.send(ToServer::CloseDisk(wire::CloseDisk { disk: disk.0.to_vec() }));
+            let ended = self.ended.remove(&disk).map_or(0, |ended| ended as u32);
+            self.send(ToServer::CloseDisk(wire::CloseDisk { disk: disk.0.to_vec(), ended }));
         }
     }
 

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use journal_format::DiskId;
+use journal_format::{DiskId, GapReason};
 
 use super::capture::{Capture, Phase};
 use super::inventory::{DiskInfo, VmInfo};
@@ -47,7 +47,7 @@ impl Session {
         let mine = |(_, capture): &(&DiskId, &Capture)| capture.filter == filter && capture.device == device;
         let Some(disk) = self.captures.iter().find(mine).map(|(disk, _)| *disk) else { return };
         tracing::error!(%disk, device, reason = message, "the filter switched capture off");
-        self.hold(now, disk, message);
+        self.hold(now, disk, GapReason::FilterFault, message);
         self.begin_detach(now, disk);
     }
 
@@ -67,7 +67,11 @@ impl Session {
                     self.out.push(Action::Abandon(disk, capture.epoch));
                     self.abandon_opening(disk, "QEMU went away");
                 }
-                _ => {
+                phase => {
+                    if matches!(phase, Phase::Attaching { .. }) {
+                        // Whether the epoch began is not known; if it did, nobody saw its end.
+                        self.ended.remove(&disk);
+                    }
                     held = true;
                     capture.phase = Phase::Orphaned;
                     let waiters = core::mem::take(&mut capture.protect);

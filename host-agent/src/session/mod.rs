@@ -36,7 +36,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use capture_ring::Policy;
-use journal_format::{DiskId, Epoch, ImageTag, Lsn, Stamp, wire};
+use journal_format::{DiskId, Epoch, GapReason, ImageTag, Lsn, Stamp, wire};
 
 pub use self::adoption::{Adopt, Holding};
 pub use self::inventory::{DiskInfo, VmInfo};
@@ -163,8 +163,8 @@ pub enum Event {
     Packed(DiskId, Epoch, Lsn),
     /// The drain thread has come to its end; the last LSN it packed.
     Drained(DiskId, Epoch, Lsn),
-    /// What QEMU wrote into the ring is no ring any more; the drain thread has ended.
-    RingFault(DiskId, Epoch, String),
+    /// What was captured cannot be used any more: whose loss that is, and what happened. The drain thread has ended.
+    RingFault(DiskId, Epoch, GapReason, String),
     /// The bookmark that was asked for is in the ring, or why not.
     BookmarkPut(DiskId, u64, Result<(Lsn, Stamp), String>),
     /// What a capture looks like now.
@@ -247,6 +247,8 @@ pub struct Attach {
     pub clock_floor: Stamp,
     /// How the last epoch left the image: if it still is so, nothing has to be read.
     pub closed_image: Option<ImageTag>,
+    /// Why the epoch begins with a gap.
+    pub begins: GapReason,
     /// How it is to be protected.
     pub settings: Settings,
 }
@@ -301,6 +303,9 @@ pub struct Session {
     spooled: BTreeMap<DiskId, (Epoch, u64)>,
     /// Disks whose capture broke, until when they are left alone, and why.
     holds: BTreeMap<DiskId, (Duration, String)>,
+    /// How a disk's last epoch ended, where this agent saw it and the server has not been told: why the next one begins
+    /// with a gap.
+    ended: BTreeMap<DiskId, GapReason>,
     next_request: u64,
     /// The disk that shipped last, so that the others come first.
     turn: Option<DiskId>,
@@ -325,6 +330,7 @@ impl Session {
             holdings: BTreeMap::new(),
             spooled: BTreeMap::new(),
             holds: BTreeMap::new(),
+            ended: BTreeMap::new(),
             next_request: 1,
             turn: None,
             stopping: false,
@@ -351,7 +357,7 @@ impl Session {
             Event::Server(message) => self.server_message(now, message),
             Event::Packed(disk, epoch, lsn) => self.packed(disk, epoch, lsn),
             Event::Drained(disk, epoch, lsn) => self.drained(disk, epoch, lsn),
-            Event::RingFault(disk, epoch, message) => self.ring_fault(now, disk, epoch, &message),
+            Event::RingFault(disk, epoch, why, message) => self.ring_fault(now, (disk, epoch), why, &message),
             Event::BookmarkPut(disk, request, result) => self.bookmark_put(disk, request, result),
             Event::Sampled(disk, epoch, sample) => self.sampled(now, disk, epoch, &sample),
             Event::HashesWanted(disk, epoch, wanted) => self.hashes_wanted(disk, epoch, wanted),

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use journal_format::{DiskId, Epoch, ImageTag, Lsn, Stamp, wire};
+use journal_format::{DiskId, Epoch, GapReason, ImageTag, Lsn, Stamp, wire};
 
 use super::capture::Opened;
 use super::{Action, Event, Session, Settings, ToServer};
@@ -26,6 +26,8 @@ pub enum ServerMessage {
         epoch: Epoch,
         /// How the last epoch left the image, if the journal ends with its close.
         closed_image: Option<ImageTag>,
+        /// Why a new epoch begins with a gap, as far as the server knows.
+        begins: GapReason,
         /// Why not, or empty.
         refused: String,
     },
@@ -145,8 +147,16 @@ impl Session {
     fn dispatch(&mut self, now: Duration, message: ServerMessage) {
         match message {
             ServerMessage::Welcome(_) => self.disconnect(now, "a second welcome".to_owned()),
-            ServerMessage::DiskOpened { disk, durable_lsn, durable_stamp, epoch, closed_image, refused } => {
-                let opened = Opened { durable: durable_lsn, stamp: durable_stamp, epoch, closed_image };
+            ServerMessage::DiskOpened {
+                disk,
+                durable_lsn: durable,
+                durable_stamp: stamp,
+                epoch,
+                closed_image,
+                begins,
+                refused,
+            } => {
+                let opened = Opened { durable, stamp, epoch, closed_image, begins };
                 self.disk_opened(now, disk, opened, &refused);
             }
             ServerMessage::Ack(disk, lsn) => self.acked(now, disk, lsn),

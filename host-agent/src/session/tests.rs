@@ -3,10 +3,11 @@
 mod adoption;
 mod claims;
 mod orders;
+mod reasons;
 
 use std::time::Duration;
 
-use journal_format::{DiskId, Epoch, Lsn, Stamp, wire};
+use journal_format::{DiskId, Epoch, GapReason, Lsn, Stamp, wire};
 
 use super::*;
 use crate::identity::disk_id;
@@ -60,12 +61,17 @@ impl World {
     }
 
     fn opened(&mut self, durable: u64, epoch: u64) -> Vec<Action> {
+        self.opened_after(durable, epoch, GapReason::UncleanEnd)
+    }
+
+    fn opened_after(&mut self, durable: u64, epoch: u64, begins: GapReason) -> Vec<Action> {
         self.server(ServerMessage::DiskOpened {
             disk: disk(),
             durable_lsn: Lsn(durable),
             durable_stamp: Stamp(5),
             epoch: Epoch(epoch),
             closed_image: None,
+            begins,
             refused: String::new(),
         })
     }
@@ -334,7 +340,9 @@ fn a_fault_holds_the_disk_for_a_while_then_reports_it_again() {
 fn what_a_hostile_ring_gave_before_its_fault_is_still_shipped() {
     let mut world = World::capturing();
     world.ship(110);
-    let request = detach(&world.on(Event::RingFault(disk(), Epoch(3), "corrupt".into()))).unwrap();
+    let request =
+        detach(&world.on(Event::RingFault(disk(), Epoch(3), GapReason::FilterFault, "corrupt".into())))
+            .unwrap();
     world.on(Event::FilterResult(F1, request, String::new()));
     assert_eq!(world.phase().unwrap(), "Draining");
     world.server(ServerMessage::Ack(disk(), Lsn(110)));

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 
 use journal_format::chunk_hash::CHUNK_BYTES;
 use journal_format::wire::{self, Control, MESSAGE_HEADER_BYTES, MessageHeader, MessageType};
-use journal_format::{ChunkHash, Frame, Lsn, Op, Record, Stamp, codec};
+use journal_format::{ChunkHash, Frame, GapReason, Lsn, Op, Record, Stamp, codec};
 
 use super::wait_for;
 
@@ -27,6 +27,8 @@ pub struct Journal {
     /// Frames that came again although they were durable or pending.
     pub repeated: u64,
     pub opens: Vec<u64>,
+    /// How its last epoch ended, as far as the agent said.
+    ended: u32,
 }
 
 impl Journal {
@@ -272,7 +274,10 @@ impl FakeServer {
     fn close(&self, close: &wire::CloseDisk) {
         let was_open = self.with(|state| {
             let journal = state.journals.get_mut(&close.disk);
-            journal.is_some_and(|journal| std::mem::take(&mut journal.open))
+            journal.is_some_and(|journal| {
+                journal.ended = close.ended;
+                std::mem::take(&mut journal.open)
+            })
         });
         if !was_open {
             self.complain("the agent gave up a disk that it had not opened".to_owned());
@@ -294,6 +299,12 @@ impl FakeServer {
                 epoch: journal.epoch,
                 refused: String::new(),
                 closed_image: Vec::new(),
+                begins: match (open.resume_epoch, journal.durable, std::mem::take(&mut journal.ended)) {
+                    (0, 0, _) => GapReason::Attach as u32,
+                    (0, _, 0) => GapReason::UncleanEnd as u32,
+                    (0, _, ended) => ended,
+                    _ => 0,
+                },
             }
         });
         self.send(&answer);

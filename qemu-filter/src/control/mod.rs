@@ -114,12 +114,14 @@ fn run(host: &Arc<dyn Host>, socket: &Path, stop: &AtomicBool) {
     while !stop.load(Ordering::Relaxed) {
         if let Ok(connection) = Connection::connect(socket) {
             // A bug here must end neither the process nor the thread (I1): it costs this connection.
+            captures.set_agent(true);
             let talk = || Session::new(host, &connection, &mut captures).run(stop);
             if let Ok(served) = catch_unwind(AssertUnwindSafe(talk))
                 && served
             {
                 pause = FIRST_RETRY_PAUSE;
             }
+            captures.set_agent(false);
         }
         if !stop.load(Ordering::Relaxed) {
             std::thread::sleep(pause);

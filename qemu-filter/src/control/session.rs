@@ -28,6 +28,14 @@ pub(super) struct Captures {
     by_device: BTreeMap<String, Attached>,
 }
 
+impl Captures {
+    /// Tells each whether there is an agent.
+    pub(super) fn set_agent(&self, is_there: bool) {
+        let captures = self.by_device.values().filter_map(|attached| attached.capture.as_ref());
+        captures.for_each(|(capture, _)| capture.set_agent(is_there));
+    }
+}
+
 struct Attached {
     /// With the thread that wakes who waits for the agent, and ends by itself when capture is off. `None` when the capture
     /// has ended, and the agent has not said that all of it is in its place.

@@ -76,7 +76,7 @@ impl Host for FakeHost {
 
 /// The agent's side.
 struct Agent {
-    _folder: tempfile::TempDir,
+    folder: tempfile::TempDir,
     listener: Listener,
     host: Arc<FakeHost>,
     clock: std::os::fd::OwnedFd,
@@ -92,7 +92,7 @@ impl Agent {
         host.plug("disk0");
         start(Arc::clone(&host) as Arc<dyn Host>, path).expect("a thread");
         let (_, clock) = HostClock::create().expect("a clock");
-        Self { _folder: folder, listener, host, clock, next: 0 }
+        Self { folder, listener, host, clock, next: 0 }
     }
 
     /// Waits for the filter and takes its greeting.
@@ -250,6 +250,29 @@ fn a_fault_is_told_and_resync_says_what_to_do() {
     let _ = capture.begin(&Request::write(0, 4096, false), WaitToken(0), &mut request);
     assert!(request.pieces().is_empty(), "the guest goes on without us");
     capture.finish(&mut request, Outcome::Succeeded);
+}
+
+#[test]
+fn a_capture_knows_whether_an_agent_is_connected() {
+    let mut agent = Agent::new();
+    let connection = agent.accept();
+    assert!(agent.attach(&connection, "disk0").0);
+    let capture = agent.host.capture("disk0").expect("attached");
+    let wait_for = |there: bool| {
+        let began = Instant::now();
+        while capture.has_agent() != there {
+            assert!(began.elapsed() < Duration::from_secs(30), "an agent is there: {there}");
+            std::thread::yield_now();
+        }
+    };
+    assert!(capture.has_agent());
+    let path = agent.folder.path().join("agent.sock");
+    drop((agent.listener, connection));
+    wait_for(false);
+    std::fs::remove_file(&path).expect("what the dead agent left");
+    agent.listener = Listener::bind(&path).expect("a socket");
+    let _connection = agent.accept_held();
+    wait_for(true);
 }
 
 #[test]

@@ -65,6 +65,8 @@ pub struct Capture {
     durable: WaitList,
     held: Held,
     permission: Permission,
+    /// Nobody takes records out of the ring.
+    agent_away: AtomicBool,
     now_ns: fn() -> u64,
 }
 
@@ -109,6 +111,7 @@ impl Capture {
             durable: WaitList::new(runtime.wake),
             held: Held::new(),
             permission: Permission::new(),
+            agent_away: AtomicBool::new(false),
             now_ns: runtime.now_ns,
         }))
     }
@@ -211,6 +214,25 @@ impl Capture {
             self.producer.turn_off(GapReason::FilterFault);
             self.let_parked_go();
         });
+    }
+
+    /// Whether an agent is connected: a ring that fills up without one is told as such.
+    pub fn set_agent(&self, is_there: bool) {
+        // ORDERING: Relaxed: it stands alone, and only says what history tells people.
+        self.agent_away.store(!is_there, Ordering::Relaxed);
+    }
+
+    pub(crate) fn has_agent(&self) -> bool {
+        // ORDERING: Relaxed, as above.
+        !self.agent_away.load(Ordering::Relaxed)
+    }
+
+    #[cold]
+    fn reason_of(&self, full: NoRoom) -> GapReason {
+        match full {
+            NoRoom::Ring if !self.has_agent() => GapReason::AgentLost,
+            NoRoom::Ring | NoRoom::Table => GapReason::Overflow,
+        }
     }
 
     /// Why capture was switched off, if a fault did it.
@@ -348,7 +370,7 @@ impl Capture {
                     Err(full) => match self.wait_if_allowed(full, token, in_flight) {
                         Some(Begin::Wait) => return Begin::Wait,
                         Some(Begin::Go) => {}
-                        None => self.producer.enter_tracking(GapReason::Overflow),
+                        None => self.producer.enter_tracking(self.reason_of(full)),
                     },
                 },
                 Mode::Tracking => {

@@ -43,7 +43,14 @@ fn a_request_longer_than_a_record_is_tracked_rather_than_refused() {
 
 #[test]
 fn the_gap_is_published_before_the_first_unrecorded_write_ends() {
+    for (agent_is_there, reason) in [(true, GapReason::Overflow), (false, GapReason::AgentLost)] {
+        overflow(agent_is_there, reason);
+    }
+}
+
+fn overflow(agent_is_there: bool, reason: GapReason) {
     let (capture, mut replica) = capture(64 << 20, 512 << 10, 64);
+    capture.set_agent(agent_is_there);
     let mut last = None;
     for i in 0..100 {
         let mut request = begin(&capture, &Request::write(i * 65536, 65536, false), two()[0]);
@@ -55,7 +62,7 @@ fn the_gap_is_published_before_the_first_unrecorded_write_ends() {
     }
     let mut request = last.expect("512 KiB are full after a few writes");
     replica.drain();
-    let begins = Op::GapBegin { reason: GapReason::Overflow, generation: 2 };
+    let begins = Op::GapBegin { reason, generation: 2 };
     assert_eq!(replica.records.last(), Some(&begins), "before the write has even been issued");
     capture.finish(&mut request, Outcome::Succeeded);
     assert!(capture.resume(), "there is room again");

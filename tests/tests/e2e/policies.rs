@@ -7,7 +7,9 @@ use std::time::{Duration, Instant};
 
 use cdp_api::{PointSpec, Protection, ProtectionPhase, SyncState};
 use cdp_tests::process::Process;
+use cdp_tests::procfs::holdings;
 use cdp_tests::qemu::{Qemu, raw_file};
+use cdp_tests::random::Random;
 use cdp_tests::site::{Site, Via};
 use cdp_tests::wait_for;
 
@@ -61,10 +63,17 @@ struct Guest(Child);
 
 impl Guest {
     fn start(protected: &Protected, command: &str) -> Self {
+        Self::start_all(protected, &[command.to_owned()])
+    }
+
+    /// One request after the other.
+    fn start_all(protected: &Protected, commands: &[String]) -> Self {
         let mut program = Command::new("qemu-io");
-        program
-            .args(["-t", "writeback", "-f", "raw", "-c", command, "-c", "flush"])
-            .arg(protected.qemu.nbd_url());
+        program.args(["-t", "writeback", "-f", "raw"]);
+        for command in commands.iter().map(String::as_str).chain(["flush"]) {
+            program.args(["-c", command]);
+        }
+        program.arg(protected.qemu.nbd_url());
         Self(program.stdout(Stdio::null()).spawn().expect("qemu-io runs"))
     }
 
@@ -91,11 +100,11 @@ fn overflows(site: &Site, protected: &Protected) -> usize {
     site.points(&protected.disk).gaps.iter().filter(|gap| gap.reason == "overflow").count()
 }
 
-/// Waits until the server knows that records are missing, and where they end.
-fn wait_for_the_gap(site: &Site, protected: &Protected) {
+/// Waits until the server knows that records are missing, why, and where that ends.
+fn wait_for_the_gap(site: &Site, protected: &Protected, reason: &str) {
     wait_for("the end of a gap", || {
         let gaps = site.points(&protected.disk).gaps;
-        gaps.iter().any(|gap| gap.reason == "overflow" && gap.to_lsn.is_some()).then_some(())
+        gaps.iter().any(|gap| gap.reason == reason && gap.to_lsn.is_some()).then_some(())
     });
 }
 
@@ -121,7 +130,7 @@ fn strict_waits_for_a_frozen_agent_and_loses_nothing() {
 }
 
 #[test]
-fn strict_holds_up_neither_qemus_end_nor_a_change_of_policy() {
+fn strict_does_not_hold_up_qemus_end() {
     let site = Site::start();
     let mut protected = protected(&site, "quit", policy("strict"));
     let frozen = Frozen::new(&site.agent);
@@ -130,6 +139,54 @@ fn strict_holds_up_neither_qemus_end_nor_a_change_of_policy() {
     assert!(guest.is_running(), "it has not waited");
     protected.qemu.process.terminate();
     drop(frozen);
+}
+
+/// The server's disk is full, then all that is between it and the guest; the operator chooses the guest.
+#[test]
+fn a_request_that_waits_under_strict_goes_on_when_the_policy_is_changed_to_track() {
+    let mut site = Site::start_with_agent(&["--outbox-mib", "16", "--spool-mib", "64"]);
+    let protected = protected(&site, "changed", policy("strict"));
+    site.server.kill();
+    site.restart_server_with(&["--drill", "disk-full-after=1MiB"]);
+    site.wait_for_phase(&protected.disk, ProtectionPhase::Protected);
+    let noise = site.directory().join("noise");
+    fs::write(&noise, Random::seeded(6).bytes(1 << 20)).expect("a file");
+    let write = |at: u64| format!("write -q -s {} {}M 1M", noise.display(), at % 60);
+    // More than ring, outbox, spool and what the server still takes.
+    let mut guest = Guest::start_all(&protected, &(0..140).map(write).collect::<Vec<_>>());
+    let protection = || site.client().disk(&protected.disk).expect("disk").summary.protection;
+    wait_for("a request that waits", || {
+        assert!(guest.is_running(), "it has not waited");
+        (protection().waiting > 0).then_some(())
+    });
+    assert_eq!(overflows(&site, &protected), 0);
+    let track = Protection { enabled: true, ..policy("track") };
+    site.client().put_protection(&protected.disk, &track).expect("the agent is there");
+    guest.finish();
+    wait_for("nobody to wait, and a gap to be under way", || {
+        let now = protection();
+        (now.waiting == 0 && now.phase == ProtectionPhase::Tracking).then_some(())
+    });
+    site.server.kill();
+    site.restart_server();
+    wait_for_the_gap(&site, &protected, "overflow");
+    assert_restores_the_disk(&site, &protected);
+}
+
+#[test]
+fn a_ring_that_fills_up_while_the_agent_is_dead_is_a_gap_that_says_so() {
+    let mut site = Site::start();
+    let protected = protected(&site, "agentless", policy("track"));
+    let qemu = protected.qemu.process.pid();
+    let connected = holdings(qemu).fds;
+    site.agent.kill();
+    // It closes its end of the agent's socket when it knows.
+    wait_for("QEMU to notice", || (holdings(qemu).fds < connected).then_some(()));
+    Guest::start(&protected, BURST).finish();
+    site.restart_agent();
+    wait_for_the_gap(&site, &protected, "agent-lost");
+    assert_restores_the_disk(&site, &protected);
+    assert_eq!(overflows(&site, &protected), 0);
 }
 
 #[test]
@@ -141,7 +198,7 @@ fn track_never_waits_for_a_frozen_agent() {
     Guest::start(&protected, BURST).finish();
     Guest::start(&protected, "write -P 8 24M 24M").finish();
     drop(frozen);
-    wait_for_the_gap(&site, &protected);
+    wait_for_the_gap(&site, &protected, "overflow");
     assert_restores_the_disk(&site, &protected);
     assert_eq!(overflows(&site, &protected), 1);
 }
@@ -156,7 +213,7 @@ fn throttle_waits_its_time_once_and_then_tracks() {
     Guest::start(&protected, BURST).finish();
     assert!(began.elapsed() >= Duration::from_millis(1500), "it has not waited");
     drop(frozen);
-    wait_for_the_gap(&site, &protected);
+    wait_for_the_gap(&site, &protected, "overflow");
     assert_restores_the_disk(&site, &protected);
     assert_eq!(overflows(&site, &protected), 1);
 }

@@ -109,10 +109,16 @@ impl Bench {
         run.qemu.process.assert_alive();
     }
 
+    /// Why each gap of the disk's history began.
+    fn reasons(&self, run: &Run) -> Vec<String> {
+        self.site.points(&run.disk).gaps.into_iter().map(|gap| gap.reason).collect()
+    }
+
     /// The first sync, of the whole disk.
     fn protect(&self, run: &Run) {
         self.site.protect(&run.disk);
         let first = self.synced(run, 1);
+        assert_eq!(self.reasons(run), ["attach"]);
         assert_eq!(first.sync_equal_bytes, 0, "the server knew nothing: {first:?}");
     }
 }
@@ -152,6 +158,7 @@ fn after_a_killed_qemu_only_what_differs_is_shipped() {
     let_through(&load, 60);
     load.finish();
     say("killed", &synced);
+    assert_eq!(bench.reasons(&run), ["attach", "unclean-end"]);
     assert_little_was_shipped(&synced);
     bench.check(&mut run);
 }
@@ -173,6 +180,7 @@ fn after_a_crash_of_agent_and_qemu_only_what_differs_is_shipped() {
     let_through(&load, 60);
     load.finish();
     say("both killed", &synced);
+    assert_eq!(bench.reasons(&run), ["attach", "unclean-end"]);
     assert_little_was_shipped(&synced);
     bench.check(&mut run);
 }
@@ -191,6 +199,7 @@ fn an_image_that_was_changed_while_the_vm_was_off_is_detected() {
     let mut run = bench.start();
     let synced = bench.synced(&run, 2);
     say("changed while off", &synced);
+    assert_eq!(bench.reasons(&run), ["attach", "attach"]);
     assert!(synced.sync_shipped_bytes >= 4 * CHUNK && synced.sync_shipped_bytes <= 8 * CHUNK, "{synced:?}");
     bench.check(&mut run);
 }
@@ -274,6 +283,7 @@ fn a_vm_that_was_stopped_in_good_order_goes_on_without_a_sync() {
         let journal = continued(&bench, &run, epoch);
         bench.check(&mut run);
         say("stopped", &journal);
+        assert!(bench.reasons(&run).iter().all(|reason| reason == "attach"), "{:?}", bench.reasons(&run));
         assert_eq!((journal.sync_read_bytes, journal.sync_shipped_bytes), (0, 0), "{journal:?}");
     }
 }

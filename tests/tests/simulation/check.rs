@@ -225,8 +225,14 @@ impl Checks {
         }
         for gap in &history.gaps {
             let whole = world.models[i].get(gap.begin_lsn.0).is_none_or(|point| point.whole);
-            let begins = world.models[i].epochs.contains(&gap.begin_lsn.0);
-            assert!(!whole || begins, "I4: disk {i}: a gap at {} that never happened", gap.begin_lsn);
+            let epoch = world.models[i].epochs.iter().find(|epoch| epoch.first == gap.begin_lsn.0);
+            assert!(
+                !whole || epoch.is_some(),
+                "I4: disk {i}: a gap at {} that never happened",
+                gap.begin_lsn
+            );
+            let begins = epoch.map_or(gap.reason, |epoch| epoch.begins);
+            assert_eq!(gap.reason, begins, "I4: disk {i}: the gap at {}", gap.begin_lsn);
         }
     }
 

@@ -8,6 +8,8 @@
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
+use journal_format::GapReason;
+
 /// Bytes that a disk writes in one go.
 pub(crate) const SECTOR: usize = 512;
 
@@ -51,6 +53,26 @@ pub(crate) struct Point {
     keyframe: Option<Rc<Vec<u8>>>,
 }
 
+/// A capture session as the filter saw it.
+#[derive(Debug)]
+pub(crate) struct Epoch {
+    pub(crate) first: u64,
+    /// Why it began with a gap.
+    pub(crate) begins: GapReason,
+    pub(crate) end: Option<End>,
+    /// The operator has switched protection on anew since it began.
+    pub(crate) switched: bool,
+}
+
+/// How an epoch ended.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum End {
+    /// The agent had it detached, when so many agents and QEMUs had died.
+    Detached(u64),
+    /// QEMU was gone.
+    VmGone,
+}
+
 /// The truth about one disk.
 #[derive(Debug)]
 pub(crate) struct Model {
@@ -58,8 +80,8 @@ pub(crate) struct Model {
     pending: Vec<Delta>,
     loose: Rc<Vec<Loose>>,
     points: BTreeMap<u64, Point>,
-    /// First LSN of each epoch.
-    pub(crate) epochs: Vec<u64>,
+    /// The epochs that the server may have something of, and the one that runs.
+    pub(crate) epochs: Vec<Epoch>,
     since_keyframe: usize,
 }
 
@@ -116,11 +138,23 @@ impl Model {
     }
 
     /// A new epoch begins at this LSN: what was recorded from there on is lost with the old one.
-    pub(crate) fn begin_epoch(&mut self, first: u64) {
+    pub(crate) fn begin_epoch(&mut self, first: u64, reason: GapReason) {
         self.points.split_off(&first);
-        self.epochs.retain(|epoch| *epoch < first);
-        self.epochs.push(first);
+        self.epochs.retain(|epoch| epoch.first < first);
+        self.epochs.push(Epoch { first, begins: reason, end: None, switched: false });
         self.since_keyframe = KEYFRAME;
+    }
+
+    /// The epoch that runs ends.
+    pub(crate) fn end_epoch(&mut self, end: End) {
+        if let Some(epoch) = self.epochs.last_mut().filter(|epoch| epoch.end.is_none()) {
+            epoch.end = Some(end);
+        }
+    }
+
+    /// The operator switches protection on anew.
+    pub(crate) fn switch_on(&mut self) {
+        self.epochs.iter_mut().for_each(|epoch| epoch.switched = true);
     }
 
     /// The settled contents are those of this LSN.

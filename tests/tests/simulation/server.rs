@@ -280,6 +280,14 @@ impl Server {
         }
     }
 
+    /// Writes down whether a disk is to be protected.
+    pub(crate) fn want(&mut self, disk: DiskId, wanted: bool) {
+        self.wanted.insert(disk, wanted);
+        // Nobody can wish anything of a disk that was never reported.
+        self.catalog.adopt_from_store(disk, 0).expect("a catalog in memory");
+        self.catalog.set_protect(disk, Some(wanted)).expect("a catalog in memory");
+    }
+
     /// Orders a bookmark from every agent that is connected.
     pub(crate) fn bookmark(&mut self, disk: DiskId, conns: &mut BTreeMap<u64, Conn>) {
         let Some(running) = &mut self.running else { return };

@@ -77,6 +77,10 @@ pub(crate) struct World {
     agent_gone: Duration,
     /// What the agent that is gone had thrown away.
     discarded: BTreeSet<(DiskId, Epoch)>,
+    /// Agents that died.
+    agents_gone: u64,
+    /// QEMUs that ended, in whichever way.
+    vms_gone: u64,
     /// The agent was asked to stop; when its time is over.
     agent_stops: Option<Duration>,
     /// The filter's connection to the agent.
@@ -171,6 +175,8 @@ impl World {
             agent: None,
             agent_gone: Duration::ZERO,
             discarded: BTreeSet::new(),
+            agents_gone: 0,
+            vms_gone: 0,
             agent_stops: None,
             filter: None,
             filter_closing: false,
@@ -280,7 +286,9 @@ impl World {
         if let Some(agent) = self.agent.as_mut().filter(|agent| agent.fuse.is_some()) {
             agent.fuse = None;
         }
-        self.server.wanted.values_mut().for_each(|wanted| *wanted = true);
+        for i in 0..DISKS {
+            self.want(i, true);
+        }
         self.server.wish_now();
     }
 

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use journal_format::frame::{FrameMeta, encode_head};
-use journal_format::{Codec, GapReason, Lsn, Op, Record, Stamp};
+use journal_format::{Codec, GapReason, ImageTag, Lsn, Op, Record, Stamp};
 use journal_store::StoreConfig;
 use journal_store::io::MemStorage;
 
@@ -15,6 +15,10 @@ const FIRST: SessionId = SessionId(1);
 const SECOND: SessionId = SessionId(2);
 
 fn frame_at(epoch: u64, lsn: u64) -> Vec<u8> {
+    frame_of(epoch, lsn, begin())
+}
+
+fn frame_of(epoch: u64, lsn: u64, op: Op) -> Vec<u8> {
     let meta = FrameMeta {
         disk: DISK,
         epoch: Epoch(epoch),
@@ -23,7 +27,7 @@ fn frame_at(epoch: u64, lsn: u64) -> Vec<u8> {
         codec: Codec::Raw,
         raw_bytes: 0,
     };
-    encode_head(&meta, &[Record { lsn: Lsn(lsn), stamp: Stamp(lsn), op: begin() }], &[]).expect("a frame")
+    encode_head(&meta, &[Record { lsn: Lsn(lsn), stamp: Stamp(lsn), op }], &[]).expect("a frame")
 }
 
 fn begin() -> Op {
@@ -44,7 +48,7 @@ fn open_for(host: u8, resume_epoch: u64) -> Request {
 }
 
 fn close() -> Request {
-    Request::Close(CloseDisk { disk: DISK.0.to_vec() })
+    Request::Close(CloseDisk { disk: DISK.0.to_vec(), ended: 0 })
 }
 
 struct World {
@@ -94,6 +98,15 @@ impl World {
     }
 }
 
+/// Why the epoch of the answer begins with a gap.
+fn begins(effects: &[Effect]) -> Option<GapReason> {
+    let opened = effects.iter().find_map(|effect| match effect {
+        Effect::Send(_, Reply::Opened(opened)) => Some(opened),
+        _ => None,
+    });
+    wire::gap_reason(opened.expect("an answer").begins)
+}
+
 fn acks(effects: &[Effect]) -> Vec<(SessionId, u64)> {
     let ack = |effect: &Effect| match effect {
         Effect::Send(session, Reply::Ack(ack)) => Some((*session, ack.durable_lsn)),
@@ -110,6 +123,22 @@ fn a_frame_is_acknowledged_by_the_commit_and_not_before() {
     assert!(matches!(effects[..], [Effect::Appended(_)]), "{effects:?}");
     assert_eq!(acks(&world.commit()), [(FIRST, 1)]);
     assert_eq!(acks(&world.commit()), [], "nothing new");
+}
+
+#[test]
+fn an_agent_hears_why_its_epoch_begins_with_a_gap() {
+    let mut world = World::new();
+    assert_eq!(begins(&world.ask(FIRST, open(0))), Some(GapReason::Attach), "the journal is empty");
+    world.ask(FIRST, Request::Frame(frame_at(1, 1)));
+    assert_eq!(begins(&world.ask(FIRST, open(1))), None, "it goes on");
+    assert_eq!(begins(&world.ask(FIRST, open(0))), Some(GapReason::UncleanEnd));
+    world.ask(FIRST, Request::Frame(frame_at(2, 2)));
+    let ended = GapReason::FilterFault as u32;
+    world.ask(FIRST, Request::Close(CloseDisk { disk: DISK.0.to_vec(), ended }));
+    assert_eq!(begins(&world.ask(SECOND, open_for(2, 0))), Some(GapReason::FilterFault), "any host hears it");
+    world.ask(SECOND, Request::Frame(frame_at(3, 3)));
+    world.ask(SECOND, Request::Frame(frame_of(3, 4, Op::Close { image: ImageTag([1; 16]) })));
+    assert_eq!(begins(&world.ask(SECOND, open_for(2, 0))), Some(GapReason::Attach), "it was closed in order");
 }
 
 #[test]

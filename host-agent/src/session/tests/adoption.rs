@@ -68,6 +68,7 @@ fn what_cannot_be_read_ends_and_protection_begins_anew() {
     let actions = world.on(Event::FilterResult(F1, order.request, "a frame is corrupt".into()));
     assert!(actions.contains(&Action::DropSpool(disk())) && detach(&actions).is_some());
     assert_eq!(opens(&actions), [0], "a new epoch");
+    assert_eq!(attach(&world.opened(100, 4)).begins, GapReason::AgentLost, "what was taken out is lost");
 }
 
 #[test]
@@ -97,6 +98,7 @@ fn a_spool_without_a_ring_is_shipped_where_the_server_goes_on() {
             durable_stamp: Stamp(5),
             epoch: Epoch(epoch),
             closed_image: None,
+            begins: GapReason::Attach,
             refused: refused.into(),
         });
         if (epoch, refused) == (3, "") {

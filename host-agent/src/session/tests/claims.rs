@@ -9,13 +9,14 @@ fn refused(world: &mut World, epoch: u64) -> Vec<Action> {
         durable_stamp: Stamp(0),
         epoch: Epoch(epoch),
         closed_image: None,
+        begins: GapReason::Attach,
         refused: "host2 has it".into(),
     })
 }
 
 /// Where the disk is given up among the messages to the server, and where the last inventory is.
 fn given_up(actions: &[Action]) -> (Option<usize>, Option<usize>) {
-    let close = Action::Send(ToServer::CloseDisk(wire::CloseDisk { disk: disk().0.to_vec() }));
+    let close = Action::Send(ToServer::CloseDisk(wire::CloseDisk { disk: disk().0.to_vec(), ended: 0 }));
     let inventory = |action: &Action| matches!(action, Action::Send(ToServer::Inventory(_)));
     (actions.iter().position(|action| *action == close), actions.iter().rposition(inventory))
 }

@@ -221,6 +221,7 @@ fn run(steps: Vec<Step>) {
                 durable_stamp: Stamp(1),
                 epoch: Epoch(epoch),
                 closed_image: None,
+                begins: GapReason::Attach,
                 refused: if refused { "no".into() } else { String::new() },
             }),
             Step::Ack(lsn) => Event::Server(ServerMessage::Ack(disk(), Lsn(lsn))),
@@ -250,7 +251,7 @@ fn run(steps: Vec<Step>) {
             Step::RingFault => match fake.ring.as_mut().filter(|ring| !ring.ended) {
                 Some(ring) => {
                     ring.ended = true;
-                    Event::RingFault(disk(), ring.epoch, "corrupt".into())
+                    Event::RingFault(disk(), ring.epoch, GapReason::FilterFault, "corrupt".into())
                 }
                 None => Event::Tick,
             },

@@ -104,6 +104,7 @@ impl Live {
         let config = RingConfig {
             arena_bytes: sizes.arena_bytes,
             slots: sizes.slots,
+            begins: order.begins,
             ..RingConfig::new(order.disk, order.epoch, order.first_lsn, order.disk_bytes)
         };
         let (ring, ring_fd) = Ring::create(&config).expect("a ring");

@@ -9,7 +9,7 @@ use super::{DEVICES, HOST, World, options};
 use crate::agent::{Agent, ToAgent};
 use crate::check::Checks;
 use crate::guest::{DISKS, Phase, Vm, woken};
-use crate::model::SECTOR;
+use crate::model::{End, SECTOR};
 
 impl World {
     pub(super) fn server_step(&mut self) {
@@ -113,12 +113,14 @@ impl World {
             }
         }
         self.changes.iter_mut().for_each(|changes| *changes += 1);
+        self.models.iter_mut().for_each(|model| model.end_epoch(End::VmGone));
         self.bury(vm);
     }
 
     /// QEMU's process is gone.
     fn bury(&mut self, vm: Vm) {
         self.graveyard.push(vm);
+        self.vms_gone += 1;
         drop(woken());
         self.part();
     }
@@ -163,6 +165,7 @@ impl World {
             }
             drop(vm.disks[i].attached.as_mut().and_then(|attached| attached.resync.take()));
         }
+        self.models.iter_mut().for_each(|model| model.end_epoch(End::VmGone));
         let vm = self.vm.take().expect("it runs");
         self.bury(vm);
     }
@@ -223,6 +226,7 @@ impl World {
             conn.cut(&mut self.random);
         }
         self.agent_gone = self.now;
+        self.agents_gone += 1;
         self.agent_stops = None;
         self.to_agent.clear();
         // What the agent had written into the socket still arrives.
@@ -306,7 +310,15 @@ impl World {
         let i = self.random.within(0..DISKS as u64) as usize;
         let wanted = self.random.chance(60);
         self.trace.note(|| format!("operator: protection of disk {i}: {wanted}"));
-        self.server.wanted.insert(self.ids[i], wanted);
+        self.want(i, wanted);
         self.server.wish_now();
+    }
+
+    /// The operator's wish is written down.
+    pub(super) fn want(&mut self, i: usize, wanted: bool) {
+        if wanted && !self.server.wanted.get(&self.ids[i]).copied().unwrap_or_default() {
+            self.models[i].switch_on();
+        }
+        self.server.want(self.ids[i], wanted);
     }
 }

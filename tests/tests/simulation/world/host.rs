@@ -5,12 +5,13 @@ use std::time::Duration;
 use capture_ring::control::CaptureFds;
 use capture_ring::{HostClock, Ring};
 use host_agent::session::{DiskInfo, Event, FilterId, Holding, VmInfo};
-use journal_format::ImageTag;
+use journal_format::{GapReason, ImageTag};
 use std::os::fd::AsFd;
 
 use super::{DEVICES, LOOK_EVERY, VM_UUID, World};
 use crate::agent::{ToAgent, ToFilter, same_fds};
 use crate::guest::{Attached, DISKS, Phase};
+use crate::model::End;
 use crate::net::Conn;
 
 fn place(device: &str) -> usize {
@@ -236,6 +237,7 @@ impl World {
         }
         // In QEMU the device is drained first.
         self.settle_ops(i);
+        self.models[i].end_epoch(End::Detached(self.deaths()));
         let attached = self.vm.as_mut().and_then(|vm| vm.disks[i].attached.as_mut());
         let Some(attached) = attached else {
             return self.tell(Event::FilterResult(filter, request, String::new()));
@@ -258,13 +260,16 @@ impl World {
         let old = self.vm.as_mut().and_then(|vm| vm.disks[i].attached.take());
         if let Some(mut old) = old {
             old.capture.detach();
+            self.models[i].end_epoch(End::Detached(self.deaths()));
             drop(old.resync.take());
         }
         HostClock::open(fds.clock.as_fd()).expect("the agent's own clock").raise_to(self.floor());
         let attached = Attached::new(&fds);
         let first = attached.ring.config().first_lsn.0;
         self.trace.note(|| format!("filter: {} is attached at LSN {first}", DEVICES[i]));
-        self.models[i].begin_epoch(first);
+        let begins = attached.ring.config().begins;
+        self.check_reason(i, first, image.is_some(), begins);
+        self.models[i].begin_epoch(first, begins);
         self.models[i].settle_all(self.images[i].clone(), Vec::new());
         let stamp = attached.clock.last().0;
         self.models[i].point(first, stamp, false, None, "attach");
@@ -282,6 +287,30 @@ impl World {
         // It may have been resized since the agent was told.
         self.check_size(i);
         self.tell(Event::FilterResult(filter, request, String::new()));
+    }
+
+    fn deaths(&self) -> u64 {
+        self.agents_gone + self.vms_gone
+    }
+
+    /// What a new epoch says of why it begins with a gap is what happened to the epoch that the journal ends with.
+    fn check_reason(&self, i: usize, first: u64, closed: bool, reason: GapReason) {
+        use GapReason::{AgentLost, Attach, UncleanEnd};
+        let last = self.models[i].epochs.iter().rfind(|epoch| epoch.first < first).filter(|_| !closed);
+        let may: &[GapReason] = match last.and_then(|epoch| epoch.end) {
+            _ if last.is_none() => &[Attach],
+            // Only an agent that has lost something says so.
+            Some(End::VmGone) if self.agents_gone == 0 => &[UncleanEnd],
+            Some(End::VmGone) => &[UncleanEnd, AgentLost],
+            // Whoever had it detached may have died before the server heard of it, or QEMU before it said so.
+            Some(End::Detached(then)) if then < self.deaths() => &[Attach, AgentLost, UncleanEnd],
+            _ => &[Attach, AgentLost],
+        };
+        let switched = last.is_some_and(|epoch| epoch.switched) && reason == Attach;
+        assert!(
+            switched || may.contains(&reason),
+            "I4: disk {i}: the epoch at {first} begins for {reason:?}, not for one of {may:?}"
+        );
     }
 
     /// Completes everything in flight on a disk.
