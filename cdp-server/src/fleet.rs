@@ -100,6 +100,11 @@ impl Fleet {
         self.lock().sessions.len()
     }
 
+    /// Whether an agent of that host is connected and has said what it has.
+    pub(crate) fn has_agent(&self, host: HostId) -> bool {
+        self.lock().reports.values().any(|report| report.id == host)
+    }
+
     /// Takes over what a connection reports; it replaces what the same connection reported before, and of the same
     /// disks what an older connection of its host did. The catalog has to learn of it: [`Fleet::unwritten`].
     pub(crate) fn reported(&self, session: SessionId, host: &HostReport) {

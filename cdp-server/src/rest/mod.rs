@@ -94,12 +94,21 @@ async fn reading<T: Send + 'static>(
 ) -> Result<T, ApiError> {
     let stopping = |_| Problem::new(Kind::Unavailable, "the server is stopping", "try again once it is back");
     let permit = Arc::clone(&core.readers).acquire_owned().await.map_err(stopping)?;
-    let core = Arc::clone(core);
-    let task = tokio::task::spawn_blocking(move || {
-        let result = read(&core);
+    let read = move |core: &Arc<Core>| {
+        let result = read(core);
         drop(permit);
         result
-    });
+    };
+    blocking(core, read).await
+}
+
+/// As [`reading`], for what does not read the store and must not wait for those who do.
+async fn blocking<T: Send + 'static>(
+    core: &Arc<Core>,
+    work: impl FnOnce(&Arc<Core>) -> Result<T, ApiError> + Send + 'static,
+) -> Result<T, ApiError> {
+    let core = Arc::clone(core);
+    let task = tokio::task::spawn_blocking(move || work(&core));
     match task.await {
         Ok(result) => result,
         Err(error) => {

@@ -7,6 +7,7 @@ mod agent;
 mod bookmarks;
 mod faults;
 mod hashes;
+mod health;
 mod hostile;
 mod ingest;
 mod openapi;
