@@ -156,6 +156,8 @@ fn waiters_go_on_when_the_policy_changes() {
     waited.fill();
     let writer = waited.writer();
     waited.wait_until_waiting();
+    // What is announced and not parked yet looks at the policy itself; the waking is what this is about.
+    std::thread::sleep(Duration::from_millis(50));
     waited.replica.ring().set_policy(Policy::default());
     writer.join().expect("no panic");
     assert_eq!(waited.overflows(), 1);
