@@ -31,6 +31,16 @@ impl Guest {
     /// When it does not come up.
     #[must_use]
     pub fn boot(site: &Site, name: &str, images: &[PathBuf]) -> Self {
+        let file = |image: &PathBuf| format!("driver=file,filename={}", image.display());
+        Self::boot_nodes(site, name, &images.iter().map(file).collect::<Vec<_>>())
+    }
+
+    /// The same with disks that are these nodes: QEMU's options of each, but for its name.
+    ///
+    /// # Panics
+    /// When it does not come up.
+    #[must_use]
+    pub fn boot_nodes(site: &Site, name: &str, nodes: &[String]) -> Self {
         let (guest, socket) = (guest_image(), site.directory().join(format!("{name}.serial")));
         let mut command = Command::new("qemu-system-x86_64");
         command.args(["-accel", "tcg", "-m", "256", "-nodefaults", "-display", "none", "-no-reboot"]);
@@ -39,8 +49,8 @@ impl Guest {
         command.args(["-append", "console=ttyS0 quiet panic=-1", "-serial", "chardev:serial"]);
         // QEMU waits for the connection, so that no line is lost.
         command.args(["-chardev", &format!("socket,id=serial,path={},server=on,wait=on", socket.display())]);
-        for (letter, image) in ('a'..).zip(images) {
-            let blockdev = format!("driver=file,node-name=node-{letter},filename={}", image.display());
+        for (letter, node) in ('a'..).zip(nodes) {
+            let blockdev = format!("node-name=node-{letter},{node}");
             let device = format!("virtio-blk-pci,id=vd{letter},drive=node-{letter},iothread=io-{letter}");
             command.args(["-object", &format!("iothread,id=io-{letter}"), "-blockdev", &blockdev]);
             command.args(["-device", &device]);

@@ -15,6 +15,7 @@ mod parts;
 mod report;
 mod restore;
 mod rpo;
+mod space;
 mod stall;
 mod stored;
 mod variants;
@@ -42,10 +43,11 @@ const QUICK: Effort = Effort { rounds: 1, seconds: 0.3, patient: false };
 type Bench = fn(Effort, &mut Report);
 
 /// The tables' names, and what measures them.
-const TABLES: [(&str, Bench); 6] = [
+const TABLES: [(&str, Bench); 7] = [
     ("capture", export::run),
     ("stall", stall::run),
     ("ingest", ingest::run),
+    ("space", space::run),
     ("restore", restore::run),
     ("history", history::run),
     ("rpo", rpo::run),
