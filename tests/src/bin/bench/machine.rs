@@ -18,20 +18,20 @@ pub(crate) const SINK_CORE: &str = "1";
 /// More of others than this, in cores, and a round does not count as quiet.
 const IDLE_BELOW: f64 = 0.3;
 const LOOK: Duration = Duration::from_millis(500);
-const PATIENCE: Duration = Duration::from_secs(60);
+/// How long one table waits for quiet moments, all its rounds together: a full run fits an hour on a busy machine too.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Waits until the machine does nothing else; whether it came to that.
-pub(crate) fn wait_until_idle() -> bool {
-    let end = Instant::now() + PATIENCE;
+/// Waits until the machine does nothing else, and takes that time from `patience`; whether it came to that.
+pub(crate) fn wait_until_idle(patience: &mut Duration) -> bool {
+    let began = Instant::now();
     loop {
         let before = busy_ticks();
         thread::sleep(LOOK);
         let busy = (busy_ticks() - before) as f64 / ticks_per_second() / LOOK.as_secs_f64();
-        if busy < IDLE_BELOW {
-            return true;
-        }
-        if Instant::now() > end {
-            return false;
+        let quiet = busy < IDLE_BELOW;
+        if quiet || began.elapsed() > *patience {
+            *patience = patience.saturating_sub(began.elapsed());
+            return quiet;
         }
     }
 }
@@ -123,6 +123,10 @@ pub(crate) fn describe() -> Vec<(String, String)> {
     };
     vec![
         ("processor".to_owned(), format!("{} × {cores}", model.map_or("unknown", |(_, name)| name))),
+        (
+            "load of the machine when the run ended".to_owned(),
+            fs::read_to_string("/proc/loadavg").unwrap_or_default().trim().to_owned(),
+        ),
         ("kernel".to_owned(), first_line("uname", "-r")),
         ("QEMU".to_owned(), first_line("qemu-img", "--version")),
         ("fio".to_owned(), first_line("fio", "--version")),

@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use std::fs;
 use std::path::Path;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
@@ -49,6 +50,8 @@ pub(crate) struct Report {
     quick: bool,
     /// Whether the present round began quietly.
     quiet: bool,
+    /// How long rounds may still wait for a quiet moment.
+    patience: Duration,
     rows: Vec<Row>,
 }
 
@@ -65,12 +68,12 @@ impl Spread {
 
 impl Report {
     pub(crate) fn new(name: &str, quick: bool) -> Self {
-        Self { name: name.to_owned(), quick, quiet: true, rows: Vec::new() }
+        Self { name: name.to_owned(), quick, quiet: true, patience: machine::PATIENCE, rows: Vec::new() }
     }
 
-    /// Waits for a quiet moment, where the effort has the patience; the rows that follow say whether it came.
+    /// Waits for a quiet moment, where the effort has the patience; the rows that follow say whether one was seen.
     pub(crate) fn begin_round(&mut self, effort: Effort) {
-        self.quiet = !effort.patient || machine::wait_until_idle();
+        self.quiet = effort.patient && machine::wait_until_idle(&mut self.patience);
     }
 
     pub(crate) fn add(&mut self, row: Row) {
@@ -160,7 +163,7 @@ impl Report {
         let noisy = self.rows.iter().filter(|row| !row.quiet).count();
         let _ = writeln!(
             text,
-            "- {} rows, {noisy} of them in rounds that did not begin quietly",
+            "- {} rows, {noisy} of them in rounds that were not seen to begin quietly",
             self.rows.len()
         );
         if self.quick {
