@@ -19,7 +19,7 @@ use crate::report::{Report, Row};
 use crate::{Effort, parts};
 
 /// Bytes of guests' data in a row.
-const FULL_BYTES: u64 = 1 << 30;
+const FULL_BYTES: u64 = 256 << 20;
 const QUICK_BYTES: u64 = 32 << 20;
 /// Between two flushes of a peer.
 const FLUSH_BYTES: u64 = 16 << 20;

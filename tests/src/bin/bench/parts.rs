@@ -15,7 +15,7 @@ use crate::ingest::Load;
 use crate::machine;
 use crate::report::{Report, Row};
 
-const FULL_BYTES: u64 = 512 << 20;
+const FULL_BYTES: u64 = 256 << 20;
 const QUICK_BYTES: u64 = 32 << 20;
 /// What a commit makes durable under load.
 const COMMIT_BYTES: usize = 16 << 20;
