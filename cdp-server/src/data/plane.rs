@@ -29,7 +29,8 @@ use crate::model::HostId;
 
 use self::owners::{Owners, Right};
 
-/// Number of a connection; never used again while the server runs.
+/// Number of a connection, from 1; never used again while the server runs, and greater than that of any connection whose
+/// agent was welcomed before this one's greeted.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
 pub struct SessionId(pub u64);
 
@@ -212,6 +213,10 @@ impl Plane {
                     DiskOpened { disk: id.0.to_vec(), epoch: epoch.0, refused: who, ..DiskOpened::default() };
                 return self.effects.push(Effect::Send(session, Reply::Opened(held)));
             }
+            Ok(Right::Overtaken) => {
+                let why = format!("a newer connection of its host has opened disk {id}; connect anew");
+                return self.close(session, why);
+            }
             Ok(Right::InPlaceOf(old)) => {
                 self.close(old, format!("the agent of its host has connected anew and opened disk {id}"));
                 open_journal(on, id, host, request)
@@ -227,7 +232,7 @@ impl Plane {
                 answer
             }
             Err(error) => {
-                self.owners.failed(id, host, self.now);
+                self.owners.failed(id, host, session, self.now);
                 let refused = error.to_string();
                 self.effects.push(Effect::Failed(id, error));
                 DiskOpened { disk: id.0.to_vec(), refused, ..DiskOpened::default() }

@@ -86,11 +86,13 @@ impl<'a> Session<'a> {
             refused: checked.as_ref().err().cloned().unwrap_or_default(),
             server_version: env!("CARGO_PKG_VERSION").to_owned(),
         };
+        // Before the welcome: the agent opens disks after it, and one that takes over from it greets later still.
+        let number = core.fleet.next_session();
         (&*stream).write_all(&wire::encode(&welcome)?).map_err(io)?;
         let id = checked.map_err(ServerError::Protocol)?;
         let host = Host { id, name: cut(hello.host_name.clone(), MAX_NAME_BYTES) };
         let label = format!("{} ({address})", host.name);
-        let (peer, outgoing) = Peer::new(core.fleet.next_session(), label, Arc::clone(&stream));
+        let (peer, outgoing) = Peer::new(number, label, Arc::clone(&stream));
         let weak = Arc::downgrade(&peer);
         let ping_every = PING_EVERY.min(patience.idle / PINGS);
         thread::Builder::new()

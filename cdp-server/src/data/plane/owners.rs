@@ -10,6 +10,10 @@
 //! | a host whose session ended, heard less than `keep` ago | gets it | is refused |
 //! | a host that was not heard for longer | gets it | gets it, with a new epoch |
 //!
+//! Of one host's sessions only the newest counts: an open of one that is older than the last to open the disk was sent
+//! by an agent that is gone, and arrives late. That session is closed. (Were it obeyed, its successor would lose the disk, and
+//! its frames, to nobody.) Should that agent be alive after all, it connects anew and is the newest.
+//!
 //! The third row lets an agent be restarted, and a connection break, without the disk changing hands: a clone would
 //! take it in that moment, and history would follow now one disk, now the other. A server that starts does not know who
 //! lives; the catalog has each disk's owner, and the owner counts as heard at the start.
@@ -26,8 +30,8 @@ use crate::error::ServerError;
 /// Where an owner is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Presence {
-    /// On this connection.
-    Here(SessionId),
+    /// On the connection that opened the disk last.
+    Here,
     /// On none, or its open failed; it was heard then.
     Away(Duration),
 }
@@ -35,10 +39,18 @@ enum Presence {
 #[derive(Debug)]
 struct Owner {
     host: Host,
+    /// The session that opened the disk last; the default before any did.
+    session: SessionId,
     presence: Presence,
     epoch: Epoch,
     /// It was told that its frames are refused; it opens the disk again before it sends more.
     refused: bool,
+}
+
+impl Owner {
+    fn is_on(&self, session: SessionId) -> bool {
+        self.presence == Presence::Here && self.session == session
+    }
 }
 
 /// Whether a session may open a disk.
@@ -48,6 +60,8 @@ pub(super) enum Right {
     Its,
     /// It may, and this session of the same host has to go.
     InPlaceOf(SessionId),
+    /// It may not: a newer session of the same host has opened the disk since.
+    Overtaken,
     /// It may not: another host has the disk, with this epoch; who, and what to do.
     HeldBy(Epoch, String),
 }
@@ -77,13 +91,17 @@ impl Owners {
             && let Some((host, epoch)) = catalog.owner(disk)?
         {
             let presence = Presence::Away(Duration::ZERO);
-            self.disks.insert(disk, Owner { host, presence, epoch, refused: true });
+            let session = SessionId::default();
+            self.disks.insert(disk, Owner { host, session, presence, epoch, refused: true });
         }
         let Some(owner) = self.disks.get(&disk) else { return Ok(Right::Its) };
         Ok(match owner.presence {
-            Presence::Here(old) if owner.host.id == host.id && old != session => Right::InPlaceOf(old),
-            Presence::Here(_) | Presence::Away(_) if owner.host.id == host.id => Right::Its,
-            Presence::Here(_) => Right::HeldBy(owner.epoch, held_by(&owner.host)),
+            _ if owner.host.id == host.id && session < owner.session => Right::Overtaken,
+            Presence::Here if owner.host.id == host.id && session > owner.session => {
+                Right::InPlaceOf(owner.session)
+            }
+            Presence::Here | Presence::Away(_) if owner.host.id == host.id => Right::Its,
+            Presence::Here => Right::HeldBy(owner.epoch, held_by(&owner.host)),
             Presence::Away(heard) if now < heard.saturating_add(self.keep) => {
                 Right::HeldBy(owner.epoch, kept_for(&owner.host, self.keep))
             }
@@ -93,13 +111,13 @@ impl Owners {
 
     /// The session has the disk from now on.
     pub(super) fn insert(&mut self, disk: DiskId, host: Host, session: SessionId, epoch: Epoch) {
-        self.disks.insert(disk, Owner { host, presence: Presence::Here(session), epoch, refused: false });
+        self.disks.insert(disk, Owner { host, session, presence: Presence::Here, epoch, refused: false });
     }
 
     /// A session of that host could not open a disk to which it has the right: its host's it stays, if it was.
-    pub(super) fn failed(&mut self, disk: DiskId, host: &Host, now: Duration) {
+    pub(super) fn failed(&mut self, disk: DiskId, host: &Host, session: SessionId, now: Duration) {
         if let Some(owner) = self.disks.get_mut(&disk).filter(|owner| owner.host.id == host.id) {
-            owner.presence = Presence::Away(now);
+            (owner.session, owner.presence) = (session, Presence::Away(now));
         }
     }
 
@@ -110,22 +128,20 @@ impl Owners {
 
     /// The session ends; it was heard last at that time.
     pub(super) fn leave(&mut self, session: SessionId, heard: Duration) {
-        for owner in self.disks.values_mut().filter(|owner| owner.presence == Presence::Here(session)) {
+        for owner in self.disks.values_mut().filter(|owner| owner.is_on(session)) {
             owner.presence = Presence::Away(heard);
         }
     }
 
     /// The session that has the disk.
     pub(super) fn session(&self, disk: DiskId) -> Option<SessionId> {
-        match self.disks.get(&disk)?.presence {
-            Presence::Here(session) => Some(session),
-            Presence::Away(_) => None,
-        }
+        let owner = self.disks.get(&disk)?;
+        (owner.presence == Presence::Here).then_some(owner.session)
     }
 
     /// If the session has the disk: its epoch, and whether its frames are refused.
     pub(super) fn granted(&self, disk: DiskId, session: SessionId) -> Option<(Epoch, bool)> {
-        let owner = self.disks.get(&disk).filter(|owner| owner.presence == Presence::Here(session))?;
+        let owner = self.disks.get(&disk).filter(|owner| owner.is_on(session))?;
         Some((owner.epoch, owner.refused))
     }
 

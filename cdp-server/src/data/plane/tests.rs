@@ -47,6 +47,14 @@ fn open_for(host: u8, resume_epoch: u64) -> Request {
     Request::Open(host, OpenDisk { disk: DISK.0.to_vec(), disk_bytes: 1 << 20, resume_epoch })
 }
 
+/// An open that fails: there is no disk that large.
+fn open_too_large() -> Request {
+    match open(1) {
+        Request::Open(host, open) => Request::Open(host, OpenDisk { disk_bytes: u64::MAX, ..open }),
+        other => other,
+    }
+}
+
 fn close() -> Request {
     Request::Close(CloseDisk { disk: DISK.0.to_vec(), ended: 0 })
 }
@@ -157,6 +165,37 @@ fn an_older_session_of_the_host_is_closed_and_nothing_of_it_is_taken_any_more() 
     assert_eq!(world.store.disk(DISK).map(|disk| disk.durable_lsn()), Some(Lsn(1)));
     world.ask(FIRST, HEARD_JUST_NOW);
     assert!(world.plane.closing.is_empty());
+}
+
+/// An `OpenDisk` of an agent that was killed lay in its socket while its successor opened the disk. It took the disk over:
+/// the successor's connection was closed, and what it had sent and got no acknowledgement for ended in a gap.
+#[test]
+fn an_open_of_an_older_session_that_comes_late_takes_nothing_over() {
+    let mut world = World::new();
+    world.ask(SECOND, open(0));
+    let effects = world.ask(FIRST, open(0));
+    assert!(matches!(effects[..], [Effect::Close(FIRST, _)]), "{effects:?}");
+    world.ask(SECOND, Request::Frame(frame_at(1, 1)));
+    assert_eq!(acks(&world.commit()), [(SECOND, 1)], "the newer one goes on with its epoch");
+
+    // Nor when its successor is not connected just then, or its open failed.
+    let mut world = World::new();
+    assert_eq!(world.try_open(SECOND, open(0)), Ok(1));
+    world.ask(SECOND, HEARD_JUST_NOW);
+    let effects = world.ask(FIRST, open(0));
+    assert!(matches!(effects[..], [Effect::Close(FIRST, _)]), "{effects:?}");
+    assert_eq!(world.try_open(SessionId(3), open(1)), Ok(1), "the epoch is still its");
+    world.ask(SessionId(4), open_too_large());
+    let effects = world.ask(SECOND, open(0));
+    assert!(matches!(effects[..], [Effect::Close(SECOND, _)]), "{effects:?}");
+}
+
+#[test]
+fn another_hosts_session_may_be_older() {
+    let mut world = World::new();
+    assert_eq!(world.try_open(SECOND, open_for(2, 0)), Ok(1));
+    world.ask(SECOND, close());
+    assert_eq!(world.try_open(FIRST, open(0)), Ok(2));
 }
 
 #[test]
