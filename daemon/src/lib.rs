@@ -1,10 +1,12 @@
-//! What `cdp-server` and `cdp-agent` do first and last: logs, open files, exit codes.
+//! What `cdp-server` and `cdp-agent` do first and last: logs, open files, exit codes; and how drills are ordered.
 //!
 //! *Owns* these habits, so that both programs have the same. *Must not know* what either program does.
 //!
 //! *Threads*: called from `main`, before any other thread exists.
 
 #![forbid(unsafe_code)]
+
+pub mod drill;
 
 use std::error::Error;
 use std::io::{self, ErrorKind, IsTerminal, Write};

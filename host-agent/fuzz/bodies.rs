@@ -209,7 +209,7 @@ pub fn outbox(input: &[u8]) {
         // What an agent made can be adopted from it.
         let again = adopt(adopted.outbox.memory().file(), DISK, EPOCH, 0, None).expect("an agent's own");
         assert_eq!((again.last, again.packed), (adopted.last, adopted.packed));
-        let nowhere = SpoolPlace { folder: PathBuf::from("/nonexistent"), limit_bytes: 0 };
+        let nowhere = SpoolPlace { folder: PathBuf::from("/nonexistent"), limit_bytes: 0, drill: None };
         let spool = Spool::open(&nowhere, DISK, EPOCH);
         let staged = adopted.staged.last().map_or(adopted.last, |record| record.lsn);
         let outbox = std::sync::Arc::clone(&adopted.outbox);
@@ -246,7 +246,7 @@ fn folder() -> PathBuf {
 
 fn place() -> SpoolPlace {
     // Files of 1 KiB, and some.
-    SpoolPlace { folder: folder(), limit_bytes: 16 << 10 }
+    SpoolPlace { folder: folder(), limit_bytes: 16 << 10, drill: None }
 }
 
 /// Frames in the honest spool.

@@ -38,6 +38,9 @@ impl Agent {
     /// # Errors
     /// What keeps it from starting, and what to do.
     pub fn start(config: Config) -> Result<Self, AgentError> {
+        if let Some(drill) = &config.drill {
+            tracing::error!(%drill, "THIS IS A DRILL: it fails on purpose; restart without --drill to end it");
+        }
         let identity = Identity {
             host_id: host_id(config.machine_id.as_deref(), &config.host_name)?,
             host_name: config.host_name.clone(),

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use clap::Parser;
 use serde::Deserialize;
 
+use crate::drill::Drill;
 use crate::error::AgentError;
 use crate::limits::{OUTBOX_MIB, RING_MIB, SPOOL_MIB};
 use crate::spool::SpoolPlace;
@@ -59,6 +60,10 @@ pub struct Args {
     /// Use plain system calls even where the kernel offers io_uring.
     #[arg(long)]
     pub no_io_uring: bool,
+    /// Makes spool, connection or drains fail on purpose, for a drill, such as cut-for=20s@30s; see
+    /// docs/operating/drills.md.
+    #[arg(long, value_name = "SPEC", env = "CDP_AGENT_DRILL")]
+    pub drill: Option<Drill>,
 }
 
 /// The TOML file: every key optional, unknown keys refused (a misspelt key must not be ignored in silence).
@@ -104,6 +109,8 @@ pub struct Config {
     pub token: String,
     /// Plain system calls only.
     pub no_io_uring: bool,
+    /// What fails on purpose. Never in the file: a drill is not to outlive its command line.
+    pub drill: Option<Drill>,
 }
 
 impl Config {
@@ -137,11 +144,13 @@ impl Config {
                     0 => 0,
                     mib => bytes("spool_mib", mib, SPOOL_MIB)?,
                 },
+                drill: args.drill.clone(),
             },
             host_name: args.host_name.or(file.host_name).unwrap_or_else(host_name),
             machine_id: args.machine_id.or(file.machine_id),
             token: token_file.as_deref().map(read_token).transpose()?.unwrap_or_default(),
             no_io_uring: args.no_io_uring || file.no_io_uring.unwrap_or(false),
+            drill: args.drill,
         })
     }
 }

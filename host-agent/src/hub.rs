@@ -14,6 +14,7 @@ use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::eventfd::EventFd;
 
 use crate::config::Config;
+use crate::drill::Drill;
 use crate::error::AgentError;
 use crate::events::{Input, Sender};
 use crate::filters::FilterLink;
@@ -223,6 +224,11 @@ impl Hub {
             return;
         }
         self.next_tick = now + TICK;
+        if self.link.is_some()
+            && let Some(error) = self.config.drill.as_ref().and_then(Drill::cut)
+        {
+            self.drop_link(&error.to_string(), true);
+        }
         let dead = self.watched.extract_if(.., |(_, link)| link.is_dead()).map(|(filter, _)| filter);
         let dead: Vec<FilterId> = dead.collect();
         for filter in dead {
@@ -259,6 +265,9 @@ impl Hub {
 
     /// Gives the socket more to do if it is idle: control messages first, then frames of all disks in turn.
     fn send(&mut self) {
+        if self.config.drill.as_ref().is_some_and(Drill::stalls_sends) {
+            return;
+        }
         let Some(link) = self.link.as_mut().filter(|link| !link.is_sending()) else { return };
         let mut batch = SendBatch::default();
         if !self.unsent.is_empty() {
@@ -509,8 +518,10 @@ impl Hub {
         self.attempt += 1;
         let (attempt, address, sender) = (self.attempt, self.config.server.clone(), self.sender.clone());
         // Names and connects may take seconds; the hub must not.
+        let cut = self.config.drill.as_ref().and_then(Drill::cut);
         let spawned = std::thread::Builder::new().name("cdp-connect".into()).spawn(move || {
-            let _ = sender.send(Input::Connected(attempt, connect_to(&address, CONNECT_TIMEOUT)));
+            let outcome = cut.map_or_else(|| connect_to(&address, CONNECT_TIMEOUT), Err);
+            let _ = sender.send(Input::Connected(attempt, outcome));
         });
         if let Err(error) = spawned {
             tracing::warn!(%error, "cannot start a thread to connect");

@@ -28,6 +28,7 @@ pub mod agent;
 pub mod compare;
 pub mod config;
 pub mod drain;
+pub mod drill;
 pub mod error;
 pub mod events;
 pub mod filters;

@@ -15,6 +15,7 @@ use crate::config::Config;
 use crate::drain::Drain;
 use crate::drain::parked::Parked;
 use crate::drain::worker::Worker;
+use crate::drill::Drill;
 use crate::error::AgentError;
 use crate::events::Sender;
 use crate::outbox::adopt::adopt;
@@ -35,6 +36,7 @@ pub struct Live {
     /// The agent's own producing end, for bookmarks.
     producer: Option<Producer>,
     spool_limit: u64,
+    drill: Option<Drill>,
     events: Sender,
 }
 
@@ -117,11 +119,12 @@ impl Live {
     ) -> Result<Self, AgentError> {
         let (_, epoch) = worker.of();
         let (ring, bell) = ring.unzip();
-        let mut drain = Drain::new(worker, bell, events.clone())?;
+        let mut drain = Drain::new(worker, bell, events.clone(), settings.drill.clone())?;
         let producer = ring.as_ref().map(|shared| producer(shared, &drain)).transpose()?;
         drain.start()?;
         let (work, events) = (Work::Running(Box::new(drain)), events.clone());
-        Ok(Self { epoch, outbox, work, ring, producer, spool_limit: settings.spool.limit_bytes, events })
+        let (spool_limit, drill) = (settings.spool.limit_bytes, settings.drill.clone());
+        Ok(Self { epoch, outbox, work, ring, producer, spool_limit, drill, events })
     }
 
     /// Reads what a filter holds of an epoch, checks all of it, and makes a new outbox. The ring is left as it is until
@@ -161,6 +164,7 @@ impl Live {
             ring: Some(Shared { ring, clock }),
             producer: None,
             spool_limit: settings.spool.limit_bytes,
+            drill: settings.drill.clone(),
             events: events.clone(),
         };
         Ok(Loaded { live, outbox: fd, acked, packed })
@@ -180,7 +184,8 @@ impl Live {
         };
         let shared = self.ring.as_ref().map(|shared| (Arc::clone(&shared.ring), shared.clock.clone()));
         parked.resume(shared).map_err(ring_error)?;
-        let mut drain = Drain::new(parked.into_worker(), Some(bell), self.events.clone())?;
+        let mut drain =
+            Drain::new(parked.into_worker(), Some(bell), self.events.clone(), self.drill.clone())?;
         self.producer = self.ring.as_ref().map(|shared| producer(shared, &drain)).transpose()?;
         drain.start()?;
         self.work = Work::Running(Box::new(drain));

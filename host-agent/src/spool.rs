@@ -18,6 +18,7 @@ use journal_format::{DiskId, Epoch, Lsn};
 use nix::libc::ELOOP;
 use zerocopy::{FromBytes, IntoBytes};
 
+use crate::drill::Drill;
 use crate::error::AgentError;
 use crate::limits::{SPOOL_FILE_BYTES, SPOOL_RETRY};
 use crate::lock::{self, LockError};
@@ -38,6 +39,8 @@ pub struct SpoolPlace {
     pub folder: PathBuf,
     /// Most bytes of files for one disk; 0 for no spool.
     pub limit_bytes: u64,
+    /// What fails there on purpose.
+    pub drill: Option<Drill>,
 }
 
 impl SpoolPlace {
@@ -100,6 +103,7 @@ struct Segment {
 pub struct Spool {
     folder: PathBuf,
     limit: u64,
+    drill: Option<Drill>,
     disk: DiskId,
     epoch: Epoch,
     segments: VecDeque<Segment>,
@@ -135,6 +139,7 @@ impl Spool {
         let mut spool = Self {
             folder: place.folder.join(disk.to_string()),
             limit: place.limit_bytes,
+            drill: place.drill.clone(),
             disk,
             epoch,
             segments: VecDeque::new(),
@@ -191,7 +196,8 @@ impl Spool {
     fn probe(&self) -> io::Result<()> {
         DirBuilder::new().recursive(true).mode(0o700).create(&self.folder)?;
         let path = self.folder.join("probe");
-        let written = fs::write(&path, [0; PROBE_BYTES]);
+        let written =
+            File::create(&path).and_then(|file| write_at(self.drill.as_ref(), &file, &[0; PROBE_BYTES], 0));
         let _ = fs::remove_file(&path);
         if self.segments.is_empty() {
             let _ = fs::remove_dir(&self.folder);
@@ -228,9 +234,9 @@ impl Spool {
         if !room || self.trouble.as_ref().is_some_and(|trouble| now < trouble.retry_at) {
             return false;
         }
-        if self.last.is_some_and(|last| last.lsn.next() != frame.first_lsn) {
+        if self.segments.back().is_some_and(|segment| segment.last_lsn.next() != frame.first_lsn) {
             // Frames have gone to the outbox directly, which they do only when it has all that is here. Files with a hole
-            // would be taken for torn ones.
+            // would be taken for torn ones; so would one that got its name for a frame that could not be written.
             self.clear();
         }
         match self.try_append(frame, need) {
@@ -263,7 +269,7 @@ impl Spool {
         }
         bytes.resize(usize::try_from(need).unwrap_or(bytes.len()), 0);
         // A part of it that got there is overwritten by the next attempt, or cut off by the next scan.
-        segment.file.write_all_at(&bytes, segment.bytes)?;
+        write_at(self.drill.as_ref(), &segment.file, &bytes, segment.bytes)?;
         segment.bytes = segment.bytes.saturating_add(need);
         segment.last_lsn = frame.last_lsn;
         Ok(())
@@ -275,7 +281,7 @@ impl Spool {
         let file =
             OpenOptions::new().read(true).write(true).create(true).truncate(true).mode(0o600).open(&path)?;
         let header = SpoolHeader::new(self.disk, self.epoch, first_lsn);
-        if let Err(error) = file.write_all_at(header.as_bytes(), 0) {
+        if let Err(error) = write_at(self.drill.as_ref(), &file, header.as_bytes(), 0) {
             let _ = fs::remove_file(&path);
             return Err(error);
         }
@@ -405,6 +411,15 @@ fn read_frame(file: &File, at: u64, disk: DiskId, epoch: Epoch) -> io::Result<(P
     let entry = read_entry(file, at, (0, at))?;
     let frame = packed_frame(read_message(file, &entry, (0, at))?, disk, epoch)?;
     Ok((frame, entry_bytes(entry.message_bytes())))
+}
+
+/// Writes all of it, or fails; then a part of it may be there.
+fn write_at(drill: Option<&Drill>, file: &File, bytes: &[u8], at: u64) -> io::Result<()> {
+    if let Some(Err((part, error))) = drill.map(|drill| drill.spool_write(bytes.len())) {
+        file.write_all_at(bytes.get(..part).unwrap_or_default(), at)?;
+        return Err(error);
+    }
+    file.write_all_at(bytes, at)
 }
 
 fn remove(path: &Path) {

@@ -46,7 +46,7 @@ impl Bench {
     /// A spool with that many frames, as a living agent writes it.
     fn new(frames: u64, data_bytes: usize, limit_bytes: u64) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let place = SpoolPlace { folder: dir.path().to_owned(), limit_bytes };
+        let place = SpoolPlace { folder: dir.path().to_owned(), limit_bytes, drill: None };
         let frames: Vec<PackedFrame> = (0..frames).map(|number| frame(number, data_bytes)).collect();
         let mut spool = Spool::begin(&place, DISK, EPOCH);
         for frame in &frames {

@@ -20,6 +20,7 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 
 use self::worker::{Pace, Worker};
 use crate::compare::{Answer, HashBox, SyncBytes};
+use crate::drill::Drill;
 use crate::error::AgentError;
 use crate::events::Sender;
 use crate::limits::{DRAIN_NAP, DRAIN_POLL};
@@ -53,17 +54,23 @@ pub struct Drain {
 }
 
 impl Drain {
-    /// A drain that has not begun. `bell` is the filter's; `None` when there is no ring any more.
+    /// A drain that has not begun. `bell` is the filter's; `None` when there is no ring any more. `drill` may stall it.
     ///
     /// # Errors
     /// When the kernel refuses a descriptor.
-    pub fn new(worker: Worker, bell: Option<Bell>, events: Sender) -> Result<Self, AgentError> {
+    pub fn new(
+        worker: Worker,
+        bell: Option<Bell>,
+        events: Sender,
+        drill: Option<Drill>,
+    ) -> Result<Self, AgentError> {
         let ring = |error: capture_ring::RingError| AgentError::Ring(error.to_string());
         let wake = Bell::create().map_err(ring)?;
         let sleeper = Sleeper::new(bell, wake.duplicate().map_err(ring)?)?;
         let shared = Arc::new(Shared::default());
         let (hashes, sync_bytes) = (worker.hashes(), worker.sync_bytes());
-        let parked = Driver { worker, sleeper, events, shared: Arc::clone(&shared), started: Instant::now() };
+        let (started, shared_too) = (Instant::now(), Arc::clone(&shared));
+        let parked = Driver { worker, sleeper, events, shared: shared_too, started, drill };
         Ok(Self { shared, hashes, sync_bytes, wake, parked: Some(parked), thread: None })
     }
 
@@ -177,6 +184,7 @@ struct Driver {
     events: Sender,
     shared: Arc<Shared>,
     started: Instant,
+    drill: Option<Drill>,
 }
 
 impl Driver {
@@ -186,6 +194,12 @@ impl Driver {
             // ORDERING: Acquire pairs with `Drain::discard`.
             if self.shared.discard.load(Ordering::Acquire) {
                 self.worker.discard();
+            }
+            if let Some(left) = self.drill.as_ref().and_then(Drill::stalls_drains)
+                && self.ending().is_none()
+            {
+                std::thread::sleep(left.min(ROOM_WAIT));
+                continue;
             }
             let now = self.started.elapsed();
             let step = self.worker.step(now, self.ending());

@@ -9,6 +9,7 @@ use capture_ring::{Bell, Consumer, HostClock, Producer, Ring, RingConfig};
 use journal_format::{ByteRange, DiskId, Epoch, Frame, Lsn, Op, Stamp, codec};
 
 use super::worker::{Pace, Worker};
+use crate::drill::Drill;
 use crate::limits::MIN_OUTBOX_BYTES;
 use crate::outbox::adopt::{Adopted, adopt};
 use crate::outbox::{Outbox, OutboxWriter, Packed};
@@ -30,6 +31,7 @@ struct Bench {
     kept: File,
     folder: tempfile::TempDir,
     spool_bytes: u64,
+    drill: Option<Drill>,
 }
 
 fn config(arena_bytes: u64) -> RingConfig {
@@ -43,6 +45,10 @@ fn keep(outbox: &Outbox) -> File {
 impl Bench {
     /// A ring, and a worker for it whose outbox dies after so many stores.
     fn new(outbox_bytes: u64, spool_bytes: u64, die_after: u64) -> (Self, Worker) {
+        Self::drilled(outbox_bytes, spool_bytes, die_after, None)
+    }
+
+    fn drilled(outbox_bytes: u64, spool_bytes: u64, die_after: u64, drill: Option<&str>) -> (Self, Worker) {
         let (ring, _) = Ring::create(&config(8 << 20)).unwrap();
         let (clock, _) = HostClock::create().unwrap();
         let producer = Producer::new(Arc::clone(&ring), clock.clone(), Bell::create().unwrap());
@@ -50,7 +56,8 @@ impl Bench {
         let (outbox, mut writer) = Outbox::create(DISK, EPOCH, outbox_bytes, packed, packed.lsn).unwrap();
         writer.die_after(die_after);
         let folder = tempfile::tempdir().unwrap();
-        let bench = Self { ring, clock, producer, kept: keep(&outbox), folder, spool_bytes };
+        let drill = drill.map(|spec| spec.parse().unwrap());
+        let bench = Self { ring, clock, producer, kept: keep(&outbox), folder, spool_bytes, drill };
         let consumer = Consumer::new(Arc::clone(&bench.ring), bench.clock.clone());
         let packer = Packer::new(DISK, EPOCH, DISK_BYTES);
         let worker = bench.worker(consumer, writer, packer, packed.lsn);
@@ -58,7 +65,8 @@ impl Bench {
     }
 
     fn spool(&self) -> Spool {
-        let place = SpoolPlace { folder: self.folder.path().to_owned(), limit_bytes: self.spool_bytes };
+        let (folder, drill) = (self.folder.path().to_owned(), self.drill.clone());
+        let place = SpoolPlace { folder, limit_bytes: self.spool_bytes, drill };
         Spool::open(&place, DISK, EPOCH)
     }
 
@@ -327,6 +335,38 @@ fn a_spool_that_cannot_be_written_costs_nothing_but_itself() {
     now += crate::limits::SPOOL_RETRY;
     fill(&bench, &mut worker, &mut now);
     assert!(worker.spool().trouble().is_none() && worker.spool().used_bytes() > 0, "it is tried again");
+}
+
+/// Writes that fail, each after a part of it got there: once now and then, once for good.
+#[test]
+fn a_spool_whose_writes_fail_in_the_middle_has_no_hole() {
+    for (drill, most_mib) in [("spool-error-every=7", 64), ("spool-full-after=3MiB", 3)] {
+        let (mut bench, mut worker) = Bench::drilled(MIN_OUTBOX_BYTES, 64 << 20, u64::MAX, Some(drill));
+        let (mut now, mut seen, mut number, mut troubles) = (Duration::ZERO, Vec::new(), 0, 0);
+        let mut spooled = 0;
+        for round in 0..60 {
+            // (Until the ring is full, when the spool is.)
+            for _ in 0..8 {
+                number += u64::from(noisy(&bench, number, 64 << 10));
+            }
+            run(&mut worker, &mut now, None);
+            troubles += u32::from(worker.spool().trouble().is_some());
+            spooled = spooled.max(worker.spool().used_bytes() >> 20);
+            now += crate::limits::SPOOL_RETRY;
+            if round % 19 == 18 {
+                // Killed, and gone on with by another.
+                drop(worker);
+                worker = bench.adopt();
+            }
+        }
+        assert!(troubles > 0, "{drill}");
+        assert!((1..most_mib).contains(&spooled), "{drill}: {spooled} MiB were spooled");
+        while run(&mut worker, &mut now, None) == Pace::Blocked {
+            ship(worker.writer().outbox(), &mut seen);
+        }
+        ship(worker.writer().outbox(), &mut seen);
+        assert_eq!(lsns(&seen), (FIRST.0..=bench.ring.captured_lsn().0).collect::<Vec<_>>(), "{drill}");
+    }
 }
 
 #[test]

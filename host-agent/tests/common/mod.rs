@@ -37,11 +37,12 @@ pub fn config(dir: &Path, server: &server::FakeServer, no_io_uring: bool) -> Con
         socket_group: None,
         ring_bytes: 16 << 20,
         outbox_bytes: 16 << 20,
-        spool: SpoolPlace { folder: dir.join("spool"), limit_bytes: 0 },
+        spool: SpoolPlace { folder: dir.join("spool"), limit_bytes: 0, drill: None },
         host_name: "testhost".into(),
         machine_id: None,
         token: "token".into(),
         no_io_uring,
+        drill: None,
     }
 }
 
@@ -55,10 +56,16 @@ pub struct Bench {
 
 impl Bench {
     pub fn start(no_io_uring: bool) -> Self {
+        Self::start_with(|config| config.no_io_uring = no_io_uring)
+    }
+
+    pub fn start_with(change: impl FnOnce(&mut Config)) -> Self {
         let _ = tracing_subscriber::fmt().with_test_writer().with_max_level(tracing::Level::INFO).try_init();
         let dir = tempfile::tempdir().expect("a folder");
         let server = server::FakeServer::start();
-        let agent = Agent::start(config(dir.path(), &server, no_io_uring)).expect("an agent");
+        let mut config = config(dir.path(), &server, false);
+        change(&mut config);
+        let agent = Agent::start(config).expect("an agent");
         let filter = filter::FakeFilter::connect(&dir.path().join("run/agent.sock"), "vm", &["virtio0"]);
         Self { server, agent, filter, dir }
     }

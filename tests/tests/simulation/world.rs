@@ -132,6 +132,7 @@ impl World {
             spool: SpoolPlace {
                 folder: spool.path().to_owned(),
                 limit_bytes: pick(&mut random, &[0, 0, 512 << 10, 16 << 20]),
+                drill: None,
             },
         };
         let config = StoreConfig {
