@@ -32,6 +32,13 @@ fn changes(records: &[Taken]) -> Vec<Op> {
     records.iter().map(|taken| taken.record.op).filter(is_one).collect()
 }
 
+/// The changes of the guest and of resyncs, after the gap that a failed write has begun.
+fn after_failure(records: &[Taken]) -> Vec<Op> {
+    let changes = changes(records);
+    assert!(matches!(changes[0], Op::GapBegin { reason: GapReason::WriteFailed, .. }), "{changes:?}");
+    changes
+}
+
 fn range(offset: u64, length: u64) -> ByteRange {
     ByteRange::new(offset, length).unwrap()
 }
@@ -200,9 +207,16 @@ fn a_request_whose_later_part_fails_is_read_back() {
         let answer = program.run("write -P 9 1M 512k");
         assert!(answer.contains("failed"), "{answer}");
     });
-    let changes = changes(&records);
-    assert!(matches!(changes[0], Op::GapBegin { reason: GapReason::WriteFailed, .. }), "{changes:?}");
+    let changes = after_failure(&records);
     assert_eq!(changes.iter().filter_map(written).collect::<Vec<_>>(), [range(0, 512)]);
+}
+
+/// A request whose flush in its midst fails, so that QEMU gives it up without another call of the driver.
+const GIVEN_UP: &str = "write -z -f 1000 300000";
+
+fn give_up(program: &mut QemuIo) {
+    let answer = program.run(GIVEN_UP);
+    assert!(answer.contains("failed"), "{answer}");
 }
 
 /// A flush in the midst of a request fails, so that QEMU gives it up without another call of the driver. Others that
@@ -210,8 +224,7 @@ fn a_request_whose_later_part_fails_is_read_back() {
 #[test]
 fn a_request_that_qemu_gives_up_between_two_parts_is_read_back() {
     let records = captured("qed", FAILING_FLUSH, "write -P 1 0 8M", |program| {
-        let answer = program.run("write -z -f 1000 300000");
-        assert!(answer.contains("failed"), "{answer}");
+        give_up(program);
         // A read has its coroutine now, so that nobody comes and finds out.
         program.must("break read_aio here");
         program.must("aio_read -q 4M 4k");
@@ -220,10 +233,9 @@ fn a_request_that_qemu_gives_up_between_two_parts_is_read_back() {
         program.must("write -P 2 0 200k");
         program.must("resume here");
         program.must("aio_flush");
-        program.must("write -z -f 1000 300000");
+        program.must(GIVEN_UP);
     });
-    let changes = changes(&records);
-    assert!(matches!(changes[0], Op::GapBegin { reason: GapReason::WriteFailed, .. }), "{changes:?}");
+    let changes = after_failure(&records);
     assert_eq!(changes.iter().find_map(written), Some(range(0, 200 * KIB)), "{changes:?}");
     let zeroes: Vec<_> = changes.iter().filter(|op| matches!(op, Op::Zero { .. })).copied().collect();
     assert_eq!(zeroes, [zero(1000, 300_000)]);
@@ -233,11 +245,9 @@ fn a_request_that_qemu_gives_up_between_two_parts_is_read_back() {
 #[test]
 fn a_request_does_not_go_on_with_one_that_was_given_up() {
     let records = captured("qed", FAILING_FLUSH, "write -P 1 0 8M", |program| {
-        let answer = program.run("write -z -f 1000 300000");
-        assert!(answer.contains("failed"), "{answer}");
-        program.must("write -z -f 1000 300000");
+        give_up(program);
+        program.must(GIVEN_UP);
     });
-    let changes = changes(&records);
-    assert!(matches!(changes[0], Op::GapBegin { reason: GapReason::WriteFailed, .. }), "{changes:?}");
+    let changes = after_failure(&records);
     assert_eq!(changes[1], zero(1000, 300_000));
 }

@@ -143,46 +143,38 @@ fn assert_little_was_shipped(synced: &Journal) {
     assert!(synced.sync_shipped_bytes <= BUSY_BYTES, "{synced:?}");
 }
 
-#[test]
-fn after_a_killed_qemu_only_what_differs_is_shipped() {
+/// A guest that writes; a crash; the same guest again, which writes during the resync.
+fn little_is_shipped_after(what: &str, seed: u64, crash: impl FnOnce(&mut Site, &mut Run)) {
     let mut bench = Bench::new(&[]);
     let mut run = bench.start();
     bench.protect(&run);
-    let load = bench.load(&run, 1);
+    let load = bench.load(&run, seed);
     let_through(&load, IN_PIPE + 200);
-    run.qemu.process.kill();
+    crash(&mut bench.site, &mut run);
     drop(load);
     let mut run = bench.start();
-    let load = bench.load(&run, 2);
+    let load = bench.load(&run, seed + 1);
     let synced = bench.synced(&run, 2);
     let_through(&load, 60);
     load.finish();
-    say("killed", &synced);
+    say(what, &synced);
     assert_eq!(bench.reasons(&run), ["attach", "unclean-end"]);
     assert_little_was_shipped(&synced);
     bench.check(&mut run);
 }
 
 #[test]
+fn after_a_killed_qemu_only_what_differs_is_shipped() {
+    little_is_shipped_after("killed", 1, |_, run| run.qemu.process.kill());
+}
+
+#[test]
 fn after_a_crash_of_agent_and_qemu_only_what_differs_is_shipped() {
-    let mut bench = Bench::new(&[]);
-    let mut run = bench.start();
-    bench.protect(&run);
-    let load = bench.load(&run, 3);
-    let_through(&load, IN_PIPE + 200);
-    bench.site.agent.kill();
-    run.qemu.process.kill();
-    drop(load);
-    bench.site.restart_agent();
-    let mut run = bench.start();
-    let load = bench.load(&run, 4);
-    let synced = bench.synced(&run, 2);
-    let_through(&load, 60);
-    load.finish();
-    say("both killed", &synced);
-    assert_eq!(bench.reasons(&run), ["attach", "unclean-end"]);
-    assert_little_was_shipped(&synced);
-    bench.check(&mut run);
+    little_is_shipped_after("both killed", 3, |site, run| {
+        site.agent.kill();
+        run.qemu.process.kill();
+        site.restart_agent();
+    });
 }
 
 #[test]

@@ -181,24 +181,31 @@ fn check(site: &Site, witnessed: &mut Witnessed, count: usize) {
     witnessed.qemu.process.assert_alive();
 }
 
+/// Requests of the load with that seed, in units of that many bytes; then `count` points are compared.
+fn loaded_points_equal(
+    site: &Site,
+    mut witnessed: Witnessed,
+    (seed, unit): (u64, u64),
+    (commands, count): (usize, usize),
+) {
+    site.protect(&witnessed.disk);
+    let mut load = Load::new(seed, DISK_BYTES, unit, site.directory());
+    witnessed.qemu.io(&requests(&mut load, commands));
+    check(site, &mut witnessed, count);
+}
+
 #[test]
 fn every_point_equals_the_witness_over_nbd() {
     let site = Site::start();
-    let mut witnessed = start(&site, "nbd", Qemu::storage_daemon);
-    site.protect(&witnessed.disk);
-    let mut load = Load::new(1, DISK_BYTES, 512, site.directory());
-    witnessed.qemu.io(&requests(&mut load, 250));
-    check(&site, &mut witnessed, 40);
+    let witnessed = start(&site, "nbd", Qemu::storage_daemon);
+    loaded_points_equal(&site, witnessed, (1, 512), (250, 40));
 }
 
 #[test]
 fn every_point_equals_the_witness_through_a_device() {
     let site = Site::start();
-    let mut witnessed = start(&site, "device", Qemu::system);
-    site.protect(&witnessed.disk);
-    let mut load = Load::new(2, DISK_BYTES, 512, site.directory());
-    witnessed.qemu.io(&requests(&mut load, 200));
-    check(&site, &mut witnessed, 25);
+    let witnessed = start(&site, "device", Qemu::system);
+    loaded_points_equal(&site, witnessed, (2, 512), (200, 25));
 }
 
 #[test]
@@ -239,11 +246,8 @@ fn agents_killed_under_load_leave_no_gap_and_every_point_equals_the_witness() {
 #[test]
 fn requests_of_any_byte_length_equal_the_witness() {
     let site = Site::start();
-    let mut witnessed = start(&site, "bytes", Qemu::storage_daemon);
-    site.protect(&witnessed.disk);
-    let mut load = Load::new(4, DISK_BYTES, 1, site.directory());
-    witnessed.qemu.io(&requests(&mut load, 120));
-    check(&site, &mut witnessed, 20);
+    let witnessed = start(&site, "bytes", Qemu::storage_daemon);
+    loaded_points_equal(&site, witnessed, (4, 1), (120, 20));
 }
 
 /// Zeroes and discards that begin and end anywhere in a cluster, many at once with plain writes between them, none of
@@ -306,11 +310,8 @@ fn every_point_of_requests_in_parts_equals_the_witness_on_raw() {
 #[test]
 fn every_point_equals_the_witness_through_a_device_on_qcow2() {
     let site = Site::start();
-    let mut witnessed = start_on_qcow2(&site, "device-qcow2", Qemu::system);
-    site.protect(&witnessed.disk);
-    let mut load = Load::new(7, DISK_BYTES, 512, site.directory());
-    witnessed.qemu.io(&requests(&mut load, 200));
-    check(&site, &mut witnessed, 40);
+    let witnessed = start_on_qcow2(&site, "device-qcow2", Qemu::system);
+    loaded_points_equal(&site, witnessed, (7, 512), (200, 40));
 }
 
 #[test]
