@@ -358,6 +358,41 @@ impl<'a> Frame<'a> {
     }
 }
 
+/// The bytes of a frame, which were checked once and need not be again.
+#[derive(Clone, Debug)]
+pub struct CheckedFrame {
+    bytes: Vec<u8>,
+    header: FrameHeader,
+}
+
+impl CheckedFrame {
+    /// Checks bytes that are one whole frame and nothing else.
+    ///
+    /// # Errors
+    /// As [`Frame::parse`]; `Invalid` for bytes behind the frame.
+    pub fn parse(bytes: Vec<u8>) -> Result<Self, FormatError> {
+        let header = *Frame::parse(&bytes)?.header();
+        if header.frame_len() != bytes.len() {
+            return Err(FormatError::invalid("frame", "there are bytes behind it"));
+        }
+        Ok(Self { bytes, header })
+    }
+
+    /// The frame.
+    #[must_use]
+    pub fn frame(&self) -> Frame<'_> {
+        let head_len = FRAME_HEADER_BYTES.saturating_add(self.header.records_len());
+        let (head, data) = self.bytes.split_at_checked(head_len).unwrap_or((&self.bytes, &[]));
+        Frame { header: self.header, head, data }
+    }
+
+    /// Bytes of memory that it holds.
+    #[must_use]
+    pub const fn bytes_held(&self) -> usize {
+        self.bytes.capacity()
+    }
+}
+
 /// Encodes a frame's header and records; append `data` behind it for the whole frame.
 ///
 /// `records` are consecutive from `meta.first_lsn`, with stamps that never run backwards; `data` is what the codec

@@ -46,7 +46,7 @@ pub mod wire;
 #[cfg(feature = "wire")]
 pub use chunk_hash::ChunkHash;
 pub use error::{FormatError, FormatErrorKind};
-pub use frame::{Codec, Frame, FrameHeader, FrameMeta};
+pub use frame::{CheckedFrame, Codec, Frame, FrameHeader, FrameMeta};
 pub use history::{EpochStart, Gap, History, RecoverableRange};
 pub use point::{Point, PointError, PointKind, PointSpec};
 pub use record::{DataSpan, GapReason, Op, Record};

@@ -11,8 +11,8 @@ use journal_format::segment::{
 };
 use journal_format::wire::{self, MessageHeader, MessageType};
 use journal_format::{
-    Codec, DataSpan, DiskId, Epoch, FormatErrorKind, Frame, FrameHeader, FrameMeta, Lsn, Op, Record,
-    SegmentNumber, Stamp, codec, frame,
+    CheckedFrame, Codec, DataSpan, DiskId, Epoch, FormatErrorKind, Frame, FrameHeader, FrameMeta, Lsn, Op,
+    Record, SegmentNumber, Stamp, codec, frame,
 };
 use zerocopy::little_endian::{U16, U32, U64};
 
@@ -60,6 +60,20 @@ fn a_frame_header_says_why_it_is_refused() {
     for (name, value, kind) in cases {
         let bytes = with_field(&sample_frame(11), FrameHeader::LAYOUT, name, value);
         assert_eq!(Frame::parse(&bytes).unwrap_err().kind(), *kind, "{name} = {value:?}");
+    }
+}
+
+#[test]
+fn checked_bytes_are_one_whole_frame_and_nothing_else() {
+    let bytes = sample_frame(11);
+    let (checked, parsed) = (CheckedFrame::parse(bytes.clone()).unwrap(), Frame::parse(&bytes).unwrap());
+    assert_eq!((checked.frame().head(), checked.frame().data()), (parsed.head(), parsed.data()));
+    assert!(checked.frame().records().eq(parsed.records()));
+    assert!(CheckedFrame::parse([bytes.as_slice(), &[0]].concat()).is_err(), "a byte behind it");
+    for damaged in 0..bytes.len() {
+        let mut bytes = bytes.clone();
+        bytes[damaged] ^= 1;
+        assert!(CheckedFrame::parse(bytes).is_err(), "byte {damaged}");
     }
 }
 

@@ -27,7 +27,7 @@ impl Weighty for Work {
     fn weight(&self) -> usize {
         let held = match &self.request {
             Request::Open(..) | Request::Close(_) | Request::Gone(_) => 0,
-            Request::Frame(bytes) => bytes.len(),
+            Request::Frame(frame) => frame.bytes_held(),
         };
         held.saturating_add(size_of::<Self>())
     }

@@ -11,7 +11,8 @@ use journal_format::wire::{MESSAGE_HEADER_BYTES, MessageHeader, MessageType};
 use crate::error::ServerError;
 
 const BUFFER_BYTES: usize = 64 << 10;
-/// A body grows by this much at a time, in bytes, as it arrives; the length field alone allocates nothing.
+/// A body is filled by this much at a time, in bytes, as it arrives: the length field alone takes no memory, only
+/// addresses, and a body is never copied because it grows.
 const GROW_BYTES: usize = 256 << 10;
 
 /// A socket whose reads end at a deadline.
@@ -90,7 +91,7 @@ impl MessageReader {
     }
 
     fn body(&mut self, len: usize) -> Result<Vec<u8>, ServerError> {
-        let mut body = Vec::new();
+        let mut body = Vec::with_capacity(len);
         while body.len() < len {
             let start = body.len();
             body.resize(len.min(start.saturating_add(GROW_BYTES)), 0);

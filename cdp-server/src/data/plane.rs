@@ -19,7 +19,7 @@ use std::time::Duration;
 
 use journal_format::limits::MAX_DISK_BYTES;
 use journal_format::wire::{self, Ack, CloseDisk, DiskOpened, MessageType, OpenDisk, Refused};
-use journal_format::{DiskId, Epoch, FormatError, Frame, FrameHeader, GapReason, Lsn};
+use journal_format::{CheckedFrame, DiskId, Epoch, FormatError, Frame, FrameHeader, GapReason, Lsn};
 use journal_store::{Store, StoreError};
 
 use crate::catalog::Catalog;
@@ -48,8 +48,8 @@ pub struct Host {
 pub enum Request {
     /// To write a disk, for that host.
     Open(Host, OpenDisk),
-    /// To keep a frame that parses.
-    Frame(Vec<u8>),
+    /// To keep a frame.
+    Frame(CheckedFrame),
     /// To give a disk up.
     Close(CloseDisk),
     /// Nothing more: it has ended, so long after the last message that came.
@@ -65,13 +65,7 @@ impl Request {
         match kind {
             MessageType::OpenDisk => Ok(Some(Self::Open(from.clone(), wire::decode(&body)?))),
             MessageType::CloseDisk => Ok(Some(Self::Close(wire::decode(&body)?))),
-            MessageType::Frame => {
-                let frame = Frame::parse(&body)?;
-                if frame.header().frame_len() != body.len() {
-                    return Err(ServerError::Protocol("bytes behind a frame".to_owned()));
-                }
-                Ok(Some(Self::Frame(body)))
-            }
+            MessageType::Frame => Ok(Some(Self::Frame(CheckedFrame::parse(body)?))),
             _ => Ok(None),
         }
     }
@@ -166,7 +160,7 @@ impl Plane {
         }
         match request {
             Request::Open(host, request) => self.open(on, session, &host, &request),
-            Request::Frame(bytes) => self.frame(on, session, &bytes),
+            Request::Frame(frame) => self.frame(on, session, &frame.frame()),
             Request::Close(request) => self.give_up(on, session, &request),
             Request::Gone(silent) => {
                 self.owners.leave(session, now.saturating_sub(silent));
@@ -257,11 +251,7 @@ impl Plane {
         self.effects.push(Effect::Closed(session, id));
     }
 
-    fn frame(&mut self, on: Backing<'_>, session: SessionId, bytes: &[u8]) {
-        let frame = match Frame::parse(bytes) {
-            Ok(frame) => frame,
-            Err(error) => return self.close(session, format!("a frame does not parse: {error}")),
-        };
+    fn frame(&mut self, on: Backing<'_>, session: SessionId, frame: &Frame<'_>) {
         let header = frame.header();
         let id = header.disk();
         let Some((epoch, refused)) = self.owners.granted(id, session) else {
@@ -276,7 +266,7 @@ impl Plane {
             let message = format!("epoch {} is not the one opened, {}", header.epoch().0, epoch.0);
             return self.refuse(id, &message);
         }
-        match on.store.append(&frame) {
+        match on.store.append(frame) {
             Ok(()) => {
                 self.touched.insert(id);
                 self.effects.push(Effect::Appended(*header));

@@ -14,11 +14,11 @@ const DISK: DiskId = DiskId([7; 16]);
 const FIRST: SessionId = SessionId(1);
 const SECOND: SessionId = SessionId(2);
 
-fn frame_at(epoch: u64, lsn: u64) -> Vec<u8> {
+fn frame_at(epoch: u64, lsn: u64) -> CheckedFrame {
     frame_of(epoch, lsn, begin())
 }
 
-fn frame_of(epoch: u64, lsn: u64, op: Op) -> Vec<u8> {
+fn frame_of(epoch: u64, lsn: u64, op: Op) -> CheckedFrame {
     let meta = FrameMeta {
         disk: DISK,
         epoch: Epoch(epoch),
@@ -27,7 +27,8 @@ fn frame_of(epoch: u64, lsn: u64, op: Op) -> Vec<u8> {
         codec: Codec::Raw,
         raw_bytes: 0,
     };
-    encode_head(&meta, &[Record { lsn: Lsn(lsn), stamp: Stamp(lsn), op }], &[]).expect("a frame")
+    let record = Record { lsn: Lsn(lsn), stamp: Stamp(lsn), op };
+    CheckedFrame::parse(encode_head(&meta, &[record], &[]).expect("a frame")).expect("a frame")
 }
 
 fn begin() -> Op {
