@@ -186,6 +186,24 @@ impl Capture {
         });
     }
 
+    /// As [`Capture::contents_changed`], for a change that takes a while and has just not begun: no point is offered
+    /// before [`Capture::end_contents_change`], whatever is read meanwhile.
+    pub fn begin_contents_change(&self) {
+        self.protect(|| {
+            // Counted, so that nothing is read back before the gap-begin is published.
+            let phase = self.count.enter();
+            self.mark_dirty_to_end(0);
+            self.producer.hold_gap(GapReason::ContentsChanged);
+            self.count.leave(phase);
+        });
+    }
+
+    /// The change is over: all has to be read again, also what was read meanwhile.
+    pub fn end_contents_change(&self) {
+        self.contents_changed();
+        self.protect(|| self.producer.release_gap());
+    }
+
     /// The disk has another size now without a request for it, because another node took its place. Call it while no
     /// request is in flight. What the new node holds behind the old end is read.
     pub fn size_changed(&self, disk_bytes: u64) {

@@ -1,13 +1,18 @@
 //! The coroutine that reads a disk back: initial sync and resync.
 //!
-//! It runs in the device's AioContext, where the guest's own requests run, and reads through the device's own
+//! It reads in the device's AioContext, where the guest's own requests run, and through the device's own
 //! BlockBackend: so it follows the disk through every change of its graph, waits while the device is drained, and
 //! asks for nothing that management could stumble over. What to read, and when to pause, the engine says.
 //!
-//! An export's BlockBackend lets requests through while it is drained; there the coroutine itself has to hold still,
-//! or draining never ends. Only the main thread may ask whether a BlockBackend is drained. So in programs that serve
-//! exports the coroutine runs in the main thread, as any node of 9.0 and later can be read from any thread. (7.2 has
-//! neither, and there exports are captured only in the main thread, whose drains are short enough to come through.)
+//! # While the device is drained
+//!
+//! Management changes a drained disk: a driver's tables, without its locks, as no request is in flight. A read of a
+//! device waits until that is over. Two things do not, and there the coroutine itself has to hold still: reads through
+//! an export's BlockBackend, which would also keep draining from ending, and asking any BlockBackend what is
+//! allocated. Only the main thread may ask whether a BlockBackend is drained, and only while it runs nothing else can
+//! begin to drain. So both are done in the main thread, as any node of 9.0 and later can be used from any thread.
+//! (7.2 has neither: nothing is asked there, and exports are captured only in the main thread, whose drains are short
+//! enough to come through.)
 
 use std::cell::UnsafeCell;
 use std::ffi::{c_int, c_uint, c_void};
@@ -124,25 +129,21 @@ impl Background {
         self.finished.load(Ordering::Acquire)
     }
 
-    /// Runs `io` with the BlockBackend, in its [`home`]; `Failed` when it has gone.
-    fn with_device(&self, glue: &Glue, io: impl Fn(*mut BlockBackend) -> Answer) -> Answer {
+    /// Runs `io` with the BlockBackend, in that place; `Failed` when it has gone.
+    fn with_device(&self, glue: &Glue, place: Place, io: impl Fn(*mut BlockBackend) -> Answer) -> Answer {
         loop {
             // ORDERING: SeqCst: before the load of `blk`; see `stop`.
             self.busy.store(true, Ordering::SeqCst);
             // ORDERING: SeqCst: as above.
             let blk = self.blk.load(Ordering::SeqCst);
-            let answer = if blk.is_null() {
-                Some(Answer::Failed)
-            } else {
-                // SAFETY: in a coroutine, outside any request; does nothing when we are there.
-                unsafe { (glue.symbols.aio_co_reschedule_self)(home(glue, blk)) };
-                if must_hold_still(glue, blk) { None } else { Some(io(blk)) }
-            };
+            let next = if blk.is_null() { Next::Done(Answer::Failed) } else { place.next(glue, blk, &io) };
             // ORDERING: SeqCst: all use of the BlockBackend comes before.
             self.busy.store(false, Ordering::SeqCst);
-            match answer {
-                Some(answer) => return answer,
-                None => self.sleep(glue, HOLD_STILL),
+            match next {
+                Next::Done(answer) => return answer,
+                Next::HoldStill => self.sleep(glue, HOLD_STILL),
+                // SAFETY: in a coroutine, outside any request. The BlockBackend may go meanwhile.
+                Next::Move(context) => unsafe { (glue.symbols.aio_co_reschedule_self)(context) },
             }
         }
     }
@@ -176,10 +177,10 @@ impl Background {
                     Answer::None
                 }
                 Step::Status { offset, length } => {
-                    self.with_device(glue, |blk| status(glue, blk, offset, length))
+                    self.with_device(glue, Place::Main, |blk| status(glue, blk, offset, length))
                 }
                 Step::Read { offset, length, pieces } => {
-                    self.with_device(glue, |blk| read(glue, blk, offset, length, pieces))
+                    self.with_device(glue, Place::Home, |blk| read(glue, blk, offset, length, pieces))
                 }
             };
         }
@@ -218,17 +219,50 @@ fn home(glue: &Glue, blk: *mut BlockBackend) -> *mut AioContext {
     }
 }
 
-/// Whether an export is drained. Called at home, so in the main thread.
-fn must_hold_still(glue: &Glue, blk: *mut BlockBackend) -> bool {
-    match glue.symbols.blk_in_drain {
-        // SAFETY: live while we are `busy`, in the main thread.
-        Some(in_drain) if serves_exports(glue) => unsafe { in_drain(blk) },
-        _ => false,
+/// Where something is done with a BlockBackend.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Place {
+    /// At its [`home`].
+    Home,
+    /// In the main thread.
+    Main,
+}
+
+/// What a coroutine does next.
+enum Next {
+    /// It has been done.
+    Done(Answer),
+    /// Wait: the BlockBackend is drained.
+    HoldStill,
+    /// Go there.
+    Move(*mut AioContext),
+}
+
+impl Place {
+    /// Does it, if this is the place and the time. In a coroutine, which is `busy`.
+    fn next(self, glue: &Glue, blk: *mut BlockBackend, io: impl Fn(*mut BlockBackend) -> Answer) -> Next {
+        // SAFETY: takes nothing.
+        let here = unsafe { (glue.symbols.qemu_get_current_aio_context)() };
+        // SAFETY: takes nothing.
+        let main = unsafe { (glue.symbols.qemu_get_aio_context)() };
+        let there = if self == Self::Main { main } else { home(glue, blk) };
+        if here != there {
+            return Next::Move(there);
+        }
+        let asks = self == Self::Main || serves_exports(glue);
+        match glue.symbols.blk_in_drain {
+            // SAFETY: live while we are `busy`, in the main thread.
+            Some(in_drain) if asks && unsafe { in_drain(blk) } => Next::HoldStill,
+            _ => Next::Done(io(blk)),
+        }
     }
 }
 
+/// In the main thread.
 fn status(glue: &Glue, blk: *mut BlockBackend, offset: u64, length: u64) -> Answer {
-    let Some(block_status) = glue.symbols.blk_co_block_status_above else {
+    let known = glue.symbols.blk_co_block_status_above;
+    // Who cannot tell whether a BlockBackend is drained does not ask.
+    let Some(block_status) = known.filter(|_| glue.symbols.blk_in_drain.is_some()) else {
         return Answer::Status { length, zero: false };
     };
     let (mut known, mut map, mut file) = (0, 0, std::ptr::null_mut());

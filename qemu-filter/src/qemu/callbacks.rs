@@ -332,15 +332,16 @@ unsafe extern "C" fn co_flush(node: *mut BlockDriverState) -> c_int {
 }
 
 /// Runs `change`, which changes the disk's contents behind the guest's back: all of it is unknown from before the
-/// first change until it has been read again after the last.
+/// first change until it has been read again after the last. Reading it back meanwhile would find a driver's tables half
+/// changed.
 fn contents_change<T>(user: Option<&User>, change: impl FnOnce() -> T) -> T {
     let capture = user.and_then(User::capture);
     if let Some(capture) = capture {
-        capture.contents_changed();
+        capture.begin_contents_change();
     }
     let answer = change();
     if let Some(capture) = capture {
-        capture.contents_changed();
+        capture.end_contents_change();
     }
     answer
 }

@@ -287,13 +287,20 @@ impl Drop for Tap {
 
 /// The image that records make of a disk that was all zeroes before.
 pub fn replay(records: &[Taken], disk_bytes: u64) -> Vec<u8> {
+    replay_each(records, disk_bytes, |_, _| {})
+}
+
+/// As [`replay`]; `look` gets the image after each record.
+pub fn replay_each(records: &[Taken], disk_bytes: u64, mut look: impl FnMut(&Taken, &[u8])) -> Vec<u8> {
     let mut image = vec![0; usize::try_from(disk_bytes).unwrap()];
-    for (index, Taken { record, data }) in records.iter().enumerate() {
+    for (index, taken) in records.iter().enumerate() {
+        let Taken { record, data } = taken;
         assert_eq!(record.lsn.0, index as u64 + 1, "LSNs have no holes");
         if index > 0 {
             assert!(record.stamp >= records[index - 1].record.stamp, "stamps follow LSNs");
         }
         apply(&mut image, record, data);
+        look(taken, &image);
     }
     image
 }
