@@ -104,6 +104,16 @@ fn zeroes_that_are_padded_are_one_record_of_what_the_guest_asked_for() {
     assert_eq!(changes.len(), 2, "{changes:?}");
 }
 
+/// Where padding makes a part all 0, `detect-zeroes` makes zeroes of it, which begin before the request.
+#[test]
+fn zeroes_whose_padding_is_found_to_be_zero_are_one_record() {
+    let options = "driver=qed,node-name=disk,detect-zeroes=on,file.driver=file,file.filename=FILE";
+    let commands = ["write -P 0 512 488", "write -P 0 301000 56", "write -z 1000 300000", "write -z 2100 10"];
+    let changes = changes_of("qed", options, &commands);
+    assert_eq!(changes[2..], [zero(1000, 300_000), zero(2100, 10)], "{changes:?}");
+    assert!(changes[..2].iter().all(|op| written(op).is_some()), "{changes:?}");
+}
+
 /// These know no zeroes, and get data: vhdx in whole sectors, the first and the last padded.
 #[test]
 fn zeroes_of_drivers_without_zeroes_are_one_record() {

@@ -6,7 +6,7 @@
 //! | request | calls, in this order |
 //! | --- | --- |
 //! | write | data, each at most as long as the driver takes |
-//! | zeroes | perhaps data: the first bytes padded to the node's unit; then zeroes, cut at the driver's unit and limit, each of which comes again as data where the driver answers -ENOTSUP; then perhaps data: the padded last bytes |
+//! | zeroes | perhaps data: the first bytes padded to the node's unit; then zeroes, cut at the driver's unit and limit, each of which comes again as data where the driver answers -ENOTSUP; then perhaps data: the padded last bytes. With `detect-zeroes`, padded bytes that are all 0 come as zeroes |
 //! | discard | discards, cut in the same way; -ENOTSUP is passed over |
 //!
 //! The data of a request of zeroes lies in QEMU's own buffers, so it needs no copy. It is looked at all the same: a
@@ -40,6 +40,13 @@ impl Call<'_> {
         WaitToken(self.coroutine() as usize)
     }
 
+    /// Whether a write behind the disk's end is a request of a guest's, because the disk has just grown; else it is the
+    /// VM's state, which `savevm` keeps there.
+    #[cold]
+    pub(crate) fn is_request(&self) -> bool {
+        tracked::whole(self.glue, self.node, self.coroutine(), Kind::Write { fua: false }).is_some()
+    }
+
     /// The request that a write is a part of; `None` when it is all of it.
     #[inline]
     pub(crate) fn split_of_write(&self, offset: i64, bytes: i64, fua: bool) -> Option<Split> {
@@ -70,11 +77,12 @@ impl Call<'_> {
         Some(Split::new(rest(kind, whole, part)))
     }
 
-    /// The request that zeroes or a discard are a part of, or all of.
+    /// The request that zeroes or a discard are a part of, or all of. (A padded part may begin before its request, where
+    /// QEMU finds that all of it is 0.)
     fn split_of_range(&self, kind: Kind, part: ByteRange) -> Split {
         let whole = tracked::whole(self.glue, self.node, self.coroutine(), kind);
         self.continued(self.capture.take_held(self.token()), whole, part).unwrap_or_else(|| {
-            let whole = whole.filter(|whole| whole.intersection(part) == Some(part)).unwrap_or(part);
+            let whole = whole.filter(|whole| whole.overlaps(part)).unwrap_or(part);
             Split::new(rest(kind, whole, part))
         })
     }

@@ -99,6 +99,9 @@ pub(crate) fn captured(
         return issue(source, request_flags);
     }
     let call = Call { glue, capture, node };
+    if source.offset as u64 >= capture.disk_bytes() && !call.is_request() {
+        return issue(source, request_flags);
+    }
     let fua = request_flags & flags::FUA != 0;
     if let Some(split) = call.split_of_write(source.offset, source.bytes, fua) {
         return call.write(split, source, request_flags, &issue);
