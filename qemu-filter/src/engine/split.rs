@@ -200,7 +200,7 @@ struct Entry {
     end: AtomicU64,
     /// It was found waiting at a look.
     waits: AtomicBool,
-    /// Touched only by who has made the entry busy, so nobody ever waits for it.
+    /// Touched only by who has made the entry busy, so nobody ever waits for the lock.
     split: Mutex<Option<Kept>>,
 }
 
@@ -254,11 +254,51 @@ impl Held {
         }
     }
 
+    /// Changes what is under the entry's number, if that is still the same; it stays under it, also when `change` panics.
+    fn change<T>(&self, entry: &Entry, number: u64, change: impl FnOnce(&mut Kept) -> T) -> Option<T> {
+        struct Again<'a>(&'a Entry, u64);
+        impl Drop for Again<'_> {
+            fn drop(&mut self) {
+                // ORDERING: Release pairs with the Acquire in `take` and `each`.
+                self.0.number.store(self.1, Ordering::Release);
+            }
+        }
+        // ORDERING: as in `take`.
+        entry.number.compare_exchange(number, BUSY, Ordering::Acquire, Ordering::Relaxed).ok()?;
+        let _again = Again(entry, number);
+        entry.split.lock().unwrap_or_else(PoisonError::into_inner).as_mut().map(change)
+    }
+
+    /// Takes what that token holds. Waits while somebody changes it: a few instructions, once in the life of a request
+    /// that gives way.
+    fn take_of(&self, token: WaitToken) -> Option<Kept> {
+        // ORDERING: Relaxed: see `put`.
+        let used = self.ever_used.load(Ordering::Relaxed).min(self.entries.len());
+        for entry in &self.entries[..used] {
+            loop {
+                // ORDERING: Acquire as in `each`.
+                let number = entry.number.load(Ordering::Acquire);
+                // ORDERING: Relaxed: as in `each`.
+                if number == FREE || entry.token.load(Ordering::Relaxed) != token.0 {
+                    break;
+                }
+                if number == BUSY {
+                    std::hint::spin_loop();
+                } else if let Some(kept) = self.take(entry, number) {
+                    return Some(kept);
+                }
+            }
+        }
+        None
+    }
+
     /// Takes what is under the entry's number, if that is still the same.
     fn take(&self, entry: &Entry, number: u64) -> Option<Kept> {
         // ORDERING: Acquire pairs with the Release in `put`: the split is there. One of all takers wins.
         entry.number.compare_exchange(number, BUSY, Ordering::Acquire, Ordering::Relaxed).ok()?;
         let split = entry.split.lock().unwrap_or_else(PoisonError::into_inner).take();
+        // ORDERING: Relaxed: published by the number.
+        entry.token.store(0, Ordering::Relaxed);
         // ORDERING: Release pairs with the Acquire of the next one to claim the entry.
         entry.number.store(FREE, Ordering::Release);
         // ORDERING: Relaxed: see `any`.
@@ -360,9 +400,7 @@ impl Capture {
         if !self.holds_any() {
             return None;
         }
-        let held = self.held();
-        let (entry, number, _) = held.each().find(|(_, _, holder)| *holder == token)?;
-        held.take(entry, number).map(|kept| kept.split(self.producer()))
+        self.held().take_of(token).map(|kept| kept.split(self.producer()))
     }
 
     /// A request that was held and goes on no more: what it has done is read back.
@@ -393,30 +431,32 @@ impl Capture {
                 Standing::Waits => entry.waits.swap(true, Ordering::Relaxed),
                 Standing::Over => true,
             };
-            let Some(kept) = ends.then(|| held.take(entry, number)).flatten() else { continue };
-            let mut split = kept.split(self.producer());
-            if standing == Standing::Over {
-                self.give_up_split(split);
-            } else {
-                self.give_way(&mut split);
-                self.hold(token, split);
+            if !ends {
+            } else if standing == Standing::Waits {
+                self.give_way(entry, number);
+            } else if let Some(kept) = held.take(entry, number) {
+                self.give_up_split(kept.split(self.producer()));
             }
         }
     }
 
-    /// The request excludes nobody any more, and has no record.
-    fn give_way(&self, split: &mut Split) {
+    /// The held request has no record any more, and then excludes nobody. It stays held throughout: as soon as the others
+    /// go on, its next part may come.
+    fn give_way(&self, entry: &Entry, number: u64) {
         self.protect(|| {
-            let in_flight = &mut split.in_flight;
-            in_flight.pieces.clear();
-            in_flight.state = match std::mem::take(&mut in_flight.state) {
+            let lost = self.held().change(entry, number, |kept| match std::mem::take(&mut kept.state) {
                 State::Captured(slot, ticket) => {
-                    let tracked = self.producer().lose(ticket);
-                    self.table().leave(slot);
-                    State::Tracked(tracked)
+                    kept.state = State::Tracked(self.producer().lose(ticket));
+                    Some(slot)
                 }
-                state => state,
-            };
+                state => {
+                    kept.state = state;
+                    None
+                }
+            });
+            if let Some(slot) = lost.flatten() {
+                self.table().leave(slot);
+            }
         });
     }
 

@@ -1,10 +1,11 @@
 //! Requests in parts: what their record is, and what others see meanwhile.
 
+use std::cell::RefCell;
 use std::sync::Arc;
 
 use journal_format::Op;
 
-use super::super::testing::{Replica, begin, capture, run_resync, tokens, wait};
+use super::super::testing::{Replica, begin, capture, capture_that_wakes, run_resync, tokens, wait};
 use super::super::{Mode, testing::Disk};
 use super::*;
 use crate::ffi::testing::fill;
@@ -228,6 +229,44 @@ fn a_request_that_waits_between_two_parts_gives_way_in_a_gap_that_lasts_until_it
     assert!(capture.in_flight() == 0 && !capture.holds_any());
 }
 
+/// QEMU may send the next part in another thread as soon as the request that it waited for goes on. It was once not found
+/// then, and the request ended up waiting for itself.
+#[test]
+fn the_next_part_of_a_request_that_gives_way_finds_it() {
+    type Hook = Box<dyn FnOnce()>;
+    thread_local! { static ON_WAKE: RefCell<Option<Hook>> = const { RefCell::new(None) } }
+    let wake = |_| {
+        if let Some(hook) = ON_WAKE.take() {
+            hook();
+        }
+    };
+    let (capture, mut replica) = capture_that_wakes(wake, MIB, MIB, 64);
+    sync(&capture, &mut replica);
+    let [a, b] = two();
+    let whole = Request::zero(0, 128 * KIB, false, false);
+    assert!(!part(&capture, a, whole, range(0, 64 * KIB), PartEnd::Done));
+    let mut other = InFlight::default();
+    assert_eq!(capture.begin(&Request::write(100 * KIB, 512, false), b, &mut other), Begin::Wait);
+    capture.look_after_held(|_, _| Standing::Waits);
+    let (engine, found) = (Arc::clone(&capture), Arc::new(AtomicBool::new(false)));
+    let seen = Arc::clone(&found);
+    ON_WAKE.set(Some(Box::new(move || {
+        let Some(split) = engine.take_held(a) else { return };
+        assert!(split.continues(range(0, 128 * KIB), 64 * KIB));
+        // ORDERING: SeqCst: a test.
+        seen.store(
+            engine.end_part(split, range(64 * KIB, 64 * KIB), PartEnd::Done, a).is_some(),
+            Ordering::SeqCst,
+        );
+    })));
+    capture.look_after_held(|_, _| Standing::Waits);
+    // ORDERING: SeqCst: a test.
+    assert!(found.load(Ordering::SeqCst) && !capture.holds_any(), "the next part found nothing");
+    assert_eq!(capture.begin(&Request::write(100 * KIB, 512, false), b, &mut other), Begin::Go);
+    capture.finish(&mut other, Outcome::Succeeded);
+    assert_eq!(capture.in_flight(), 0);
+}
+
 #[test]
 fn another_request_of_the_same_coroutine_does_not_go_on_with_the_old_one() {
     let (capture, _replica) = synced();
@@ -302,12 +341,17 @@ fn parts_of_an_unrecorded_request_keep_the_gap_open() {
 
 /// A capture of a 1 MiB disk whose initial sync has ended.
 fn synced() -> (Arc<Capture>, Replica) {
-    let (capture, mut replica) = capture(1 << 20, 1 << 20, 64);
-    let taken = capture.producer().ring().dirty().take_run(0, 1 << 20);
+    let (capture, mut replica) = capture(MIB, MIB, 64);
+    sync(&capture, &mut replica);
+    (capture, replica)
+}
+
+/// Ends the initial sync.
+fn sync(capture: &Capture, replica: &mut Replica) {
+    let taken = capture.producer().ring().dirty().take_run(0, MIB);
     assert!(taken.is_some());
     assert!(matches!(capture.producer().finish_resync(), capture_ring::Resync::Done(_)));
     replica.drain();
-    (capture, replica)
 }
 
 fn wait_until(is_so: impl Fn() -> bool) {

@@ -206,14 +206,26 @@ impl Replica {
         match record.op {
             Op::Write { range, data, .. } => {
                 let data = &self.data[data.pos as usize..data.end() as usize];
-                self.bytes[bounds(range)].copy_from_slice(data);
+                let within = self.within(range);
+                let length = within.len();
+                self.bytes[within].copy_from_slice(&data[..length]);
             }
-            Op::Zero { range, .. } | Op::Discard { range } => self.bytes[bounds(range)].fill(0),
+            Op::Zero { range, .. } | Op::Discard { range } => {
+                let within = self.within(range);
+                self.bytes[within].fill(0);
+            }
             Op::Resize { disk_bytes } => self.bytes.resize(disk_bytes as usize, 0),
             Op::GapBegin { generation, .. } => self.gap = Some(self.gap.unwrap_or(0).max(generation)),
             Op::GapEnd { generation } => self.gap = self.gap.filter(|open| *open > generation),
             Op::Flush | Op::Bookmark { .. } | Op::Void | Op::Close { .. } => {}
         }
+    }
+
+    /// Where a change lies in the disk. In a gap it may end after the resize that cut it off.
+    fn within(&self, range: ByteRange) -> std::ops::Range<usize> {
+        let end = self.bytes.len() as u64;
+        assert!(range.end() <= end || self.gap.is_some(), "a change beyond the disk's end");
+        range.offset().min(end) as usize..range.end().min(end) as usize
     }
 
     pub(super) fn drain(&mut self) {
@@ -225,12 +237,18 @@ impl Replica {
     }
 }
 
-fn bounds(range: ByteRange) -> std::ops::Range<usize> {
-    range.offset() as usize..range.end() as usize
-}
-
 /// A capture over a new ring, and its reader.
 pub(super) fn capture(disk_bytes: u64, arena_bytes: u64, slots: u32) -> (Arc<Capture>, Replica) {
+    capture_that_wakes(wake, disk_bytes, arena_bytes, slots)
+}
+
+/// As [`capture`], with its own way to wake a request that waits.
+pub(super) fn capture_that_wakes(
+    wake: fn(WaitToken),
+    disk_bytes: u64,
+    arena_bytes: u64,
+    slots: u32,
+) -> (Arc<Capture>, Replica) {
     let mut config = RingConfig::new(DiskId([1; 16]), Epoch(1), Lsn::FIRST, disk_bytes);
     (config.arena_bytes, config.slots) = (arena_bytes, slots);
     let (ring, ring_fd) = Ring::create(&config).expect("a ring");
