@@ -47,6 +47,8 @@ fn a_program_in_c_is_captured_byte_for_byte() {
 
     let agent = Agent::listen(folder.path());
     let mut child = Command::new(program)
+        // The one it was linked with; the runner's own path may have an older one.
+        .env("LD_LIBRARY_PATH", library().parent().expect("a folder"))
         .arg(agent.socket())
         .arg(&image)
         .args(["4", "1500"])

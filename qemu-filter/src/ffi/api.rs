@@ -8,6 +8,8 @@ use std::mem::MaybeUninit;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use journal_format::limits::MAX_DISK_BYTES;
+
 use super::copy::copy_in;
 use super::device::{Callbacks, ControlThread, Device};
 use super::error::{Failure, boundary, last_error};
@@ -17,7 +19,9 @@ use super::types::{
     CDP_NONBLOCK, cdp_capture, cdp_options, cdp_request, cdp_status,
 };
 use crate::control::{Identity, socket_path};
-use crate::engine::{Begin, Capture, InFlight, MAX_WRITE_BYTES, Mode, Outcome, Phase, Request, SyncWait};
+use crate::engine::{
+    Begin, Capture, InFlight, Kind, MAX_WRITE_BYTES, Mode, Outcome, Phase, Request, SyncWait,
+};
 
 /// In a live handle; wiped by `cdp_close`, so that most uses after it are refused.
 const HANDLE_MAGIC: u64 = u64::from_le_bytes(*b"cdp-hndl");
@@ -314,6 +318,11 @@ unsafe fn begin<'a>(
     }
     if flags & !allowed != 0 {
         return Err(Failure::invalid("a flag that this request does not have"));
+    }
+    let end = what.offset.checked_add(what.length);
+    let most = if what.kind == Kind::Resize { MAX_DISK_BYTES } else { handle.device.disk_bytes() };
+    if end.is_none_or(|end| end > most) {
+        return Err(Failure::invalid("beyond the end of the disk, or a disk larger than can be"));
     }
     let (phase, current) = handle.device.enter();
     let place = request.cast::<Begun>();

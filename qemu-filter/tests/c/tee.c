@@ -129,6 +129,10 @@ static void misuse(void)
     CHECK(cdp_write_begin(capture, 0, NULL, 1, 0, &request, &out, &count) == -EINVAL);
     CHECK(cdp_write_begin(capture, 0, &part, -1, 0, &request, &out, &count) == -EINVAL);
     CHECK(cdp_write_begin(capture, 0, &part, 1, 64, &request, &out, &count) == -EINVAL);
+    CHECK(cdp_write_begin(capture, 1ull << 40, &part, 1, 0, &request, &out, &count) == -EINVAL);
+    CHECK(cdp_zero_begin(capture, ~0ull - 10, 4096, 0, &request) == -EINVAL);
+    CHECK(cdp_discard_begin(capture, ~0ull, 1, 0, &request) == -EINVAL);
+    CHECK(cdp_resize_begin(capture, ~0ull, 0, &request) == -EINVAL);
     CHECK(cdp_write_begin(capture, 0, &part, 1, 0, NULL, &out, &count) == -EINVAL);
     CHECK(cdp_write_begin(capture, 0, &part, 1, 0, &request, NULL, &count) == -EINVAL);
     CHECK(cdp_end(capture, NULL, 0) == -EINVAL);
