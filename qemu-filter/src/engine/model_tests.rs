@@ -7,9 +7,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use capture_ring::Mode;
+use journal_format::ByteRange;
 
-use super::testing::{Disk, Random, Replica, SECTOR, begin, capture, run_resync, tokens};
-use super::{Capture, Outcome, Request, WaitToken};
+use super::testing::{Disk, Random, Replica, SECTOR, begin, capture, run_resync, tokens, wait};
+use super::{Begin, Capture, Kind, Outcome, PartEnd, Piece, Request, Split, Standing, WaitToken};
 use crate::ffi::testing::{bytes_of, fill};
 
 const GUESTS: u64 = 4;
@@ -47,6 +48,7 @@ struct World {
 impl World {
     /// One request of a guest that is issued to the disk with random delays on both sides of it.
     fn request(&self, random: &mut Random, token: WaitToken, request: Request, data: &[u8]) -> Outcome {
+        self.give_up_held(token);
         let mut in_flight = begin(&self.capture, &request, token);
         let copy = if in_flight.pieces().is_empty() {
             data.to_vec()
@@ -71,6 +73,74 @@ impl World {
         outcome
     }
 
+    /// A request that is issued in parts, as QEMU does it, and now and then given up between two.
+    fn in_parts(&self, random: &mut Random, token: WaitToken, request: Request, data: &[u8]) {
+        self.give_up_held(token);
+        let (mut split, mut done) = (Split::new(request), 0);
+        loop {
+            while self.capture.begin_split(&mut split, token) == Begin::Wait {
+                wait(token);
+            }
+            let rest = &data[done..];
+            let length = rest.len().min((1 + random.below(8) as usize) * SECTOR);
+            let offset = request.offset + done as u64;
+            let mut places = [Piece::EMPTY; 64];
+            let pieces = split.pieces(offset, length as u64, &mut places);
+            let copy = if pieces.is_empty() {
+                rest[..length].to_vec()
+            } else {
+                fill(pieces, &rest[..length]);
+                bytes_of(pieces)
+            };
+            delay(random);
+            let ended = match self.part_ends(random, request.kind) {
+                PartEnd::NotDone => PartEnd::NotDone,
+                ended => {
+                    match self.disk.write(offset, &copy, if ended == PartEnd::Done { usize::MAX } else { 1 })
+                    {
+                        Ok(()) => ended,
+                        Err(()) => PartEnd::Failed,
+                    }
+                }
+            };
+            delay(random);
+            let part = ByteRange::new(offset, length as u64).expect("a range");
+            if self.capture.end_part(split, part, ended, token).is_some() || random.one_in(50) {
+                return;
+            }
+            delay(random);
+            done += length;
+            split = self.capture.take_held(token).expect("nobody else takes it");
+            let whole = ByteRange::new(request.offset, request.length).expect("a range");
+            assert!(split.continues(whole, part.end()), "what is held is another request");
+        }
+    }
+
+    fn whole_or_in_parts(&self, random: &mut Random, token: WaitToken, request: Request, data: &[u8]) {
+        if random.one_in(3) {
+            self.in_parts(random, token, request, data);
+        } else {
+            self.request(random, token, request, data);
+        }
+    }
+
+    fn part_ends(&self, random: &mut Random, kind: Kind) -> PartEnd {
+        if self.story.failures > 0 && random.one_in(self.story.failures) {
+            PartEnd::Failed
+        } else if kind == Kind::Discard && random.one_in(4) {
+            PartEnd::NotDone
+        } else {
+            PartEnd::Done
+        }
+    }
+
+    /// Before another request of the same coroutine.
+    fn give_up_held(&self, token: WaitToken) {
+        if let Some(split) = self.capture.take_held(token) {
+            self.capture.give_up_split(split);
+        }
+    }
+
     /// Writes the guest's next number into both of its own sectors, one after the other.
     fn witness(&self, random: &mut Random, token: WaitToken, guest: u64, number: u64) {
         for half in 0..2 {
@@ -92,21 +162,22 @@ impl World {
                 0..3 => self.witness(&mut random, token, guest, number),
                 3 => {
                     let zero = Request::zero(offset, length, false, random.one_in(2));
-                    self.request(&mut random, token, zero, &vec![0; length as usize]);
+                    self.whole_or_in_parts(&mut random, token, zero, &vec![0; length as usize]);
                 }
                 4 => {
                     let discard = Request::discard(offset, length);
-                    self.request(&mut random, token, discard, &vec![0; length as usize]);
+                    self.whole_or_in_parts(&mut random, token, discard, &vec![0; length as usize]);
                 }
                 5 => drop(self.capture.flush()),
                 _ => {
                     // Hot spots, so that requests overlap.
                     let offset = if random.one_in(2) { WITNESS_BYTES + offset % (32 << 10) } else { offset };
                     let data: Vec<u8> = (0..length).map(|_| random.next() as u8).collect();
-                    self.request(&mut random, token, Request::write(offset, length, false), &data);
+                    self.whole_or_in_parts(&mut random, token, Request::write(offset, length, false), &data);
                 }
             }
         }
+        self.give_up_held(token);
         self.guests_left.fetch_sub(1, Ordering::SeqCst);
     }
 
@@ -114,6 +185,10 @@ impl World {
         let mut random = Random(self.story.seed + 77);
         while self.guests_left.load(Ordering::SeqCst) > 0 {
             std::thread::sleep(Duration::from_millis(3));
+            if self.story.failures > 0 {
+                // At any moment: as if QEMU had them wait for each other.
+                self.capture.look_after_held(|_, _| Standing::Waits);
+            }
             if self.story.contents_change && random.one_in(20) {
                 self.capture.contents_changed();
             }

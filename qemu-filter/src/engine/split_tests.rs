@@ -285,25 +285,24 @@ fn another_request_of_the_same_coroutine_does_not_go_on_with_the_old_one() {
 #[test]
 fn a_write_longer_than_a_record_is_a_gap() {
     let (capture, mut replica) = capture(8 << 20, 32 << 20, 256);
-    let disk = Disk::new(8 << 20);
     let token = two()[0];
-    std::thread::scope(|scope| {
-        scope.spawn(|| run_resync(Arc::clone(&capture), &disk));
-        wait_until(|| !capture.status().gap_is_open);
-        let whole = Request::write(0, 6 << 20, false);
-        for (offset, last) in [(0, false), (3 << 20, true)] {
-            let mut split = capture.take_held(token).unwrap_or_else(|| Split::new(whole));
-            assert!(split.is_recorded_in_parts());
-            assert_eq!(capture.begin_split(&mut split, token), Begin::Go);
-            let mut write = begin(&capture, &Request::write(offset, 3 << 20, false), two()[0]);
-            capture.finish(&mut write, Outcome::Succeeded);
-            assert_eq!(capture.producer().finish_resync(), capture_ring::Resync::Busy, "at {offset}");
-            let ended = capture.end_part(split, range(offset, 3 << 20), PartEnd::Done, token);
-            assert_eq!(ended.is_some(), last);
-        }
-        wait_until(|| !capture.status().gap_is_open);
-        capture.detach();
-    });
+    let resynced = Arc::clone(&capture);
+    // It ends with the capture.
+    std::thread::spawn(move || run_resync(resynced, &Disk::new(8 << 20)));
+    wait_until(|| !capture.status().gap_is_open);
+    let whole = Request::write(0, 6 << 20, false);
+    for (offset, last) in [(0, false), (3 << 20, true)] {
+        let mut split = capture.take_held(token).unwrap_or_else(|| Split::new(whole));
+        assert!(split.is_recorded_in_parts());
+        assert_eq!(capture.begin_split(&mut split, token), Begin::Go);
+        let mut write = begin(&capture, &Request::write(offset, 3 << 20, false), two()[0]);
+        capture.finish(&mut write, Outcome::Succeeded);
+        assert_eq!(capture.producer().finish_resync(), capture_ring::Resync::Busy, "at {offset}");
+        let ended = capture.end_part(split, range(offset, 3 << 20), PartEnd::Done, token);
+        assert_eq!(ended.is_some(), last);
+    }
+    wait_until(|| !capture.status().gap_is_open);
+    capture.detach();
     replica.drain();
     let is_write = |op: &Op| matches!(op, Op::Write { fill: false, .. });
     let from = replica.records.iter().position(is_write).expect("written");
