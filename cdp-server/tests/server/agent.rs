@@ -44,6 +44,16 @@ impl Agent {
         agent
     }
 
+    /// As [`Agent::with_disk`], of a disk that nobody wants anything of yet; the server has taken the report over, and so
+    /// sends no command of its own for a wish that comes now.
+    pub(crate) fn reported(server: SocketAddr) -> Self {
+        let mut agent = Self::with_disk(server);
+        agent.send(&wire::Ping::default());
+        let (kind, _) = agent.receive().expect("the connection is open");
+        assert_eq!(kind, MessageType::Pong);
+        agent
+    }
+
     pub(crate) fn hello(&mut self, hello: &wire::Hello) -> wire::Welcome {
         self.send(hello);
         self.expect()

@@ -10,8 +10,7 @@ const NAME: &str = "vm/disk0";
 
 /// A disk that is protected and in sync up to record 3.
 fn protected(fixture: &Fixture) -> (Agent, Capture) {
-    let mut agent = Agent::with_disk(fixture.data());
-    eventually(|| fixture.client.disk(NAME).ok().filter(|disk| disk.online));
+    let mut agent = Agent::reported(fixture.data());
     let client = fixture.client.clone();
     let put = std::thread::spawn(move || client.set_protection(NAME, true));
     let command: wire::SetProtection = agent.expect();

@@ -28,8 +28,7 @@ fn wait_for(fixture: &Fixture, status: &str, offline: u64, unprotected: u64) {
 #[test]
 fn what_should_be_protected_and_is_not_is_degraded_and_a_vm_that_does_not_run_is_not() {
     let fixture = Fixture::start();
-    let mut agent = Agent::with_disk(fixture.data());
-    eventually(|| fixture.client.disk(NAME).ok().filter(|disk| disk.online));
+    let mut agent = Agent::reported(fixture.data());
     wait_for(&fixture, "ok", 0, 0);
     let client = fixture.client.clone();
     let put = std::thread::spawn(move || client.set_protection(NAME, true));

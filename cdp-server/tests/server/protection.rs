@@ -12,8 +12,8 @@ const NAME: &str = "vm/disk0";
 
 /// A reported disk, as soon as the server knows it.
 fn reported(fixture: &Fixture) -> Agent {
-    let agent = Agent::with_disk(fixture.data());
-    eventually(|| fixture.client.disk(NAME).ok().filter(|disk| disk.online));
+    let agent = Agent::reported(fixture.data());
+    assert!(fixture.client.disk(NAME).expect("reported").online);
     agent
 }
 
