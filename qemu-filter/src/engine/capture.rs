@@ -177,11 +177,15 @@ impl Capture {
     /// The contents were changed behind the guest's back (snapshot revert, migration, a commit into the node):
     /// all of it has to be read again, and history has a gap until then.
     pub fn contents_changed(&self) {
+        self.forget_contents(Producer::begin_gap);
+    }
+
+    fn forget_contents(&self, open_gap: impl FnOnce(&Producer, GapReason)) {
         self.protect(|| {
             // Counted, so that nothing is read back before the gap-begin is published.
             let phase = self.count.enter();
             self.mark_dirty_to_end(0);
-            self.producer.begin_gap(GapReason::ContentsChanged);
+            open_gap(&self.producer, GapReason::ContentsChanged);
             self.count.leave(phase);
         });
     }
@@ -189,13 +193,7 @@ impl Capture {
     /// As [`Capture::contents_changed`], for a change that takes a while and has just not begun: no point is offered
     /// before [`Capture::end_contents_change`], whatever is read meanwhile.
     pub fn begin_contents_change(&self) {
-        self.protect(|| {
-            // Counted, so that nothing is read back before the gap-begin is published.
-            let phase = self.count.enter();
-            self.mark_dirty_to_end(0);
-            self.producer.hold_gap(GapReason::ContentsChanged);
-            self.count.leave(phase);
-        });
+        self.forget_contents(Producer::hold_gap);
     }
 
     /// The change is over: all has to be read again, also what was read meanwhile.
