@@ -6,7 +6,6 @@
 use std::cell::Cell;
 use std::ffi::{c_char, c_int, c_ulong, c_void};
 
-use super::hook;
 use super::layout::{Callback, STATE_DRV};
 use super::slots::{self, Caller, User};
 use super::types::{
@@ -16,7 +15,7 @@ use super::types::{
     Coroutine, OnNode, QemuError, QemuIoVector, SnapshotGoto, flags,
 };
 use super::write::{self, Source};
-use super::{Glue, glue};
+use super::{Glue, glue, hook, mainloop};
 use crate::engine::Kind;
 
 /// Bytes of a sector, the unit of `bdrv_co_writev`.
@@ -334,7 +333,7 @@ unsafe extern "C" fn co_flush(node: *mut BlockDriverState) -> c_int {
 /// Runs `change`, which changes the disk's contents behind the guest's back: all of it is unknown from before the
 /// first change until it has been read again after the last. Reading it back meanwhile would find a driver's tables half
 /// changed.
-fn contents_change<T>(user: Option<&User>, change: impl FnOnce() -> T) -> T {
+fn contents_change_now<T>(user: Option<&User>, change: impl FnOnce() -> T) -> T {
     let capture = user.and_then(User::capture);
     if let Some(capture) = capture {
         capture.begin_contents_change();
@@ -346,13 +345,31 @@ fn contents_change<T>(user: Option<&User>, change: impl FnOnce() -> T) -> T {
     answer
 }
 
+/// As [`contents_change_now`], in the main thread, for a change that is a part of a command: it ends with the command. (HMP's
+/// `commit` empties an image while its backing file is hidden below a node of size 0: until it ends, the disk reads as
+/// zeroes.)
+fn contents_change<T>(user: Option<User>, change: impl FnOnce() -> T) -> T {
+    if let Some(capture) = user.as_ref().and_then(User::capture) {
+        capture.begin_contents_change();
+    }
+    let answer = change();
+    if let Some((glue, user)) = glue().zip(user) {
+        mainloop::schedule_at_rest(glue, move || {
+            if let Some(capture) = user.capture() {
+                capture.end_contents_change();
+            }
+        });
+    }
+    answer
+}
+
 unsafe extern "C" fn make_empty(node: *mut BlockDriverState) -> c_int {
     // SAFETY: QEMU calls this through the table of the node's driver.
     let Some(original) = (unsafe { original::<OnNode>(node, Callback::MakeEmpty) }) else {
         return -libc::ENOTSUP;
     };
     // SAFETY: QEMU's own argument.
-    contents_change(user_in_main_thread(node).as_ref(), || unsafe { original(node) })
+    contents_change(user_in_main_thread(node), || unsafe { original(node) })
 }
 
 unsafe extern "C" fn snapshot_goto(node: *mut BlockDriverState, snapshot: *const c_char) -> c_int {
@@ -361,7 +378,7 @@ unsafe extern "C" fn snapshot_goto(node: *mut BlockDriverState, snapshot: *const
         return -libc::ENOTSUP;
     };
     // SAFETY: QEMU's own arguments.
-    contents_change(user_in_main_thread(node).as_ref(), || unsafe { original(node, snapshot) })
+    contents_change(user_in_main_thread(node), || unsafe { original(node, snapshot) })
 }
 
 /// Another QEMU has written to the image, and this one takes it over.
@@ -370,7 +387,7 @@ unsafe extern "C" fn co_invalidate_cache(node: *mut BlockDriverState, error: *mu
     if let Some(original) = unsafe { original::<CoInvalidateCache>(node, Callback::CoInvalidateCache) } {
         let user = user(node).map(|(_, user)| user);
         // SAFETY: QEMU's own arguments.
-        contents_change(user.as_ref(), || unsafe { original(node, error) });
+        contents_change_now(user.as_ref(), || unsafe { original(node, error) });
     }
 }
 

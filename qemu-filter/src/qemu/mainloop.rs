@@ -100,6 +100,12 @@ pub(crate) fn schedule(glue: &Glue, work: impl FnOnce() + Send + 'static) {
     schedule_in(glue, unsafe { (glue.symbols.qemu_get_aio_context)() }, work);
 }
 
+/// As [`schedule`], but once the main thread is in its outermost loop: after the command that it carries out now.
+pub(crate) fn schedule_at_rest(glue: &Glue, work: impl FnOnce() + Send + 'static) {
+    // SAFETY: takes nothing; this context exists as long as the main loop, which alone runs what is scheduled there.
+    schedule_in(glue, unsafe { (glue.symbols.iohandler_get_aio_context)() }, work);
+}
+
 fn schedule_in(glue: &Glue, context: *mut AioContext, work: impl FnOnce() + Send + 'static) {
     let work: Box<Work> = Box::new(Box::new(work));
     // SAFETY: may be called from any thread; the box stays until the bottom half takes it.
@@ -142,8 +148,6 @@ pub(crate) fn run_at_rest<R: Send + 'static>(
 ) -> Result<R, String> {
     let job = Arc::new(Job { state: Mutex::new(State::Queued), changed: Condvar::new() });
     let in_main = Arc::clone(&job);
-    // SAFETY: takes nothing; this context exists as long as the main loop, which alone runs what is scheduled there.
-    let context = unsafe { (glue.symbols.iohandler_get_aio_context)() };
-    schedule_in(glue, context, move || in_main.run(work, drop));
+    schedule_at_rest(glue, move || in_main.run(work, drop));
     job.wait(limit)
 }
