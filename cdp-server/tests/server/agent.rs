@@ -8,6 +8,8 @@ use journal_format::frame::{self, Codec, FrameMeta};
 use journal_format::wire::{self, Control, MESSAGE_HEADER_BYTES, MessageHeader, MessageType};
 use journal_format::{ByteRange, DataSpan, DiskId, Epoch, GapReason, Lsn, Op, Record, Stamp};
 
+use crate::now_ns;
+
 /// The disk of most tests.
 pub(crate) const DISK: DiskId = DiskId([0xd1; 16]);
 /// Its size in bytes.
@@ -161,6 +163,20 @@ impl Agent {
     pub(crate) fn ship(&mut self, frame: &[u8], last: Lsn) {
         self.send_frame(frame);
         while self.expect::<wire::Ack>().durable_lsn < last.0 {}
+    }
+
+    /// Carries out a wish: opens [`DISK`], whose records are stamped from `stamp` on, and answers.
+    pub(crate) fn carry_out(&mut self, command: &wire::SetProtection, stamp: u64) -> Capture {
+        let capture = Capture::new(&self.open(None), stamp);
+        self.done(command.request);
+        capture
+    }
+
+    /// Ends the sync of a capture that has just begun, at LSN 2, and says so.
+    pub(crate) fn synced(&mut self, capture: &mut Capture) {
+        let frame = capture.begin().frame();
+        self.ship(&frame, Lsn(2));
+        self.status("capturing", Lsn(2), now_ns());
     }
 
     /// Answers a command as done.

@@ -14,8 +14,7 @@ fn protected(fixture: &Fixture) -> (Agent, Capture) {
     let client = fixture.client.clone();
     let put = std::thread::spawn(move || client.set_protection(NAME, true));
     let command: wire::SetProtection = agent.expect();
-    let mut capture = Capture::new(&agent.open(None), now_ns() - 3_600_000_000_000);
-    agent.done(command.request);
+    let mut capture = agent.carry_out(&command, now_ns() - 3_600_000_000_000);
     put.join().expect("no panic").expect("done");
     let frame = capture.begin().write(0, &[1; 512]).frame();
     agent.ship(&frame, Lsn(3));

@@ -5,7 +5,7 @@ use journal_format::{Lsn, wire};
 use reqwest::StatusCode;
 use serde_json::Value;
 
-use crate::agent::{Agent, Capture, DISK, inventory};
+use crate::agent::{Agent, DISK, inventory};
 use crate::{Fixture, eventually, now_ns};
 
 const NAME: &str = "vm/disk0";
@@ -34,12 +34,9 @@ fn what_should_be_protected_and_is_not_is_degraded_and_a_vm_that_does_not_run_is
     let put = std::thread::spawn(move || client.set_protection(NAME, true));
     let command: wire::SetProtection = agent.expect();
     wait_for(&fixture, "degraded", 0, 1);
-    let mut capture = Capture::new(&agent.open(None), now_ns() - 1_000_000_000);
-    agent.done(command.request);
+    let mut capture = agent.carry_out(&command, now_ns() - 1_000_000_000);
     put.join().expect("no panic").expect("done");
-    let frame = capture.begin().frame();
-    agent.ship(&frame, Lsn(2));
-    agent.status("capturing", Lsn(2), now_ns());
+    agent.synced(&mut capture);
     wait_for(&fixture, "ok", 0, 0);
     agent.status("tracking", Lsn(2), now_ns());
     wait_for(&fixture, "degraded", 0, 1);

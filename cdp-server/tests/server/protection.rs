@@ -53,12 +53,9 @@ fn a_new_session_is_a_gap_before_its_first_record_arrives() {
     let client = fixture.client.clone();
     let put = std::thread::spawn(move || client.set_protection(NAME, true));
     let command: wire::SetProtection = agent.expect();
-    let mut capture = Capture::new(&agent.open(None), now_ns() - 1_000_000_000);
-    agent.done(command.request);
+    let mut capture = agent.carry_out(&command, now_ns() - 1_000_000_000);
     put.join().expect("no panic").expect("done");
-    let frame = capture.begin().frame();
-    agent.ship(&frame, Lsn(2));
-    agent.status("capturing", Lsn(2), now_ns());
+    agent.synced(&mut capture);
     eventually(|| (phase(&fixture) == ProtectionPhase::Protected).then_some(()));
 
     let opened = agent.open(None);

@@ -424,18 +424,15 @@ impl Capture {
         for (entry, number, token) in held.each() {
             // By its number: the token's next request is left alone.
             // ORDERING: Relaxed: published by the number; another's costs one look that finds nothing.
-            let standing = standing(token, entry.end.load(Ordering::Relaxed));
-            let ends = match standing {
-                Standing::GoesOn => false,
+            match standing(token, entry.end.load(Ordering::Relaxed)) {
                 // ORDERING: Relaxed: as above; one look too early costs a gap.
-                Standing::Waits => entry.waits.swap(true, Ordering::Relaxed),
-                Standing::Over => true,
-            };
-            if !ends {
-            } else if standing == Standing::Waits {
-                self.give_way(entry, number);
-            } else if let Some(kept) = held.take(entry, number) {
-                self.give_up_split(kept.split(self.producer()));
+                Standing::Waits if entry.waits.swap(true, Ordering::Relaxed) => self.give_way(entry, number),
+                Standing::GoesOn | Standing::Waits => {}
+                Standing::Over => {
+                    if let Some(kept) = held.take(entry, number) {
+                        self.give_up_split(kept.split(self.producer()));
+                    }
+                }
             }
         }
     }

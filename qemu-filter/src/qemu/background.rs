@@ -176,6 +176,8 @@ impl Background {
                     self.sleep(glue, duration);
                     Answer::None
                 }
+                // Who cannot tell whether a BlockBackend is drained does not ask.
+                Step::Status { length, .. } if glue.symbols.blk_in_drain.is_none() => unknown(length),
                 Step::Status { offset, length } => {
                     self.with_device(glue, Place::Main, |blk| status(glue, blk, offset, length))
                 }
@@ -249,10 +251,9 @@ impl Place {
         if here != there {
             return Next::Move(there);
         }
-        let asks = self == Self::Main || serves_exports(glue);
         match glue.symbols.blk_in_drain {
             // SAFETY: live while we are `busy`, in the main thread.
-            Some(in_drain) if asks && unsafe { in_drain(blk) } => Next::HoldStill,
+            Some(in_drain) if here == main && unsafe { in_drain(blk) } => Next::HoldStill,
             _ => Next::Done(io(blk)),
         }
     }
@@ -260,11 +261,7 @@ impl Place {
 
 /// In the main thread.
 fn status(glue: &Glue, blk: *mut BlockBackend, offset: u64, length: u64) -> Answer {
-    let known = glue.symbols.blk_co_block_status_above;
-    // Who cannot tell whether a BlockBackend is drained does not ask.
-    let Some(block_status) = known.filter(|_| glue.symbols.blk_in_drain.is_some()) else {
-        return Answer::Status { length, zero: false };
-    };
+    let Some(block_status) = glue.symbols.blk_co_block_status_above else { return unknown(length) };
     let (mut known, mut map, mut file) = (0, 0, std::ptr::null_mut());
     // SAFETY: in a coroutine, the device is live; the three places outlive the call.
     let answer = unsafe {
@@ -282,9 +279,13 @@ fn status(glue: &Glue, blk: *mut BlockBackend, offset: u64, length: u64) -> Answ
         Ok(known) if answer >= 0 && known > 0 => {
             Answer::Status { length: known.min(length), zero: answer & BLOCK_ZERO != 0 }
         }
-        // Reading it tells more than its status.
-        _ => Answer::Status { length, zero: false },
+        _ => unknown(length),
     }
+}
+
+/// Reading it tells more than its status.
+const fn unknown(length: u64) -> Answer {
+    Answer::Status { length, zero: false }
 }
 
 fn read(glue: &Glue, blk: *mut BlockBackend, offset: u64, length: u64, pieces: &[Piece]) -> Answer {
