@@ -2,48 +2,12 @@
 
 mod support;
 
-use std::process::{Child, Stdio};
-
 use capture_ring::{Overflow, Policy};
 
 use support::agent::{Agent, Filter, Tap, guest_writes, wait_for};
 use support::memory::{differing, driver_tables};
 use support::programs::Site;
-use support::qmp::Qmp;
-use support::vm::{SCSI, UUID, VIRTIO, Vm, start};
-
-/// Many writes through an NBD export of the same node on an iothread, as a guest would make them: two programs whose
-/// writes overlap, each with a pattern of its own.
-struct Load([Child; 2]);
-
-impl Load {
-    fn on(site: &Site, qmp: &mut Qmp, node: &str, iothread: &str) -> Self {
-        let socket = site.inside("nbd");
-        qmp.must(&format!(
-            "{{'execute': 'nbd-server-start', 'arguments': {{'addr': {{'type': 'unix', 'data': {{'path': '{socket}'}}}}}}}}"
-        ));
-        let export =
-            format!("'type': 'nbd', 'id': 'load', 'node-name': '{node}', 'name': 'load', 'writable': true");
-        qmp.must(&format!(
-            "{{'execute': 'block-export-add', 'arguments': {{{export}, 'iothread': '{iothread}'}}}}"
-        ));
-        let url = format!("nbd+unix:///load?socket={socket}");
-        Self([("8k", "1"), ("16k", "2")].map(|(size, pattern)| {
-            let mut command = site.command("qemu-img");
-            command.args(["bench", "-w", "-c", "10000000", "-d", "16", "-s", size, "-f", "raw"]);
-            command.args([&format!("--pattern={pattern}"), &url]).stdout(Stdio::null()).spawn().unwrap()
-        }))
-    }
-
-    /// Ends it, unless a request has failed before.
-    fn end(mut self) {
-        for child in &mut self.0 {
-            assert!(child.try_wait().unwrap().is_none(), "a request has failed");
-            child.kill().unwrap();
-            child.wait().unwrap();
-        }
-    }
-}
+use support::vm::{Load, SCSI, UUID, VIRTIO, Vm, start};
 
 #[test]
 fn disks_are_listed_by_their_device_and_the_vm_by_name_and_uuid() {

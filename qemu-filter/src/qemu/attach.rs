@@ -15,7 +15,7 @@ use super::drain::{AllDrained, Drained, Restless};
 use super::hook::{self, Emptying};
 use super::slots::{self, MAX_DEVICES, Slot};
 use super::types::{AioContext, BlockBackend, Coroutine, Notifier};
-use super::{Glue, glue, image, mainloop, proof, tracked};
+use super::{Glue, glue, graph, image, mainloop, proof, tracked};
 use crate::control::DiskInfo;
 use crate::engine::{Capture, Standing};
 
@@ -69,6 +69,9 @@ fn watch_drivers(glue: &Glue) {
         .map(|attached| (attached.index, attached.blk))
         .filter(|(_, blk)| !is_hooked(glue, *blk))
         .collect();
+    if let Some(glue) = super::glue() {
+        graph::look_around(glue);
+    }
     watch_sizes(glue);
     // Without the list of mappings nothing is hooked now; the next look tries again.
     let _unreadable = hook::hook_all(glue);
@@ -195,6 +198,7 @@ fn switch_on(
         capture.unchanged();
     }
     watch(glue, blk, slot);
+    graph::begin(glue, slot, blk);
     slot.publish(blk, Some(Arc::clone(&capture)));
     // It may have another size than when the agent was told. Before the first look at sizes the gap may have ended.
     if let Some(disk_bytes) = size_differs(glue, slot, blk) {

@@ -1,21 +1,22 @@
 //! Our driver callbacks: each finds QEMU's own, asks whether the node is captured, and calls it.
 //!
 //! None of these may panic, allocate, lock or use a thread-local across a call of QEMU's: any such call may
-//! yield, and the coroutine may go on in another thread. The engine stops its own panics.
+//! yield, and the coroutine may go on in another thread. The engine stops its own panics. The first request after
+//! a change of nodes pays for looking at them ([`graph`]), no other does.
 
 use std::cell::Cell;
-use std::ffi::{c_char, c_int, c_ulong, c_void};
+use std::ffi::{c_char, c_int, c_uint, c_ulong, c_void};
 
 use super::layout::{Callback, STATE_DRV};
 use super::slots::{self, Caller, User};
 use super::types::{
-    AioIoctl, AioPdiscard, AioPwritev, BdrvChild, BlockDriver, BlockDriverState, CoCopyRange,
+    AioIoctl, AioPdiscard, AioPwritev, BdrvChild, BlockDriver, BlockDriverState, ChildPerm, CoCopyRange,
     CoInvalidateCache, CoIoctl, CoPdiscard, CoPwriteZeroes, CoPwritev, CoPwritevCompressed,
     CoPwritevCompressedPart, CoPwritevPart, CoTruncate, CoWritev, CoZoneAppend, CoZoneMgmt, Completion,
-    Coroutine, OnNode, QemuError, QemuIoVector, SnapshotGoto, flags,
+    Coroutine, OnDrain, OnNode, QemuError, QemuIoVector, SnapshotGoto, flags,
 };
 use super::write::{self, Source};
-use super::{Glue, glue, hook, mainloop};
+use super::{Glue, glue, graph, hook, mainloop};
 use crate::engine::Kind;
 
 /// Bytes of a sector, the unit of `bdrv_co_writev`.
@@ -28,10 +29,13 @@ const SG_IO: c_ulong = 0x2285;
 pub(crate) const KEPT: [Callback; 2] = [Callback::AioPwritev, Callback::AioPdiscard];
 
 /// Each callback that we replace, and the address of ours.
-pub(crate) const REPLACEMENTS: [(Callback, fn() -> usize); 19] = [
+pub(crate) const REPLACEMENTS: [(Callback, fn() -> usize); 22] = [
     (Callback::MakeEmpty, || make_empty as OnNode as usize),
     (Callback::Inactivate, || inactivate as OnNode as usize),
     (Callback::SnapshotGoto, || snapshot_goto as SnapshotGoto as usize),
+    (Callback::ChildPerm, || child_perm as ChildPerm as usize),
+    (Callback::DrainBegin, || drain_begin as OnDrain as usize),
+    (Callback::DrainEnd, || drain_end as OnDrain as usize),
     (Callback::CoWritev, || co_writev as CoWritev as usize),
     (Callback::CoPwritev, || co_pwritev as CoPwritev as usize),
     (Callback::CoPwritevPart, || co_pwritev_part as CoPwritevPart as usize),
@@ -68,7 +72,11 @@ unsafe fn original<F: Copy>(node: *mut BlockDriverState, callback: Callback) -> 
 /// The slot of a protected device whose node this is, for a callback of a coroutine.
 fn user(node: *mut BlockDriverState) -> Option<(&'static Glue, User)> {
     let glue = glue()?;
-    slots::find(glue, node, Caller::Coroutine).map(|user| (glue, user))
+    let user = slots::find(glue, node, Caller::Coroutine)?;
+    if !user.is_judged {
+        graph::settle(glue, &user);
+    }
+    Some((glue, user))
 }
 
 /// As [`user`], for callbacks that QEMU calls in its main thread outside coroutines.
@@ -388,6 +396,51 @@ unsafe extern "C" fn co_invalidate_cache(node: *mut BlockDriverState, error: *mu
         let user = user(node).map(|(_, user)| user);
         // SAFETY: QEMU's own arguments.
         contents_change_now(user.as_ref(), || unsafe { original(node, error) });
+    }
+}
+
+/// Edges below a node change, or a job takes hold of it: in the midst of a command, which may still take it back. Main thread.
+unsafe extern "C" fn child_perm(
+    node: *mut BlockDriverState,
+    edge: *mut BdrvChild,
+    role: c_uint,
+    reopen_queue: *mut c_void,
+    permissions: u64,
+    shared: u64,
+    needed: *mut u64,
+    needed_shared: *mut u64,
+) {
+    // SAFETY: QEMU calls this through the table of the node's driver, which has the callback, or it would not be ours.
+    if let Some(original) = unsafe { original::<ChildPerm>(node, Callback::ChildPerm) } {
+        // SAFETY: QEMU's own arguments.
+        unsafe { original(node, edge, role, reopen_queue, permissions, shared, needed, needed_shared) };
+    }
+    if let Some(glue) = glue() {
+        graph::look_soon(glue);
+    }
+}
+
+/// A section begins in which a node has no request in flight: nodes may change. Main thread.
+unsafe extern "C" fn drain_begin(node: *mut BlockDriverState) {
+    if let Some(glue) = glue() {
+        graph::look_around(glue);
+    }
+    // SAFETY: QEMU calls this through the table of the node's driver.
+    if let Some(original) = unsafe { original::<OnDrain>(node, Callback::DrainBegin) } {
+        // SAFETY: QEMU's own argument.
+        unsafe { original(node) };
+    }
+}
+
+/// The section ends, and requests go on. Main thread.
+unsafe extern "C" fn drain_end(node: *mut BlockDriverState) {
+    // SAFETY: QEMU calls this through the table of the node's driver.
+    if let Some(original) = unsafe { original::<OnDrain>(node, Callback::DrainEnd) } {
+        // SAFETY: QEMU's own argument.
+        unsafe { original(node) };
+    }
+    if let Some(glue) = glue() {
+        graph::look_around(glue);
     }
 }
 

@@ -85,7 +85,7 @@ pub(crate) fn driver_of(node: *mut BlockDriverState) -> *mut BlockDriver {
 
 /// The node at which a device's writes are captured: the first that is not a filter.
 pub(crate) fn top_node(glue: &Glue, blk: *mut BlockBackend) -> *mut BlockDriverState {
-    // SAFETY: live by the caller's promise, in the main thread.
+    // SAFETY: live by the caller's promise, in the main thread or a request of the device's.
     let root = unsafe { (glue.symbols.blk_bs)(blk) };
     // SAFETY: NULL or a live node.
     unsafe { (glue.symbols.bdrv_skip_filters)(root) }

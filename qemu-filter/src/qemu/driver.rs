@@ -60,6 +60,11 @@ impl Driver {
         self.read::<usize>(self.layout.list) as *mut BlockDriver
     }
 
+    /// Whether this release has such a callback.
+    pub(crate) fn has(self, callback: Callback) -> bool {
+        self.field(callback).is_some()
+    }
+
     /// Address of a callback; 0 when it is empty or does not exist in this release.
     pub(crate) fn callback(self, callback: Callback) -> usize {
         // ORDERING: Relaxed: QEMU reads and writes these without ordering too; a function's address is valid

@@ -4,7 +4,7 @@
 //! already entered, or whose pointer another thread had already read, still finds the original after the
 //! pointers have been put back.
 //!
-//! Callbacks that a driver fills are replaced. Four that it leaves empty are filled, each because the block
+//! Callbacks that a driver fills are replaced. Six that it leaves empty are filled, each because the block
 //! layer then behaves the same and we see what we otherwise would not:
 //!
 //! | filled | where | why |
@@ -13,6 +13,7 @@
 //! | `co_pwritev` | only `aio_pwritev` | preferred by the block layer; issues `aio_pwritev` and waits, as the block layer would |
 //! | `co_pdiscard` | only `aio_pdiscard` | likewise |
 //! | `inactivate` | anywhere | the disk is handed to another QEMU; answers 0 |
+//! | `drain_begin`, `drain_end` | anywhere but in 7.2 | nodes may change in between; nothing to answer |
 //!
 //! An empty callback that is emptied again could be called by a thread that has just seen it filled. So it
 //! happens only with all nodes drained ([`Emptying::Drained`]). Everything here runs in QEMU's main thread.
@@ -52,7 +53,9 @@ impl Originals {
             Callback::CoFlushToOs => is_empty(Callback::CoFlush),
             Callback::CoPwritev => !is_empty(Callback::AioPwritev) && is_empty(Callback::CoPwritevPart),
             Callback::CoPdiscard => !is_empty(Callback::AioPdiscard),
-            Callback::Inactivate => true,
+            Callback::Inactivate | Callback::DrainBegin | Callback::DrainEnd => true,
+            // Where drains tell of changes it is left alone.
+            Callback::ChildPerm if self.driver.has(Callback::DrainEnd) => return 0,
             _ => false,
         };
         if !is_empty(callback) || fill { ours } else { 0 }

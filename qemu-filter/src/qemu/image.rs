@@ -141,11 +141,11 @@ fn format_of(glue: &Glue, node: *mut BlockDriverState) -> Option<String> {
 }
 
 /// The node below an edge that `which` finds.
-fn child(
+pub(super) fn child(
     which: unsafe extern "C" fn(*mut BlockDriverState) -> *mut BdrvChild,
     node: *mut BlockDriverState,
 ) -> Option<*mut BlockDriverState> {
-    // SAFETY: a live node, in the main thread.
+    // SAFETY: a live node, whose edges nobody changes now.
     let edge = unsafe { which(node) };
     if edge.is_null() {
         return None;

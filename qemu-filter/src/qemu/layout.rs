@@ -17,6 +17,8 @@ pub(crate) enum Callback {
     Inactivate,
     SnapshotGoto,
     RefreshLimits,
+    DrainBegin,
+    DrainEnd,
     ChildPerm,
     AioPwritev,
     AioPdiscard,
@@ -76,6 +78,15 @@ pub(crate) struct NodeLayout {
     pub(crate) tracked_requests: usize,
 }
 
+/// How a mirror's job (`struct MirrorBlockJob` in `block/mirror.c`) says that it copies all of a disk.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Copied {
+    /// `is_none_mode`, a bool, is false. (And there is no base.)
+    UnlessNone,
+    /// `sync_mode` is `MIRROR_SYNC_MODE_FULL`.
+    Mode,
+}
+
 /// One family's layout of `struct BlockDriver` and of what is read of a node.
 #[derive(Debug)]
 pub(crate) struct Layout {
@@ -88,6 +99,8 @@ pub(crate) struct Layout {
     /// Offset of the links of the list of drivers.
     pub(crate) list: usize,
     pub(crate) node: NodeLayout,
+    /// How a mirror says what it copies.
+    pub(crate) copied: Copied,
     callbacks: &'static [(Callback, usize)],
 }
 
@@ -124,6 +137,7 @@ static V7_2: Layout = Layout {
         reqs_lock: None,
         tracked_requests: 17016,
     },
+    copied: Copied::UnlessNone,
     callbacks: &[
         (Callback::Open, 144),
         (Callback::Close, 160),
@@ -168,6 +182,7 @@ static V10_0: Layout = Layout {
         reqs_lock: Some(16984),
         tracked_requests: 17032,
     },
+    copied: Copied::UnlessNone,
     callbacks: &[
         (Callback::Open, 144),
         (Callback::Close, 152),
@@ -175,6 +190,8 @@ static V10_0: Layout = Layout {
         (Callback::Inactivate, 224),
         (Callback::SnapshotGoto, 240),
         (Callback::RefreshLimits, 312),
+        (Callback::DrainBegin, 344),
+        (Callback::DrainEnd, 352),
         (Callback::ChildPerm, 416),
         (Callback::AioPwritev, 480),
         (Callback::AioPdiscard, 496),
@@ -214,6 +231,7 @@ static V10_2: Layout = Layout {
         reqs_lock: Some(16984),
         tracked_requests: 17032,
     },
+    copied: Copied::Mode,
     callbacks: &[
         (Callback::Open, 144),
         (Callback::Close, 152),
@@ -221,6 +239,8 @@ static V10_2: Layout = Layout {
         (Callback::Inactivate, 224),
         (Callback::SnapshotGoto, 240),
         (Callback::RefreshLimits, 312),
+        (Callback::DrainBegin, 344),
+        (Callback::DrainEnd, 352),
         (Callback::ChildPerm, 416),
         (Callback::AioPwritev, 480),
         (Callback::CoPreadv, 504),

@@ -22,6 +22,7 @@
 //! | part | thread |
 //! | --- | --- |
 //! | `callbacks`, `write`, `parts`, `tracked`, `slots::find` | any of QEMU's, inside a coroutine; never block, lock, allocate (but see `tracked`) |
+//! | `graph`, `mirror` | any of QEMU's, where nodes may have changed; may lock and allocate |
 //! | `attach`, `devices`, `image`, `names`, `hook`, `proof` | QEMU's main thread, entered through [`mainloop`] |
 //! | `background` | the device's AioContext, in a coroutine of ours |
 //! | `host` | the control thread |
@@ -34,12 +35,14 @@ mod callbacks;
 mod devices;
 mod drain;
 mod driver;
+mod graph;
 mod hook;
 mod host;
 mod image;
 mod layout;
 mod mainloop;
 mod maps;
+mod mirror;
 mod names;
 mod once;
 mod parts;

@@ -18,7 +18,7 @@ use std::sync::atomic::{AtomicI64, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::types::{AioContext, BlockBackend, BlockDriverState, Notifier};
-use super::{Glue, proof, tracked};
+use super::{Glue, graph, proof, tracked};
 use crate::engine::{Capture, guard};
 
 /// How many devices of one process can be protected at once.
@@ -32,6 +32,10 @@ pub(crate) struct Slot {
     context: AtomicPtr<AioContext>,
     /// From `Arc::into_raw`; null for the scratch node, whose requests are only noted in `seen`.
     capture: AtomicPtr<Capture>,
+    /// The BlockBackend's root when [`graph`] last judged its nodes.
+    judged: AtomicPtr<BlockDriverState>,
+    /// What [`graph`] knows of them.
+    pub(super) nodes: graph::Place,
     /// Callbacks between [`find`] and the drop of their [`User`].
     users: AtomicUsize,
     /// What the scratch node saw.
@@ -82,6 +86,8 @@ impl Slot {
             blk: AtomicPtr::new(std::ptr::null_mut()),
             context: AtomicPtr::new(std::ptr::null_mut()),
             capture: AtomicPtr::new(std::ptr::null_mut()),
+            judged: AtomicPtr::new(std::ptr::null_mut()),
+            nodes: graph::Place::new(),
             users: AtomicUsize::new(0),
             seen: Seen::new(),
             removal: UnsafeCell::new(Notifier::new(super::attach::on_removal)),
@@ -147,20 +153,32 @@ impl Slot {
         self.context.store(context, Ordering::Release);
     }
 
-    fn is_below(&self, glue: &Glue, blk: *mut BlockBackend, node: *mut BlockDriverState) -> bool {
+    /// These nodes have been judged: requests through them go on.
+    pub(super) fn set_judged(&self, root: *mut BlockDriverState) {
+        // ORDERING: Release pairs with `enter`: what was said of the nodes to the capture comes before.
+        self.judged.store(root, Ordering::Release);
+    }
+
+    /// The root of the slot's nodes, if `node` is the first of them that is no filter.
+    fn root_above(
+        glue: &Glue,
+        blk: *mut BlockBackend,
+        node: *mut BlockDriverState,
+    ) -> Option<*mut BlockDriverState> {
         // SAFETY: the BlockBackend is live, see the module's text.
         let root = unsafe { (glue.symbols.blk_bs)(blk) };
         if root.is_null() {
-            return false;
+            return None;
         }
         // SAFETY: the root of a live BlockBackend is a live node.
-        root == node || unsafe { (glue.symbols.bdrv_skip_filters)(root) } == node
+        (root == node || unsafe { (glue.symbols.bdrv_skip_filters)(root) } == node).then_some(root)
     }
 
-    fn enter(&'static self, blk: *mut BlockBackend) -> Option<User> {
+    fn enter(&'static self, blk: *mut BlockBackend, root: *mut BlockDriverState) -> Option<User> {
         // ORDERING: SeqCst: counted before the second look; see `unpublish`.
         self.users.fetch_add(1, Ordering::SeqCst);
-        let user = User { slot: self };
+        // ORDERING: Acquire pairs with `set_judged`.
+        let user = User { slot: self, is_judged: self.judged.load(Ordering::Acquire) == root };
         (self.blk() == blk).then_some(user)
     }
 }
@@ -169,9 +187,15 @@ impl Slot {
 /// across yields.
 pub(crate) struct User {
     slot: &'static Slot,
+    /// Whether the nodes are those that were judged last.
+    pub(super) is_judged: bool,
 }
 
 impl User {
+    pub(super) fn slot(&self) -> &'static Slot {
+        self.slot
+    }
+
     /// The capture, or `None` on the scratch node, where the request is noted.
     pub(crate) fn capture(&self) -> Option<&Capture> {
         // ORDERING: Relaxed: `enter` has synchronised with `publish`.
@@ -221,11 +245,18 @@ pub(crate) fn find(glue: &Glue, node: *mut BlockDriverState, caller: Caller) -> 
     let used = EVER_USED.load(Ordering::Acquire).min(MAX_DEVICES);
     SLOTS[..used].iter().find_map(|slot| {
         let blk = slot.blk();
-        if blk.is_null() || !in_context(glue, slot, caller) || !slot.is_below(glue, blk, node) {
+        if blk.is_null() || !in_context(glue, slot, caller) {
             return None;
         }
-        slot.enter(blk)
+        slot.enter(blk, Slot::root_above(glue, blk, node)?)
     })
+}
+
+/// All slots with a capture, for the main thread.
+pub(crate) fn users() -> impl Iterator<Item = User> {
+    published()
+        .filter_map(|slot| slot.enter(slot.blk(), std::ptr::null_mut()))
+        .filter(|user| user.capture().is_some())
 }
 
 fn in_context(glue: &Glue, slot: &Slot, caller: Caller) -> bool {

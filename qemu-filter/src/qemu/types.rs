@@ -210,6 +210,19 @@ pub(crate) type CoPwritevCompressedPart =
 /// `bdrv_co_truncate`: new length, exact, preallocation, flags.
 pub(crate) type CoTruncate =
     unsafe extern "C" fn(*mut BlockDriverState, i64, bool, c_int, c_int, *mut *mut QemuError) -> c_int;
+/// `bdrv_child_perm`: edge, role, reopen queue, permissions and what is shared from above, and the same for below.
+pub(crate) type ChildPerm = unsafe extern "C" fn(
+    *mut BlockDriverState,
+    *mut BdrvChild,
+    c_uint,
+    *mut c_void,
+    u64,
+    u64,
+    *mut u64,
+    *mut u64,
+);
+/// `bdrv_drain_begin`, `bdrv_drain_end`.
+pub(crate) type OnDrain = unsafe extern "C" fn(*mut BlockDriverState);
 /// `bdrv_co_flush`, `bdrv_co_flush_to_os`, `bdrv_make_empty`, `bdrv_inactivate`.
 pub(crate) type OnNode = unsafe extern "C" fn(*mut BlockDriverState) -> c_int;
 /// `bdrv_snapshot_goto`.

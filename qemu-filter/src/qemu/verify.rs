@@ -23,7 +23,8 @@ use Callback::{
     AioIoctl, AioPdiscard, AioPwritev, ChildPerm, Close, CoBlockStatus, CoCopyRangeTo, CoFlush,
     CoFlushToDisk, CoFlushToOs, CoInvalidateCache, CoIoctl, CoPdiscard, CoPreadv, CoPreadvPart,
     CoPwriteZeroes, CoPwritev, CoPwritevCompressed, CoPwritevCompressedPart, CoPwritevPart, CoTruncate,
-    CoWritev, CoZoneAppend, CoZoneMgmt, GetLength, Inactivate, MakeEmpty, Open, RefreshLimits, SnapshotGoto,
+    CoWritev, CoZoneAppend, CoZoneMgmt, DrainBegin, DrainEnd, GetLength, Inactivate, MakeEmpty, Open,
+    RefreshLimits, SnapshotGoto,
 };
 
 const RAW: Known = Known {
@@ -44,6 +45,8 @@ const RAW: Known = Known {
         CoIoctl,
     ],
     empty: &[
+        DrainBegin,
+        DrainEnd,
         Close,
         MakeEmpty,
         Inactivate,
@@ -86,6 +89,8 @@ const QCOW2: Known = Known {
         CoPwritevCompressedPart,
     ],
     empty: &[
+        DrainBegin,
+        DrainEnd,
         AioPwritev,
         AioPdiscard,
         CoPreadv,
@@ -121,6 +126,8 @@ const FILE: Known = Known {
         GetLength,
     ],
     empty: &[
+        DrainBegin,
+        DrainEnd,
         MakeEmpty,
         Inactivate,
         SnapshotGoto,

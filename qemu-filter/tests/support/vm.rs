@@ -75,6 +75,49 @@ impl Drop for Vm {
     }
 }
 
+/// Many writes through an NBD export of the same node on an iothread, as a guest would make them: two programs whose
+/// writes overlap, each with a pattern of its own.
+pub struct Load([Child; 2]);
+
+impl Load {
+    /// Starts it.
+    pub fn on(site: &Site, qmp: &mut Qmp, node: &str, iothread: &str) -> Self {
+        Self::with(site, qmp, node, iothread, &["-d", "16"])
+    }
+
+    /// Starts one that leaves time for others: each program waits for each write to be durable.
+    pub fn gentle_on(site: &Site, qmp: &mut Qmp, node: &str, iothread: &str) -> Self {
+        Self::with(site, qmp, node, iothread, &["-d", "1", "--flush-interval", "1"])
+    }
+
+    fn with(site: &Site, qmp: &mut Qmp, node: &str, iothread: &str, arguments: &[&str]) -> Self {
+        let socket = site.inside("nbd");
+        qmp.must(&format!(
+            "{{'execute': 'nbd-server-start', 'arguments': {{'addr': {{'type': 'unix', 'data': {{'path': '{socket}'}}}}}}}}"
+        ));
+        let export =
+            format!("'type': 'nbd', 'id': 'load', 'node-name': '{node}', 'name': 'load', 'writable': true");
+        qmp.must(&format!(
+            "{{'execute': 'block-export-add', 'arguments': {{{export}, 'iothread': '{iothread}'}}}}"
+        ));
+        let url = format!("nbd+unix:///load?socket={socket}");
+        Self([("8k", "1"), ("16k", "2")].map(|(size, pattern)| {
+            let mut command = site.command("qemu-img");
+            command.args(["bench", "-w", "-c", "10000000", "-s", size, "-f", "raw"]).args(arguments);
+            command.args([&format!("--pattern={pattern}"), &url]).stdout(Stdio::null()).spawn().unwrap()
+        }))
+    }
+
+    /// Ends it, unless a request has failed before.
+    pub fn end(mut self) {
+        for child in &mut self.0 {
+            assert!(child.try_wait().unwrap().is_none(), "a request has failed");
+            child.kill().unwrap();
+            child.wait().unwrap();
+        }
+    }
+}
+
 /// Empty images for the two disks.
 pub fn create_disks(site: &Site) {
     for disk in ["disk0", "disk1"] {
