@@ -3,7 +3,7 @@
 //! Management changes nodes below a running device: snapshots put overlays on top, commits and mirrors pivot to
 //! another image, and `qom-set`, `blockdev-snapshot` and `blockdev-reopen` put anything there that they are told to. Most
 //! of these leave what the guest reads as it is, and history goes on without a gap. The others change the disk
-//! without a write. So each change is judged (`docs/decisions/0012-a-change-of-nodes-is-judged.md`):
+//! without a write. So each change is judged (`docs/decisions/0013-a-change-of-nodes-is-judged.md`):
 //!
 //! | the disk's first image is now | its contents |
 //! | --- | --- |
