@@ -96,6 +96,15 @@ impl Process {
         assert!(good, "{} did not end cleanly: {status}\n{}", self.name, self.log());
     }
 
+    /// Waits until it has ended by itself.
+    ///
+    /// # Panics
+    /// When it ends with anything but success.
+    pub fn ended(&mut self) {
+        let status = self.wait();
+        assert!(status.success(), "{} failed: {status}\n{}", self.name, self.log());
+    }
+
     /// Stops it in its tracks until [`Process::thaw`]: it is there, and does nothing.
     ///
     /// # Panics

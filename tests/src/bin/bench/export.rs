@@ -10,7 +10,7 @@ use cdp_tests::wait_for;
 use serde_json::Value;
 
 use crate::Effort;
-use crate::machine::{self, GUEST_CORE, SINK_CORE};
+use crate::machine::{self, GUEST_CORE};
 use crate::ours::Ours;
 use crate::report::{Report, Row};
 use crate::variants::{DISK_BYTES, Medium, PATTERNS, Pattern, Variant};
@@ -36,21 +36,14 @@ impl Export {
         for old in [&socket, &monitor, &sink_socket] {
             let _absent = std::fs::remove_file(old);
         }
-        let sink = variant.has_sink().then(|| {
-            let mut command = machine::pinned(SINK_CORE, "nbdkit");
-            // A log grows; a second copy is as large as the first.
-            let bytes = if variant == Variant::BlkLogWritesNbd { 16 * DISK_BYTES } else { DISK_BYTES };
-            let bytes = bytes.to_string();
-            command.args(["-f", "-U"]).arg(&sink_socket).args(["null", &bytes]);
-            let sink = Process::start(directory, "sink", &mut command);
-            wait_for("the sink's socket", || sink_socket.exists().then_some(()));
-            sink
-        });
+        let sink = variant.start_sink(directory, &sink_socket, DISK_BYTES);
         let mut command = machine::pinned(GUEST_CORE, "qemu-storage-daemon");
         if variant == Variant::Throttle {
             command.args(["--object", "throttle-group,id=none"]);
         }
-        for node in variant.nodes(directory, &sink_socket) {
+        // On tmpfs too, they are files.
+        let local = |name: &str| Medium::Disk.node(directory, name, DISK_BYTES);
+        for node in variant.nodes(local, &sink_socket) {
             command.args(["--blockdev", &node.to_string()]);
         }
         command.args([
@@ -128,12 +121,12 @@ pub(crate) fn finish(load: Child) -> Seen {
 pub(crate) fn run(effort: Effort, report: &mut Report) {
     let ours = Ours::start();
     for medium in [Medium::Tmpfs, Medium::Disk] {
-        let directories = Variant::ALL.map(|_| medium.directory());
+        let directories = Variant::EXPORTED.map(|_| medium.directory());
         let vm = format!("bench-export-{}", medium.name());
         for pattern in PATTERNS {
             for round in 0..effort.rounds {
                 report.begin_round(effort);
-                for (variant, directory) in Variant::ALL.into_iter().zip(&directories) {
+                for (variant, directory) in Variant::EXPORTED.into_iter().zip(&directories) {
                     let row =
                         Row::new("through an export", medium.name(), pattern.name, variant.name(), round);
                     report.add(measure(

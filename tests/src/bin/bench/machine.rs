@@ -8,7 +8,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use cdp_tests::programs::program;
-use nix::time::{ClockId, clock_gettime};
+use nix::time::{ClockId, clock_getcpuclockid, clock_gettime};
+use nix::unistd::Pid;
 
 /// The core of everything that is the guest's: the load and QEMU.
 pub(crate) const GUEST_CORE: &str = "0";
@@ -48,11 +49,8 @@ fn busy_ticks() -> u64 {
 
 /// Processor time of a process so far, in seconds; 0 when it is gone.
 pub(crate) fn cpu_seconds(pid: u32) -> f64 {
-    let text = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    // The name, in parentheses, may hold spaces.
-    let fields = text.rsplit_once(") ").map_or("", |(_, rest)| rest);
-    let ticks: u64 = fields.split(' ').skip(11).take(2).filter_map(|word| word.parse::<u64>().ok()).sum();
-    ticks as f64 / ticks_per_second()
+    let clock = clock_getcpuclockid(Pid::from_raw(pid.cast_signed()));
+    clock.and_then(clock_gettime).map_or(0.0, |time| Duration::from(time).as_secs_f64())
 }
 
 /// Processor time of all threads of a process with that name (at most 15 letters), in seconds; of those that have ended,

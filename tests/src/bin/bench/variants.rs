@@ -3,9 +3,11 @@
 
 use std::path::Path;
 
+use cdp_tests::process::Process;
+use cdp_tests::wait_for;
 use serde_json::{Value, json};
 
-use crate::machine;
+use crate::machine::{self, SINK_CORE};
 
 /// Bytes of the disk, and of each peer's second copy.
 pub(crate) const DISK_BYTES: u64 = 1 << 30;
@@ -13,6 +15,8 @@ pub(crate) const DISK_BYTES: u64 = 1 << 30;
 /// What the disk is on.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Medium {
+    /// Nothing: QEMU's `null-co`, which says that all is done. In process only.
+    Null,
     /// A file in memory.
     Tmpfs,
     /// A file on the disk that the build is on.
@@ -22,6 +26,7 @@ pub(crate) enum Medium {
 impl Medium {
     pub(crate) const fn name(self) -> &'static str {
         match self {
+            Self::Null => "null-co",
             Self::Tmpfs => "tmpfs",
             Self::Disk => "disk",
         }
@@ -30,16 +35,22 @@ impl Medium {
     /// Where its files lie.
     pub(crate) fn directory(self) -> tempfile::TempDir {
         match self {
-            Self::Tmpfs => {
+            Self::Null | Self::Tmpfs => {
                 tempfile::Builder::new().prefix("cdp-bench-").tempdir_in("/dev/shm").expect("a directory")
             }
             Self::Disk => machine::directory_on_disk(),
         }
     }
 
-    /// The node `disk`.
-    fn disk(directory: &Path) -> Value {
-        file("disk", &directory.join("disk.raw"))
+    /// A node on it, which is `NAME.raw` in `directory` where there are files, and has that size where there are none.
+    pub(crate) fn node(self, directory: &Path, name: &str, bytes: u64) -> Value {
+        match self {
+            Self::Null => json!({"driver": "null-co", "node-name": name, "size": bytes}),
+            Self::Tmpfs | Self::Disk => {
+                let path = directory.join(format!("{name}.raw"));
+                json!({"driver": "file", "node-name": name, "filename": path, "aio": "native", "cache": {"direct": true}})
+            }
+        }
     }
 }
 
@@ -68,11 +79,13 @@ pub(crate) enum Variant {
     MirrorBackground,
     /// A backup to that server, of what is overwritten, once per cluster.
     Backup,
+    /// The filter with which a backup does that, without its job.
+    CopyBeforeWrite,
 }
 
 impl Variant {
-    /// Everybody.
-    pub(crate) const ALL: [Self; 11] = [
+    /// Who takes part through an export.
+    pub(crate) const EXPORTED: [Self; 11] = [
         Self::Plain,
         Self::Throttle,
         Self::OursOff,
@@ -84,6 +97,19 @@ impl Variant {
         Self::MirrorBlocking,
         Self::MirrorBackground,
         Self::Backup,
+    ];
+
+    /// Who takes part in process, where there are no jobs.
+    pub(crate) const IN_PROCESS: [Self; 9] = [
+        Self::Plain,
+        Self::Throttle,
+        Self::OursOff,
+        Self::OursOn,
+        Self::BlkLogWrites,
+        Self::Quorum,
+        Self::BlkLogWritesNbd,
+        Self::QuorumNbd,
+        Self::CopyBeforeWrite,
     ];
 
     pub(crate) const fn name(self) -> &'static str {
@@ -99,6 +125,7 @@ impl Variant {
             Self::MirrorBlocking => "mirror, write-blocking",
             Self::MirrorBackground => "mirror, background",
             Self::Backup => "backup, sync=none",
+            Self::CopyBeforeWrite => "copy-before-write, NBD",
         }
     }
 
@@ -106,26 +133,40 @@ impl Variant {
         matches!(self, Self::OursOff | Self::OursOn)
     }
 
-    /// Whether it needs the server that drops what it gets.
-    pub(crate) const fn has_sink(self) -> bool {
+    /// Whether nothing of it goes over NBD.
+    pub(crate) const fn is_local(self) -> bool {
         matches!(
             self,
-            Self::BlkLogWritesNbd
-                | Self::QuorumNbd
-                | Self::MirrorBlocking
-                | Self::MirrorBackground
-                | Self::Backup
+            Self::Plain | Self::Throttle | Self::OursOff | Self::OursOn | Self::BlkLogWrites | Self::Quorum
         )
     }
 
-    /// Its nodes; the first one, `disk` or `top`, is written to. Files lie in `directory`, where every variant has its own.
-    pub(crate) fn nodes(self, directory: &Path, sink: &Path) -> Vec<Value> {
-        let disk = || Medium::disk(directory);
+    /// Starts the server that drops what it gets, where the variant needs one.
+    pub(crate) fn start_sink(self, directory: &Path, socket: &Path, disk_bytes: u64) -> Option<Process> {
+        // A log grows; a second copy is as large as the first.
+        let bytes = match self {
+            Self::BlkLogWritesNbd => 16 * disk_bytes,
+            Self::QuorumNbd
+            | Self::MirrorBlocking
+            | Self::MirrorBackground
+            | Self::Backup
+            | Self::CopyBeforeWrite => disk_bytes,
+            _ => return None,
+        };
+        let mut command = machine::pinned(SINK_CORE, "nbdkit");
+        command.args(["-f", "-U"]).arg(socket).args(["null", &bytes.to_string()]);
+        let sink = Process::start(directory, "sink", &mut command);
+        wait_for("the sink's socket", || socket.exists().then_some(()));
+        Some(sink)
+    }
+
+    /// Its nodes; the first one, `disk` or `top`, is written to. `local` makes those named `disk`, `log` and `second`.
+    pub(crate) fn nodes(self, local: impl Fn(&str) -> Value, sink: &Path) -> Vec<Value> {
+        let disk = || local("disk");
         let remote = || {
             let server = json!({"type": "unix", "path": sink});
             json!({"driver": "nbd", "node-name": "sink", "server": server})
         };
-        let local = |name: &str| file(name, &directory.join(format!("{name}.raw")));
         let logged = |log: Value| json!({"driver": "blklogwrites", "node-name": "top", "file": disk(), "log": log, "log-sector-size": 4096});
         let quorum = |second: Value| json!({"driver": "quorum", "node-name": "top", "vote-threshold": 2, "children": [disk(), second]});
         match self {
@@ -140,6 +181,11 @@ impl Variant {
             Self::BlkLogWritesNbd => vec![logged(remote())],
             Self::QuorumNbd => vec![quorum(remote())],
             Self::MirrorBlocking | Self::MirrorBackground | Self::Backup => vec![disk(), remote()],
+            Self::CopyBeforeWrite => {
+                vec![
+                    json!({"driver": "copy-before-write", "node-name": "top", "file": disk(), "target": remote()}),
+                ]
+            }
         }
     }
 
@@ -169,10 +215,6 @@ impl Variant {
             _ => None,
         }
     }
-}
-
-fn file(name: &str, path: &Path) -> Value {
-    json!({"driver": "file", "node-name": name, "filename": path, "aio": "native", "cache": {"direct": true}})
 }
 
 /// A pattern of writes.
