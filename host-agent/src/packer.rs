@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use journal_format::frame::{FrameMeta, encode_head};
 use journal_format::limits::MAX_RECORD_DATA_BYTES;
-use journal_format::{DiskId, Epoch, FormatError, Op, Record, codec};
+use journal_format::{Codec, DiskId, Epoch, FormatError, Op, Record, codec};
 
 use crate::limits::{FRAME_MAX_AGE, FRAME_MAX_RECORDS, FRAME_TARGET_BYTES, ZSTD_LEVEL};
 use crate::outbox::PackedFrame;
@@ -20,6 +20,8 @@ pub struct Packer {
     disk_bytes: u64,
     records: Vec<Record>,
     data: Vec<u8>,
+    /// Memory of an earlier frame, for what compression makes.
+    spare: Vec<u8>,
     opened: Option<Duration>,
     /// It has the record that begins the epoch.
     begins_epoch: bool,
@@ -35,9 +37,16 @@ impl Packer {
             disk_bytes,
             records: Vec::with_capacity(FRAME_MAX_RECORDS),
             data: Vec::with_capacity(FRAME_TARGET_BYTES + MAX_RECORD_DATA_BYTES as usize),
+            spare: Vec::new(),
             opened: None,
             begins_epoch: false,
         }
+    }
+
+    /// Takes back a frame that is in a safe place, for its memory. Fresh memory costs more than compressing into it: the
+    /// kernel zeroes each page when it is first touched.
+    pub fn recycle(&mut self, frame: PackedFrame) {
+        self.spare = frame.data;
     }
 
     /// Where the next record's data is appended.
@@ -104,10 +113,12 @@ impl Packer {
     pub fn close(&mut self) -> Result<Option<PackedFrame>, FormatError> {
         let (Some(first), Some(last)) = (self.records.first(), self.records.last()) else { return Ok(None) };
         let (first_lsn, last_lsn, last_stamp) = (first.lsn, last.lsn, last.stamp);
-        let raw = self.data.as_slice();
-        let (codec, packed) = codec::compress(raw, ZSTD_LEVEL);
-        let raw_bytes = u32::try_from(raw.len()).unwrap_or(u32::MAX);
-        let data = packed.unwrap_or_else(|| raw.to_vec());
+        let raw_bytes = u32::try_from(self.data.len()).unwrap_or(u32::MAX);
+        let mut data = std::mem::take(&mut self.spare);
+        let codec = codec::compress(&self.data, ZSTD_LEVEL, &mut data);
+        if codec == Codec::Raw {
+            std::mem::swap(&mut self.data, &mut data);
+        }
         let meta = FrameMeta {
             disk: self.disk,
             epoch: self.epoch,
@@ -228,17 +239,39 @@ mod tests {
         assert!(!packer.is_due(Duration::ZERO));
     }
 
+    fn noise(bytes: usize, seed: u64) -> Vec<u8> {
+        let mut x = seed;
+        let next = || {
+            x = x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (x >> 56) as u8
+        };
+        std::iter::repeat_with(next).take(bytes).collect()
+    }
+
     #[test]
     fn data_that_does_not_shrink_is_kept_raw() {
         let mut packer = packer();
-        let mut noise = vec![0; 4096];
-        let mut x = 1_u64;
-        for byte in &mut noise {
-            x = x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            *byte = (x >> 56) as u8;
-        }
-        put(&mut packer, Duration::ZERO, 1, &noise);
+        put(&mut packer, Duration::ZERO, 1, &noise(4096, 1));
         let frame = packer.close().unwrap().unwrap();
-        assert_eq!(frame.data, noise);
+        assert_eq!(frame.data, noise(4096, 1));
+    }
+
+    #[test]
+    fn memory_that_is_used_again_brings_nothing_along() {
+        let mut packer = packer();
+        let contents = |number: u64| match number % 3 {
+            0 => vec![u8::try_from(number).unwrap(); 300_000 - number as usize],
+            _ => noise(100_000 + 10_000 * (number as usize % 7), number),
+        };
+        for number in 1..20 {
+            put(&mut packer, Duration::ZERO, number, &contents(number));
+            let frame = packer.close().unwrap().unwrap();
+            let encoded = bytes(&frame);
+            let parsed = Frame::parse(&encoded).unwrap();
+            let header = parsed.header();
+            let raw = codec::decompress(header.codec(), parsed.data(), header.raw_bytes()).unwrap();
+            assert_eq!(raw, contents(number), "frame {number}");
+            packer.recycle(frame);
+        }
     }
 }

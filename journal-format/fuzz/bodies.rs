@@ -336,8 +336,9 @@ pub fn codec(input: &[u8]) {
             assert_eq!(raw.len(), u32::from_le_bytes(*claimed) as usize);
         }
     }
-    let (codec, packed) = codec::compress(data, 1);
-    let stored = packed.as_deref().unwrap_or(data);
+    let mut packed = Vec::new();
+    let codec = codec::compress(data, 1, &mut packed);
+    let stored = if codec == journal_format::Codec::Raw { data } else { &packed };
     assert_eq!(codec::decompress(codec, stored, data.len() as u32).as_deref(), Ok(data));
 }
 

@@ -432,8 +432,7 @@ pub fn encode_head(meta: &FrameMeta, records: &[Record], data: &[u8]) -> Result<
         header_crc: U32::new(0),
     };
     header.header_crc = U32::new(header_crc(header.as_bytes()));
-    let mut out =
-        Vec::with_capacity(FRAME_HEADER_BYTES.saturating_add(body.len()).saturating_add(data.len()));
+    let mut out = Vec::with_capacity(FRAME_HEADER_BYTES.saturating_add(body.len()));
     out.extend_from_slice(header.as_bytes());
     out.extend_from_slice(&body);
     Frame::from_head(&out)?;

@@ -9,7 +9,7 @@ mod common;
 use common::*;
 use journal_format::durable_mark::DurableMark;
 use journal_format::wire::{self, MESSAGE_HEADER_BYTES};
-use journal_format::{Frame, Lsn, bookmarks, codec};
+use journal_format::{Codec, Frame, Lsn, bookmarks, codec};
 
 const MARK: DurableMark = DurableMark { disk: DISK, durable_lsn: Lsn(77) };
 
@@ -48,7 +48,8 @@ fn sample(target: &str) -> Vec<u8> {
         "durable_mark" => MARK.encode().to_vec(),
         "wire" => sample_inventory(),
         "codec" => {
-            let packed = codec::compress(&[7; 3000], 1).1.unwrap();
+            let mut packed = Vec::new();
+            assert_eq!(codec::compress(&[7; 3000], 1, &mut packed), Codec::Zstd);
             [3000_u32.to_le_bytes().to_vec(), packed].concat()
         }
         "text" => DISK.to_string().into_bytes(),

@@ -5,7 +5,8 @@
 use std::time::Instant;
 
 use journal_format::{
-    ByteRange, DataSpan, DiskId, Epoch, Frame, FrameMeta, GapReason, Lsn, Op, Record, Stamp, codec, frame,
+    ByteRange, Codec, DataSpan, DiskId, Epoch, Frame, FrameMeta, GapReason, Lsn, Op, Record, Stamp, codec,
+    frame,
 };
 use journal_store::Store;
 
@@ -19,6 +20,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mib: u64 = args.next().map_or(Ok(1024), |text| text.parse())?;
     let (store, disk) = (Store::open(&folder)?, DiskId(*b"append-benchmark"));
     let journal = store.open_or_create(disk, DISK_BYTES)?;
+    let mut packed = Vec::new();
     let (mut lsn, mut random) = (Lsn::FIRST, 88_172_645_463_325_252_u64);
     let raw_bytes = WRITE_BYTES * WRITES_PER_FRAME;
     let (begun, frames) = (Instant::now(), (mib << 20) / u64::from(raw_bytes));
@@ -41,9 +43,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             lsn = lsn.next();
         }
         let first_lsn = records.first().map_or(lsn, |record| record.lsn);
-        let (codec, packed) = codec::compress(&raw, 1);
+        let codec = codec::compress(&raw, 1, &mut packed);
         let meta = FrameMeta { disk, epoch: Epoch(1), first_lsn, disk_bytes: DISK_BYTES, codec, raw_bytes };
-        let bytes = frame::encode(&meta, &records, packed.as_deref().unwrap_or(&raw))?;
+        let bytes = frame::encode(&meta, &records, if codec == Codec::Raw { &raw } else { &packed })?;
         store.append(&Frame::parse(&bytes)?)?;
         if number % 8 == 7 || number + 1 == frames {
             store.commit().into_iter().next().map_or(Ok(()), |(_, error)| Err(error))?;

@@ -375,17 +375,20 @@ impl Worker {
         if self.discard {
             self.writer.unstage(&frame);
             self.packed = frame.last_lsn;
+            self.packer.recycle(frame);
             return true;
         }
         let outbox = self.writer.outbox();
         let filled = outbox.used_bytes() > outbox.capacity_bytes() / 2;
         if (filled || !self.spool.is_read()) && self.spool.append(now, &frame) {
             self.writer.unstage(&frame);
+            self.packer.recycle(frame);
             return true;
         }
         // Frames in the spool come before it.
         if self.spool.is_read() && self.writer.push(&frame).is_ok() {
             self.packed = frame.last_lsn;
+            self.packer.recycle(frame);
             return true;
         }
         self.closed = Some(frame);

@@ -8,8 +8,8 @@ use std::ops::ControlFlow;
 use std::sync::{Arc, Mutex};
 
 use journal_format::{
-    ByteRange, DataSpan, DiskId, Epoch, Frame, FrameMeta, GapReason, ImageTag, Lsn, Op, Record, Stamp, codec,
-    frame,
+    ByteRange, Codec, DataSpan, DiskId, Epoch, Frame, FrameMeta, GapReason, ImageTag, Lsn, Op, Record, Stamp,
+    codec, frame,
 };
 use journal_store::io::{Answer, Call, CallKind, Hook, MemStorage, Storage};
 use journal_store::{Damage, DiskStore, Store, StoreConfig, StoreError, View};
@@ -232,8 +232,9 @@ impl Model {
             records.push(record);
             self.records.push(ModelRecord { record, change, name });
         }
-        let (codec, packed) = codec::compress(&raw, 1);
-        let data = packed.as_deref().unwrap_or(&raw);
+        let mut packed = Vec::new();
+        let codec = codec::compress(&raw, 1, &mut packed);
+        let data = if codec == Codec::Raw { &raw } else { &packed };
         let meta = FrameMeta {
             disk: self.disk,
             epoch: self.epoch,

@@ -115,11 +115,13 @@ pub(crate) struct Batch {
 /// Cuts contents into batches of at most `batch_bytes`, records of `record_bytes`.
 pub(crate) fn batches(contents: &[u8], record_bytes: usize, batch_bytes: usize) -> Vec<Batch> {
     let most = batch_bytes.clamp(record_bytes, TARGET_FRAME_RAW_BYTES as usize) / record_bytes * record_bytes;
+    let mut packed = Vec::new();
     let whole = contents.chunks_exact(most);
     whole
         .map(|raw| {
-            let (codec, packed) = codec::compress(raw, ZSTD_LEVEL);
-            Batch { codec, data: packed.unwrap_or_else(|| raw.to_vec()), raw: raw.to_vec(), record_bytes }
+            let codec = codec::compress(raw, ZSTD_LEVEL, &mut packed);
+            let data = if codec == Codec::Raw { raw.to_vec() } else { packed.clone() };
+            Batch { codec, data, raw: raw.to_vec(), record_bytes }
         })
         .collect()
 }
