@@ -18,6 +18,14 @@ pub const INGEST_QUEUE_BYTES: usize = 64 << 20;
 /// The committer makes a batch durable once it holds this many bytes, or sooner when nothing more waits.
 pub const BATCH_BYTES: usize = 16 << 20;
 
+/// Where many disks take part a batch goes on until it holds this much for each: making a disk durable costs as much of the
+/// processor's time as appending some hundred KiB, however little it has. Nobody waits for that: a batch ends when nothing
+/// more is there.
+pub const DISK_BATCH_BYTES: usize = 1 << 20;
+
+/// No batch goes on beyond this many bytes: it bounds how long the first of it waits.
+pub const MAX_BATCH_BYTES: usize = 64 << 20;
+
 /// Messages that may wait to be sent to one agent. A peer that lets them pile up is not reading and is cut off.
 pub const OUTGOING_MESSAGES: usize = 4096;
 

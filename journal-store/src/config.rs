@@ -15,6 +15,9 @@ pub struct StoreConfig {
     pub cache_bytes: usize,
     /// Most threads that a commit uses to make files durable at the same time; with 1 the order of I/O is always the same.
     pub sync_threads: usize,
+    /// Bytes of small frames that wait in memory until they are written together, for each file of each disk; with 0 each frame
+    /// is written at once.
+    pub waiting_bytes: usize,
 }
 
 impl Default for StoreConfig {
@@ -25,6 +28,7 @@ impl Default for StoreConfig {
             segment_records: limits::SEGMENT_RECORDS,
             cache_bytes: limits::CACHE_BYTES,
             sync_threads: limits::SYNC_THREADS,
+            waiting_bytes: limits::WAITING_BYTES,
         }
     }
 }

@@ -27,6 +27,7 @@ fn config() -> StoreConfig {
         segment_records: 25,
         cache_bytes: 1 << 20,
         sync_threads: 1,
+        waiting_bytes: 4 << 10,
     }
 }
 

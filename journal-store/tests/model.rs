@@ -78,18 +78,20 @@ impl Run {
         assert_eq!(self.disk().closed_image(), self.model.closed_image());
     }
 
-    /// The process ends and starts again; what was written is still in the page cache.
+    /// The process ends and starts again; what was written is still in the page cache, what waited to be written is gone.
     fn reopen(&mut self) {
         let storage = self.storage.clone();
-        self.replace(storage);
-        assert_eq!(self.disk().durable_lsn(), self.model.last());
+        self.go_on_with(storage);
         assert_eq!(self.disk().closed_image(), self.model.closed_image());
-        self.committed = self.model.last();
     }
 
     /// The power fails; what was not durable may be lost, kept or torn.
     fn crash(&mut self, random: &mut Random) {
         let storage = self.storage.crash(Tearing::Torn, |n| random.below(n as u64) as usize);
+        self.go_on_with(storage);
+    }
+
+    fn go_on_with(&mut self, storage: MemStorage) {
         self.replace(storage);
         let durable = self.disk().durable_lsn();
         assert!(durable >= self.committed, "{durable} was left of {}", self.committed);

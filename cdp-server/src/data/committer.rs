@@ -14,7 +14,7 @@ use crate::data::peer::Peer;
 use crate::data::plane::{Backing, Effect, Plane, Reply, Request, SessionId};
 use crate::data::queue::{Queue, Weighty};
 use crate::error::ServerError;
-use crate::limits::BATCH_BYTES;
+use crate::limits::{BATCH_BYTES, DISK_BATCH_BYTES, MAX_BATCH_BYTES};
 
 /// What a connection asks of the data plane.
 #[derive(Debug)]
@@ -47,8 +47,12 @@ pub(crate) fn run(core: &Core, queue: &Queue<Work>) {
     let mut committer = Committer { core, plane, peers: HashMap::new(), started };
     let on = Backing { store: &core.store, catalog: &core.catalog };
     while let Some(batch) = queue.take(BATCH_BYTES) {
-        for work in batch {
-            committer.handle(on, work);
+        let mut bytes = committer.handle_all(on, batch);
+        // What waits already would wait for this commit and for the next.
+        while bytes < committer.worth_bytes()
+            && let Some(more) = queue.take_more(BATCH_BYTES)
+        {
+            bytes = bytes.saturating_add(committer.handle_all(on, more));
         }
         committer.plane.commit(on);
         committer.perform();
@@ -56,6 +60,21 @@ pub(crate) fn run(core: &Core, queue: &Queue<Work>) {
 }
 
 impl Committer<'_> {
+    /// Handles requests in order; the bytes that they held.
+    fn handle_all(&mut self, on: Backing<'_>, batch: Vec<Work>) -> usize {
+        let mut bytes = 0_usize;
+        for work in batch {
+            bytes = bytes.saturating_add(work.weight());
+            self.handle(on, work);
+        }
+        bytes
+    }
+
+    /// Bytes that a commit should have, if so many wait.
+    fn worth_bytes(&self) -> usize {
+        self.plane.touched().saturating_mul(DISK_BATCH_BYTES).min(MAX_BATCH_BYTES)
+    }
+
     fn handle(&mut self, on: Backing<'_>, Work { peer, request }: Work) {
         let session = peer.id;
         match request {

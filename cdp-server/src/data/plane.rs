@@ -169,6 +169,12 @@ impl Plane {
         }
     }
 
+    /// Disks that the next commit is for.
+    #[must_use]
+    pub fn touched(&self) -> usize {
+        self.touched.len()
+    }
+
     /// Makes what was appended durable, and acknowledges it.
     pub fn commit(&mut self, on: Backing<'_>) {
         let mut touched = std::mem::take(&mut self.touched);

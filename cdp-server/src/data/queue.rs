@@ -45,7 +45,10 @@ impl<T: Weighty> Queue<T> {
         }
         state.weight = state.weight.saturating_add(weight);
         state.items.push_back(item);
-        self.not_empty.notify_one();
+        // The consumer sleeps only while nothing is in.
+        if state.items.len() == 1 {
+            self.not_empty.notify_one();
+        }
         Ok(())
     }
 
@@ -53,7 +56,16 @@ impl<T: Weighty> Queue<T> {
     /// empty.
     pub(crate) fn take(&self, most: usize) -> Option<Vec<T>> {
         let idle = |state: &mut State<T>| !state.closed && state.items.is_empty();
-        let mut state = self.not_empty.wait_while(self.lock(), idle).unwrap_or_else(PoisonError::into_inner);
+        let state = self.not_empty.wait_while(self.lock(), idle).unwrap_or_else(PoisonError::into_inner);
+        self.take_from(state, most)
+    }
+
+    /// As [`Queue::take`], without waiting: `None` when nothing is there now.
+    pub(crate) fn take_more(&self, most: usize) -> Option<Vec<T>> {
+        self.take_from(self.lock(), most)
+    }
+
+    fn take_from(&self, mut state: MutexGuard<'_, State<T>>, most: usize) -> Option<Vec<T>> {
         let (mut batch, mut weight) = (Vec::new(), 0_usize);
         while weight < most
             && let Some(item) = state.items.pop_front()
@@ -117,6 +129,37 @@ mod tests {
         assert_eq!(queue.push(1), Err(1));
         assert_eq!(queue.take(100), Some(vec![3, 4]));
         assert_eq!(queue.take(100), None);
+    }
+
+    #[test]
+    fn more_is_taken_only_if_it_is_there() {
+        let queue = Queue::new(10);
+        assert_eq!(queue.take_more(100), None);
+        queue.push(3).expect("open");
+        queue.push(4).expect("open");
+        assert_eq!(queue.take_more(1), Some(vec![3]));
+        assert_eq!(queue.take_more(100), Some(vec![4]));
+        queue.close();
+        assert_eq!(queue.take_more(100), None);
+    }
+
+    #[test]
+    fn a_consumer_that_waits_is_woken_by_the_first_item_and_misses_none() {
+        let queue = Arc::new(Queue::new(1000));
+        let consumer = Arc::clone(&queue);
+        let thread = std::thread::spawn(move || {
+            let mut sum = 0;
+            while let Some(batch) = consumer.take(1) {
+                sum += batch.iter().sum::<usize>();
+            }
+            sum
+        });
+        for _ in 0..100 {
+            (1..5).for_each(|item| queue.push(item).expect("open"));
+            std::thread::yield_now();
+        }
+        queue.close();
+        assert_eq!(thread.join().expect("ends"), 100 * 10);
     }
 
     #[test]

@@ -9,7 +9,7 @@ use journal_format::segment::{DATA_ENTRY_BYTES, MetaEntry, PAGE_BYTES, Place, Se
 use super::open::Opener;
 use super::scan::Unproven;
 use super::segment_path;
-use super::writer::Tail;
+use super::tail::Tail;
 use crate::damage::DamageKind;
 use crate::error::StoreError;
 use crate::files::{self, Header};
@@ -49,8 +49,8 @@ impl Opener<'_> {
         };
         let found = self.source(live, None, &bytes).scan(&mut see)?;
         let unproven = found.unproven.clone();
-        let tail = |file, path, end| Tail { file, path, end, fresh: true };
-        let tails = (tail(data, data_path, found.data_end), tail(meta, meta_path.clone(), found.meta_end));
+        let tails =
+            (Tail::new(data, data_path, found.data_end), Tail::new(meta, meta_path.clone(), found.meta_end));
         self.state.stats.stored_data_bytes += found.data_end;
         self.state.stats.stored_meta_bytes += found.meta_end;
         let Some(index) = self.take_scanned(live, &meta_path, found) else { return Ok(None) };
@@ -131,11 +131,11 @@ fn write_behind_zeroes(tail: &Tail, from: u64, position: u64, bytes: &[u8]) -> R
 /// Cuts what is behind the end off a file and makes it durable as it is, unless it is so and `proven` to be durable.
 fn settle(tail: &Tail, proven: bool) -> Result<(), StoreError> {
     let length = tail.file.len().map_err(StoreError::io("read the length of", &tail.path))?;
-    if length == tail.end && proven {
+    if length == tail.end() && proven {
         return Ok(());
     }
-    if length != tail.end {
-        tail.file.set_len(tail.end).map_err(StoreError::io("cut", &tail.path))?;
+    if length != tail.end() {
+        tail.file.set_len(tail.end()).map_err(StoreError::io("cut", &tail.path))?;
     }
     tail.file.sync().map_err(StoreError::io("sync", &tail.path))
 }

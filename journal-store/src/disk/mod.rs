@@ -12,6 +12,7 @@ mod mark;
 mod open;
 mod scan;
 mod seal;
+mod tail;
 mod verify;
 mod writer;
 

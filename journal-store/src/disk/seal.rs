@@ -8,7 +8,8 @@ use journal_format::manifest::{LiveSegment, Manifest, Sealed};
 use journal_format::segment::{SEGMENT_HEADER_PAGE_BYTES, SegmentKind, SegmentMeta};
 use journal_format::{DiskId, Lsn, SegmentNumber};
 
-use super::writer::{Tail, Writer};
+use super::tail::Tail;
+use super::writer::Writer;
 use super::{DiskStore, segment_path};
 use crate::error::StoreError;
 use crate::files;
@@ -29,7 +30,7 @@ pub(super) fn make_segment(
         let page = SegmentMeta { kind, disk, segment, first_lsn }.encode();
         file.write_at(&page, 0).map_err(StoreError::io("write", &path))?;
         file.sync().map_err(StoreError::io("sync", &path))?;
-        Ok::<_, StoreError>(Tail { file, path, end: SEGMENT_HEADER_PAGE_BYTES as u64, fresh: true })
+        Ok::<_, StoreError>(Tail::new(file, path, SEGMENT_HEADER_PAGE_BYTES as u64))
     };
     Ok((make(SegmentKind::Data)?, make(SegmentKind::Meta)?))
 }
@@ -111,8 +112,8 @@ impl DiskStore {
             last_lsn: shape.last_lsn(),
             first_stamp: shape.first_stamp(),
             last_stamp: shape.last_stamp(),
-            data_bytes: writer.data.end,
-            meta_bytes: writer.meta.end,
+            data_bytes: writer.data.end(),
+            meta_bytes: writer.meta.end(),
             index_bytes,
         };
         if let Some(active) = manifest.segments.last_mut() {

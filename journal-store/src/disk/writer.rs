@@ -4,47 +4,18 @@ use std::path::PathBuf;
 use std::sync::{Arc, MutexGuard};
 
 use journal_format::manifest::Manifest;
-use journal_format::segment::{
-    DATA_ENTRY_BYTES, DataEntry, DataPlace, META_ENTRY_BYTES, MetaEntry, Place, next_commit, next_entry,
-};
+use journal_format::segment::{DATA_ENTRY_BYTES, DataEntry, DataPlace, META_ENTRY_BYTES, MetaEntry, Place};
 use journal_format::{DiskId, Epoch, Frame, Lsn, Op, Record, Stamp, codec};
 
 use super::DiskStore;
 use super::mark::Mark;
+use super::tail::Tail;
 use crate::damage::Damage;
 use crate::error::StoreError;
 use crate::files;
 use crate::io::File;
 use crate::segment::{Segment, SegmentIndex};
 use journal_format::bookmarks::Bookmark;
-
-/// The end of one of the active segment's files.
-#[derive(Debug)]
-pub(super) struct Tail {
-    pub(super) file: Arc<dyn File>,
-    pub(super) path: PathBuf,
-    /// Where the last entry ends.
-    pub(super) end: u64,
-    /// Whether the next entry is the first after a durability step: then it begins a page, so that no page with
-    /// acknowledged bytes is written again.
-    pub(super) fresh: bool,
-}
-
-impl Tail {
-    fn next(&self) -> u64 {
-        if self.fresh { next_commit(self.end) } else { next_entry(self.end) }
-    }
-
-    /// Writes an entry's two parts at `position` and moves the end behind it.
-    fn write(&mut self, position: u64, header: &[u8], rest: &[u8]) -> Result<(), StoreError> {
-        let behind_header = position.saturating_add(header.len() as u64);
-        self.file.write_at(header, position).map_err(StoreError::io("write", &self.path))?;
-        self.file.write_at(rest, behind_header).map_err(StoreError::io("write", &self.path))?;
-        self.end = behind_header.saturating_add(rest.len() as u64);
-        self.fresh = false;
-        Ok(())
-    }
-}
 
 /// Where the journal ends, durable or not.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
@@ -171,8 +142,8 @@ impl Writer {
         Ok(Verdict::Append)
     }
 
-    /// Writes both halves of a frame and puts it into the index.
-    fn write(&mut self, frame: &Frame<'_>, durable: Lsn) -> Result<(), StoreError> {
+    /// Appends both halves of a frame and puts it into the index.
+    fn write(&mut self, frame: &Frame<'_>, durable: Lsn, most_waiting: usize) -> Result<(), StoreError> {
         let header = frame.header();
         let (disk, segment) = (header.disk(), self.segment.number);
         let unwritable = StoreError::unwritable(disk);
@@ -182,9 +153,9 @@ impl Writer {
         let meta_head = MetaEntry::encode_header(&meta_at, frame, durable, data).map_err(&unwritable)?;
         if data.is_some() {
             let data_head = DataEntry::encode_header(&data_at, header).map_err(&unwritable)?;
-            self.data.write(data_at.position, &data_head, frame.data())?;
+            self.data.append(&data_head, frame.data(), most_waiting)?;
         }
-        self.meta.write(meta_at.position, &meta_head, frame.head())?;
+        self.meta.append(&meta_head, frame.head(), most_waiting)?;
         match &mut *self.segment.index_mut() {
             SegmentIndex::Live(builder) => builder.push(frame, meta_at.position, data).map_err(&unwritable),
             SegmentIndex::Sealed(..) => Err(StoreError::invalid(disk, "the active segment is sealed")),
@@ -222,7 +193,7 @@ impl DiskStore {
             events.extend(bookmarks_of(frame.records(), &raw).into_iter().map(Event::Bookmark));
         }
         let durable = self.durable_lsn();
-        let written = writer.write(frame, durable);
+        let written = writer.write(frame, durable, self.env.config.waiting_bytes);
         writer.poison_on(written)?;
         writer.last = Last { lsn: header.last_lsn(), stamp: header.last_stamp(), epoch: header.epoch() };
         let records = u64::from(header.record_count());
@@ -235,8 +206,9 @@ impl DiskStore {
 
     /// Begins a durability step, if anything was appended since the last. Until it is finished nothing can be appended.
     pub(crate) fn begin_commit(&self) -> Option<Commit<'_>> {
-        let writer = self.lock_writer().ok().filter(|writer| writer.pending.records > 0)?;
-        Some(Commit { disk: self, writer })
+        let mut writer = self.lock_writer().ok().filter(|writer| writer.pending.records > 0)?;
+        let written = writer.data.write_out().and_then(|()| writer.meta.write_out());
+        Some(Commit { disk: self, writer, written })
     }
 
     /// Names a restorable point, durably.
@@ -277,6 +249,8 @@ impl DiskStore {
 pub(crate) struct Commit<'a> {
     disk: &'a DiskStore,
     writer: MutexGuard<'a, Writer>,
+    /// Whether all that was appended is in the files.
+    written: Result<(), StoreError>,
 }
 
 impl Commit<'_> {
@@ -293,8 +267,9 @@ impl Commit<'_> {
     pub(crate) fn finish(mut self, synced: Result<(), StoreError>) -> Result<(), StoreError> {
         let disk = self.disk;
         let writer = &mut *self.writer;
-        writer.poison_on(synced)?;
-        (writer.data.fresh, writer.meta.fresh) = (true, true);
+        writer.poison_on(self.written.and(synced))?;
+        writer.data.is_durable();
+        writer.meta.is_durable();
         let pending = std::mem::take(&mut writer.pending);
         let bookmarked = disk.publish(writer, pending);
         let marked = writer.mark.write(writer.last.lsn);
@@ -304,8 +279,8 @@ impl Commit<'_> {
             writer.poison_on(saved)?;
         }
         let config = &disk.env.config;
-        if writer.data.end >= config.segment_data_bytes
-            || writer.meta.end >= config.segment_meta_bytes
+        if writer.data.end() >= config.segment_data_bytes
+            || writer.meta.end() >= config.segment_meta_bytes
             || writer.records >= config.segment_records
         {
             let sealed = disk.seal(writer);
@@ -326,7 +301,7 @@ impl DiskStore {
         state.stats.raw_bytes += pending.raw_bytes;
         state.stats.records += pending.records;
         let sealed = writer.manifest.segments.iter().filter_map(|live| live.sealed);
-        let (data, meta) = sealed.fold((writer.data.end, writer.meta.end), |(data, meta), sealed| {
+        let (data, meta) = sealed.fold((writer.data.end(), writer.meta.end()), |(data, meta), sealed| {
             (data + sealed.data_bytes, meta + sealed.meta_bytes + sealed.index_bytes)
         });
         (state.stats.stored_data_bytes, state.stats.stored_meta_bytes) = (data, meta);

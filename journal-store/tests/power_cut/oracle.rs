@@ -51,6 +51,8 @@ pub fn config() -> StoreConfig {
         segment_records: 30,
         cache_bytes: 1 << 20,
         sync_threads: 1,
+        // Each part of each frame may be lost by itself.
+        waiting_bytes: 0,
     }
 }
 

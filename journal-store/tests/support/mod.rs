@@ -290,7 +290,7 @@ impl Model {
     }
 }
 
-/// Small segments, so that tests seal often; one thread, so that I/O has one order.
+/// Small segments, so that tests seal often; one thread, so that I/O has one order; some frames wait, some do not.
 pub fn config() -> StoreConfig {
     StoreConfig {
         segment_data_bytes: 300_000,
@@ -298,6 +298,7 @@ pub fn config() -> StoreConfig {
         segment_records: 60,
         cache_bytes: 1 << 20,
         sync_threads: 1,
+        waiting_bytes: 4 << 10,
     }
 }
 
