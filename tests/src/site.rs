@@ -50,6 +50,15 @@ impl Site {
         Self::start_with(|_| None, &[], &[])
     }
 
+    /// The same, with its files, the store among them, in a directory below that one.
+    ///
+    /// # Panics
+    /// When one does not come up.
+    #[must_use]
+    pub fn start_below(parent: &Path) -> Self {
+        Self::start_at(private_directory(parent), |_| None, &[], &[])
+    }
+
     /// The same, with more arguments for the agent.
     ///
     /// # Panics
@@ -91,7 +100,15 @@ impl Site {
         arguments: &[&str],
         for_server: &[&str],
     ) -> Self {
-        let directory = tempfile::Builder::new().prefix("cdp-e2e-").tempdir().expect("temporary directory");
+        Self::start_at(private_directory(&std::env::temp_dir()), network, arguments, for_server)
+    }
+
+    fn start_at(
+        directory: TempDir,
+        network: impl FnOnce(&str) -> Option<Network>,
+        arguments: &[&str],
+        for_server: &[&str],
+    ) -> Self {
         let owned = |words: &[&str]| words.iter().map(|&word| word.to_owned()).collect::<Vec<String>>();
         let (agent_arguments, server_arguments) = (owned(arguments), owned(for_server));
         let mut server = start_server(directory.path(), "127.0.0.1:0", "127.0.0.1:0", &server_arguments);
@@ -320,6 +337,10 @@ impl Site {
         };
         (path, command.output().expect("cdp-restore runs"))
     }
+}
+
+fn private_directory(parent: &Path) -> TempDir {
+    tempfile::Builder::new().prefix("cdp-e2e-").tempdir_in(parent).expect("temporary directory")
 }
 
 fn start_server(directory: &Path, data: &str, http: &str, arguments: &[String]) -> Process {

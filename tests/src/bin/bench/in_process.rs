@@ -51,6 +51,8 @@ struct Cost {
 /// What all runs use: the copied program, its gate, our side.
 struct Bench {
     ours: Ours,
+    /// Where our side has its files: not where the guest's disk is, which is nowhere a server's store should be.
+    _store: TempDir,
     program: PathBuf,
     gate: PathBuf,
     /// VMs so far: each run is another one, so that nothing is left over from the last.
@@ -77,8 +79,8 @@ struct Load {
 }
 
 pub(crate) fn run(effort: Effort, report: &mut Report) {
-    let mut bench = Bench::new();
     for medium in [Medium::Null, Medium::Tmpfs, Medium::Disk] {
+        let mut bench = Bench::new(medium);
         let place = Place::new(medium, if effort.patient { 1 << 30 } else { 128 << 20 });
         for pattern in PATTERNS {
             let loads = bench.loads(&place, pattern, effort.seconds * SHARE);
@@ -168,7 +170,8 @@ fn fill(path: &Path, bytes: u64) {
 }
 
 impl Bench {
-    fn new() -> Self {
+    fn new(medium: Medium) -> Self {
+        let store = if medium == Medium::Disk { Medium::Tmpfs } else { Medium::Disk }.directory();
         let directory = machine::directory_on_disk();
         let path = |name: &str| directory.path().join(name);
         let (program, gate, source) = (path("bench-img"), path("gate.so"), path("gate.c"));
@@ -181,7 +184,8 @@ impl Bench {
         compiler.args(["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread", "-shared", "-fPIC"]);
         let status = compiler.arg(&source).arg("-o").arg(&gate).status().expect("a C compiler");
         assert!(status.success(), "the gate does not compile");
-        Self { ours: Ours::start(), program, gate, vms: 0, _directory: directory }
+        let ours = Ours::start_below(store.path());
+        Self { ours, _store: store, program, gate, vms: 0, _directory: directory }
     }
 
     /// Who takes part, with how many writes (those of about so many seconds), and about how many µs each takes.

@@ -24,6 +24,11 @@ impl Ours {
         Self::pinned(Site::start())
     }
 
+    /// The same, with the store and all other files of it below that directory.
+    pub(crate) fn start_below(parent: &Path) -> Self {
+        Self::pinned(Site::start_below(parent))
+    }
+
     /// The same, with somebody between them who sees what passes.
     pub(crate) fn start_watched(watch: Arc<dyn Watch>) -> Self {
         Self::pinned(Site::start_watched(watch))
