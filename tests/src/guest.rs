@@ -97,6 +97,19 @@ impl Guest {
     }
 }
 
+impl Drop for Guest {
+    /// A test that fails shows what its guest has said last.
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
+            eprintln!("---- guest (last lines that it printed)");
+            for (_, line) in heard.iter().skip(heard.len().saturating_sub(20)) {
+                eprintln!("{line}");
+            }
+        }
+    }
+}
+
 fn now_ns() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)

@@ -19,6 +19,7 @@ mod rpo;
 mod space;
 mod stall;
 mod stored;
+mod tools;
 mod variants;
 
 use std::path::PathBuf;
