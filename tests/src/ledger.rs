@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use crate::load::Load;
+use crate::load::{Load, Request};
 use crate::qemu::failed;
 
 /// What a region held from some moment on.
@@ -36,12 +36,14 @@ struct Ledger {
     /// The version of the newest flush that was answered. `qemu-io` does not tell of a flush that fails because its server is
     /// gone; the next write does.
     flushing: usize,
+    /// Ranges are zeroed instead of discarded.
+    zeroes_only: bool,
 }
 
 impl Ledger {
     fn new(image: Vec<u8>) -> Self {
         let first = Version { sent_ns: 0, answered_ns: Some(0), hash: blake3::hash(&image) };
-        Self { versions: vec![first], image, flushed: 0, flushing: 0 }
+        Self { versions: vec![first], image, flushed: 0, flushing: 0, zeroes_only: false }
     }
 
     /// Whether the region may have held `contents` at that time; if not, why.
@@ -122,6 +124,12 @@ impl Writer {
         let (start, pause) = (self.region.start, self.pause);
         self.thread =
             Some(thread::spawn(move || run(child, &stop, &mut locked(&load), &ledger, start, pause)));
+    }
+
+    /// From the next request on, zeroes ranges instead of discarding them, or discards them again. (While a job mirrors or commits
+    /// a disk, QEMU drops its discards.)
+    pub fn zeroes_only(&self, on: bool) {
+        locked(&self.ledger).zeroes_only = on;
     }
 
     /// Requests answered so far.
@@ -236,8 +244,16 @@ fn run(
     let mut result = answer(&mut output);
     // ORDERING: Relaxed; the flag stands alone.
     while result.is_ok() && !stop.load(Ordering::Relaxed) {
-        let request = load.next_request();
-        let mut image = locked(ledger).image.clone();
+        let (mut image, zeroes_only) = {
+            let ledger = locked(ledger);
+            (ledger.image.clone(), ledger.zeroes_only)
+        };
+        let request = match load.next_request() {
+            Request::Discard { offset, length } if zeroes_only => {
+                Request::Zero { offset, length, unmap: true }
+            }
+            request => request,
+        };
         load.apply(&mut image, &request);
         let flushes = request.is_flush();
         let line = load.command(&request.moved(start));

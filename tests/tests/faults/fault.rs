@@ -24,13 +24,15 @@ pub(crate) enum Fault {
     Strangers,
     /// Policy, sync mode and the next ring's size are changed.
     SettingsChanged,
+    /// An overlay comes on top of the disk, and is committed into it again: no fault, and no gap.
+    NodesChanged,
     QemuKilled,
     /// QEMU, agent and server at once.
     EverythingKilled,
     ProtectionOff,
 }
 
-const FAULTS: [Fault; 17] = [
+const FAULTS: [Fault; 18] = [
     Fault::AgentKilled,
     Fault::AgentStopped,
     Fault::AgentFrozen,
@@ -45,6 +47,7 @@ const FAULTS: [Fault; 17] = [
     Fault::ByteRots,
     Fault::Strangers,
     Fault::SettingsChanged,
+    Fault::NodesChanged,
     Fault::QemuKilled,
     Fault::EverythingKilled,
     Fault::ProtectionOff,

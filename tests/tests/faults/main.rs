@@ -1,6 +1,6 @@
 //! Faults at random, for as long as one likes, under guests that write all the time: the programs are killed, stopped
 //! and frozen, the network stalls and is cut, the server's disk fails and its bytes rot, strangers talk nonsense, QEMU dies,
-//! protection is switched off and on, settings are changed ([`fault::Fault`]). In between and at the end instants are
+//! protection is switched off and on, settings are changed, snapshots made and committed ([`fault::Fault`]). In between and at the end instants are
 //! picked at random, and what is restored there is compared with what the guests themselves know.
 //!
 //! `CDP_FAULTS` says how many faults (a few, if it is not set), `CDP_TEST_SEED` which, `CDP_FAULTS_ONLY` which kinds, as
@@ -24,10 +24,12 @@ use std::time::Duration;
 use cdp_api::{ClientError, Kind, PointSpec, Points, Protection, ProtectionPhase};
 use cdp_tests::ledger::{Writer, now_ns};
 use cdp_tests::network::Weather;
-use cdp_tests::qemu::{Qemu, raw_file};
+use cdp_tests::qemu::{Qemu, create_qcow2, qcow2_file, raw_file};
 use cdp_tests::random::Random;
 use cdp_tests::site::{Site, Via};
 use cdp_tests::wait_for;
+
+use serde_json::{Value, json};
 
 use fault::Fault;
 use rot::Rot;
@@ -125,6 +127,7 @@ impl World {
             }
             Fault::Strangers => self.strangers = Some(Strangers::come(&self.site, &mut self.random)),
             Fault::SettingsChanged => self.change_settings(),
+            Fault::NodesChanged => self.put_overlay(),
             Fault::QemuKilled => self.kill_qemu(),
             Fault::EverythingKilled => {
                 if self.random.chance(50) {
@@ -167,6 +170,7 @@ impl World {
                 }
             }
             Fault::SettingsChanged => {}
+            Fault::NodesChanged => self.commit_overlay(),
             Fault::QemuKilled => self.restart_qemu(),
             Fault::EverythingKilled => {
                 self.restart_both();
@@ -175,6 +179,33 @@ impl World {
             Fault::ProtectionOff => self.site.protect(&self.disk),
         }
         self.gaps += usize::from(fault.costs_history());
+    }
+
+    fn put_overlay(&mut self) {
+        self.guests.iter().for_each(|guest| guest.zeroes_only(true));
+        self.let_through(2);
+        let path = self.site.directory().join("overlay.qcow2");
+        create_qcow2(&path, DISK_BYTES);
+        let mut node = qcow2_file(&path);
+        node["node-name"] = json!("overlay");
+        node["backing"] = Value::Null;
+        self.qemu.qmp.run("blockdev-add", node);
+        self.qemu.qmp.run("blockdev-snapshot", json!({"node": "disk", "overlay": "overlay"}));
+    }
+
+    fn commit_overlay(&mut self) {
+        let qmp = &mut self.qemu.qmp;
+        qmp.run("block-commit", json!({"job-id": "commit", "device": "overlay", "base-node": "disk"}));
+        let _ready = qmp.event("BLOCK_JOB_READY");
+        qmp.run("block-job-complete", json!({"device": "commit"}));
+        let completed = qmp.event("BLOCK_JOB_COMPLETED");
+        assert!(completed["data"].get("error").is_none(), "{completed}");
+        wait_for("the overlay to be free", || {
+            let jobs = qmp.run("query-jobs", json!({}));
+            jobs.as_array().is_some_and(Vec::is_empty).then_some(())
+        });
+        qmp.run("blockdev-del", json!({"node-name": "overlay"}));
+        self.guests.iter().for_each(|guest| guest.zeroes_only(false));
     }
 
     fn kill_qemu(&mut self) {
