@@ -171,7 +171,7 @@ fn fill(path: &Path, bytes: u64) {
 
 impl Bench {
     fn new(medium: Medium) -> Self {
-        let store = if medium == Medium::Disk { Medium::Tmpfs } else { Medium::Disk }.directory();
+        let store = medium.store();
         let directory = machine::directory_on_disk();
         let path = |name: &str| directory.path().join(name);
         let (program, gate, source) = (path("bench-img"), path("gate.so"), path("gate.c"));
