@@ -25,6 +25,10 @@ pub const MIN_ARENA_BYTES: u64 = 2 * SLAB_BYTES;
 /// Largest arena in bytes. Unit numbers stay far below 32 bits.
 pub const MAX_ARENA_BYTES: u64 = 64 << 30;
 
+/// Bytes of the arena that are mapped before the first request. Slabs are used last freed first, so an agent that keeps up
+/// leaves all others untouched; and an idle disk's ring takes little memory.
+pub const WARM_BYTES: u64 = 4 << 20;
+
 /// Default number of record slots.
 pub const DEFAULT_SLOTS: u32 = 1 << 16;
 /// Fewest record slots.

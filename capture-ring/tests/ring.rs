@@ -8,6 +8,7 @@ use capture_ring::{
     Bell, Consumer, Full, HostClock, Mode, Next, OpKind, Producer, Resync, Ring, RingConfig, RingErrorKind,
 };
 use journal_format::{ByteRange, DiskId, Epoch, GapReason, Lsn, Op, Record, Stamp};
+use nix::sys::resource::{UsageWho, getrusage};
 
 const MIB: u64 = 1 << 20;
 
@@ -304,4 +305,27 @@ fn stamps_never_run_backwards_and_follow_the_wall() {
     far.raise_to(raised);
     assert!(clock.now() > raised);
     assert!(before.0 > 1_700_000_000_000_000_000, "nanoseconds since 1970");
+}
+
+/// Page faults of this thread while it writes `count` times 8 KiB into a new ring.
+fn faults_of_writes(count: u64, is_warm: bool) -> i64 {
+    let (_ring, fd) = Ring::create(&RingConfig { slots: 1024, ..config() }).expect("create");
+    let (clock, _clock_fd) = HostClock::create().expect("clock");
+    let far = Ring::open(fd.as_fd()).expect("open");
+    if is_warm {
+        far.warm();
+    }
+    let producer = Producer::new(far, clock, Bell::create().expect("bell"));
+    let faults = || getrusage(UsageWho::RUSAGE_THREAD).expect("usage").minor_page_faults();
+    let before = faults();
+    for number in 0..count {
+        write(&producer, number * 8192, &[1; 8192]);
+    }
+    faults() - before
+}
+
+#[test]
+fn a_warm_rings_first_writes_touch_no_new_page() {
+    let (cold, warm) = (faults_of_writes(200, false), faults_of_writes(200, true));
+    assert!(cold >= 400 && warm < cold / 4, "{warm} page faults, {cold} without warming");
 }

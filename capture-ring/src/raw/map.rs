@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, munmap};
 
 use crate::error::{RingError, RingErrorKind};
 use crate::layout::{
@@ -199,6 +199,17 @@ impl Memory {
         // SAFETY: capacity was reserved and the bytes up to the new length are initialised by the copy.
         unsafe { out.set_len(used.saturating_add(length)) };
         true
+    }
+
+    /// Has the kernel map the first `bytes` of the arena for writing, as far as it can: older ones than Linux 5.14 cannot, and
+    /// then each page costs its first writer a fault.
+    pub(crate) fn warm(&self, bytes: u64) {
+        let bytes = bytes.min(self.geometry.units.saturating_mul(u64::from(UNIT_BYTES)));
+        let Some((at, length)) = self.mapping.inside::<u8>(self.geometry.arena_at, bytes) else { return };
+        // SAFETY: `inside` proved that the range lies in the mapping.
+        let start = unsafe { self.mapping.base.add(at) }.cast();
+        // SAFETY: the range is mapped; populating it changes no byte of it.
+        let _unmapped = unsafe { madvise(start, length, MmapAdvise::MADV_POPULATE_WRITE) };
     }
 
     /// Asks the processor to fetch a slot that is about to be written.

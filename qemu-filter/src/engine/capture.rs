@@ -91,7 +91,9 @@ impl Capture {
         wake: OwnedFd,
         runtime: Runtime,
     ) -> Result<Arc<Self>, EngineError> {
-        let producer = Producer::new(Ring::open(ring)?, HostClock::open(clock)?, Bell::from(wake));
+        let ring = Ring::open(ring)?;
+        ring.warm();
+        let producer = Producer::new(ring, HostClock::open(clock)?, Bell::from(wake));
         Self::over(producer, runtime)
     }
 
