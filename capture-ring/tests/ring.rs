@@ -327,5 +327,6 @@ fn faults_of_writes(count: u64, is_warm: bool) -> i64 {
 #[test]
 fn a_warm_rings_first_writes_touch_no_new_page() {
     let (cold, warm) = (faults_of_writes(200, false), faults_of_writes(200, true));
-    assert!(cold >= 400 && warm < cold / 4, "{warm} page faults, {cold} without warming");
+    // 400 pages are written; under a sanitizer each has others beside it, warm or not.
+    assert!(cold - warm > 300, "{warm} page faults, {cold} without warming");
 }
