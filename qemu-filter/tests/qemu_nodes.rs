@@ -46,7 +46,7 @@ fn pivot(qmp: &mut Qmp) {
     qmp.wait_jobs();
 }
 
-const LEAVES_IT: [(&str, Case); 5] = [
+const LEAVES_IT: [(&str, Case); 3] = [
     ("an empty overlay", |site, qmp| {
         snapshot(site, qmp, "overlay", "node-disk0");
         ("overlay", None)
@@ -66,24 +66,9 @@ const LEAVES_IT: [(&str, Case); 5] = [
         pivot(qmp);
         ("copy", None)
     }),
-    ("a stream into its overlay", |site, qmp| {
-        snapshot(site, qmp, "overlay", "node-disk0");
-        qmp.io(VIRTIO, "write -P 5 1M 64k");
-        run(qmp, "block-stream", "'device': 'overlay'");
-        qmp.wait_jobs();
-        ("overlay", None)
-    }),
-    ("a commit of what is below its overlay", |site, qmp| {
-        snapshot(site, qmp, "first", "node-disk0");
-        qmp.io(VIRTIO, "write -P 5 1M 64k");
-        snapshot(site, qmp, "second", "first");
-        run(qmp, "block-commit", "'device': 'second', 'top-node': 'first', 'base-node': 'node-disk0'");
-        qmp.wait_jobs();
-        ("second", None)
-    }),
 ];
 
-const CHANGES_IT: [(&str, Case); 5] = [
+const CHANGES_IT: [(&str, Case); 8] = [
     ("an overlay with data of its own", |site, qmp| {
         other(site, qmp);
         qmp.must("{'execute': 'blockdev-snapshot', 'arguments': {'node': 'node-disk0', 'overlay': 'other'}}");
@@ -128,6 +113,34 @@ const CHANGES_IT: [(&str, Case); 5] = [
         }
         qmp.must("{'execute': 'qom-set', 'arguments': {'path': '/machine/peripheral/disk0', 'property': 'drive', 'value': 'node-disk0'}}");
         ("disk0", None)
+    }),
+    ("an overlay that is shorter, and then one that is not", |site, qmp| {
+        for (name, below, size) in [("short", "disk0", "4M"), ("long", "short", "8M")] {
+            let (below, image) = (site.inside(below), site.inside(name));
+            site.run(
+                "qemu-img",
+                &["create", "-q", "-f", "qcow2", "-u", "-b", &below, "-F", "qcow2", &image, size],
+            );
+            blockdev(site, qmp, name, "null");
+        }
+        qmp.must("{'execute': 'blockdev-snapshot', 'arguments': {'node': 'node-disk0', 'overlay': 'short'}}");
+        qmp.must("{'execute': 'blockdev-snapshot', 'arguments': {'node': 'short', 'overlay': 'long'}}");
+        ("long", None)
+    }),
+    ("a stream into its overlay", |site, qmp| {
+        snapshot(site, qmp, "overlay", "node-disk0");
+        qmp.io(VIRTIO, "write -P 5 1M 64k");
+        run(qmp, "block-stream", "'device': 'overlay'");
+        qmp.wait_jobs();
+        ("overlay", None)
+    }),
+    ("a commit of what is below its overlay", |site, qmp| {
+        snapshot(site, qmp, "first", "node-disk0");
+        qmp.io(VIRTIO, "write -P 5 1M 64k");
+        snapshot(site, qmp, "second", "first");
+        run(qmp, "block-commit", "'device': 'second', 'top-node': 'first', 'base-node': 'node-disk0'");
+        qmp.wait_jobs();
+        ("second", None)
     }),
 ];
 
@@ -202,6 +215,59 @@ fn a_change_that_no_write_follows_is_noticed() {
         filter.detach("disk0");
         vm.quit();
     }
+}
+
+/// `raw` shows a part of a file, and can be told to show another.
+#[test]
+fn another_part_of_a_file_is_a_gap() {
+    let site = Site::new();
+    let agent = Agent::listen(site.path());
+    create_disks(&site);
+    site.create("raw", "parts", "16M");
+    let mut vm = Vm::start(&site, site.preloaded("qemu-system-x86_64", &agent), "qmp");
+    let mut filter = agent.accept();
+    let file = format!("'driver': 'file', 'node-name': 'parts', 'filename': '{}'", site.inside("parts"));
+    let part = |offset: u32| {
+        format!("'driver': 'raw', 'node-name': 'part', 'file': 'parts', 'offset': {offset}, 'size': 8388608")
+    };
+    vm.qmp.must(&format!("{{'execute': 'blockdev-add', 'arguments': {{{file}}}}}"));
+    vm.qmp.must(&format!("{{'execute': 'blockdev-add', 'arguments': {{{}}}}}", part(0)));
+    vm.qmp.must("{'execute': 'qom-set', 'arguments': {'path': '/machine/peripheral/disk0', 'property': 'drive', 'value': 'part'}}");
+    let tap = filter.attach("disk0");
+    tap.wait_synced();
+    vm.qmp.must(&format!(
+        "{{'execute': 'blockdev-reopen', 'arguments': {{'options': [{{{}}}]}}}}",
+        part(8 << 20)
+    ));
+    wait_for("the gap", || tap.records().iter().any(is_gap).then_some(()));
+    filter.detach("disk0");
+    vm.quit();
+}
+
+/// Asking whether an overlay is empty runs the main loop, in which protection may be switched off.
+#[test]
+fn protection_is_switched_off_while_an_overlay_is_asked() {
+    let site = Site::new();
+    let agent = Agent::listen(site.path());
+    create_disks(&site);
+    let mut vm = Vm::start(&site, site.preloaded("qemu-system-x86_64", &agent), "qmp");
+    let mut filter = agent.accept();
+    for round in 0..5 {
+        let name = format!("overlay{round}");
+        let below = if round == 0 { "node-disk0".to_owned() } else { format!("overlay{}", round - 1) };
+        let options = ["create", "-q", "-f", "qcow2", "-o", "cluster_size=512", &site.inside(&name), "8M"];
+        site.run("qemu-img", &options);
+        site.run("qemu-io", &["-f", "qcow2", "-c", "write -P 7 8000k 64k", &site.inside(&name)]);
+        blockdev(&site, &mut vm.qmp, &name, "null");
+        let tap = filter.attach("disk0");
+        tap.wait_synced();
+        vm.qmp.must(&format!(
+            "{{'execute': 'blockdev-snapshot', 'arguments': {{'node': '{below}', 'overlay': '{name}'}}}}"
+        ));
+        filter.detach("disk0");
+        drop(tap);
+    }
+    vm.quit();
 }
 
 #[test]

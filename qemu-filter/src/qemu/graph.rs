@@ -1,14 +1,13 @@
 //! The nodes that a disk's contents come from, and what a change of them has done to the contents.
 //!
 //! Management changes nodes below a running device: snapshots put overlays on top, commits and mirrors pivot to
-//! another image, and `qom-set`, `blockdev-snapshot` and `blockdev-reopen` put anything there that they are told to. Most
+//! another image, and `qom-set`, `blockdev-snapshot` and `blockdev-reopen` put anything there that they are told to. Some
 //! of these leave what the guest reads as it is, and history goes on without a gap. The others change the disk
 //! without a write. So each change is judged (`docs/decisions/0013-a-change-of-nodes-is-judged.md`):
 //!
 //! | the disk's first image is now | its contents |
 //! | --- | --- |
 //! | the target of a mirror of all of the disk, or of an active commit, that was running | as before |
-//! | as before, with fewer images below it, and a job was removing them (stream, commit) | as before |
 //! | an overlay, or several, on the former one, in which nothing is allocated | as before |
 //! | anything else | unknown: a gap until all has been compared |
 //!
@@ -29,6 +28,7 @@ use std::ffi::c_int;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::devices::{self, ContextLock};
+use super::layout::STATE_OPAQUE;
 use super::slots::{self, Caller, Slot, User};
 use super::types::{BlockBackend, BlockDriverState};
 use super::version::c_text;
@@ -39,22 +39,29 @@ use crate::engine::{Capture, guard};
 const MAX_IMAGES: usize = 512;
 /// Most nodes between a device and the end of its chain: filters too.
 const MAX_NODES: usize = 2 * MAX_IMAGES;
-/// The filters that jobs put above the images which they take out of a chain (`block/commit.c`, `block/stream.c`).
-const REMOVING: [&str; 2] = ["commit_top", "copy-on-read"];
+/// The driver whose nodes may show a part of what is below: `BDRVRawState` (`block/raw-format.c`) begins with offset, size, and
+/// whether it has a size, in every release that has a table.
+const RAW: &str = "raw";
 
 /// The address of a node, to be compared only: it may be gone.
 type Address = usize;
 
-/// An image of a chain: a node that is no filter, and the one that has its data.
-type Image = (Address, Address);
+/// An image of a chain.
+#[derive(Clone, PartialEq, Eq, Debug)]
+struct Image {
+    /// A node that is no filter.
+    node: Address,
+    /// What part of its data it shows, where it can show a part.
+    shows: [u64; 3],
+    /// The nodes that have its data, all the way down.
+    data: Vec<Image>,
+}
 
 /// What a device's nodes were when they were last judged.
 #[derive(Debug, Default)]
 pub(crate) struct Known {
     /// From the device's down.
     chain: Vec<Image>,
-    /// A job that takes images out of the chain has been seen since.
-    removing: bool,
     /// The target of a job, seen since, that makes it the same as the disk.
     twin: Option<Address>,
 }
@@ -64,7 +71,6 @@ pub(crate) struct Known {
 struct Now {
     root: *mut BlockDriverState,
     chain: Vec<Image>,
-    removing: bool,
     twin: Option<Address>,
 }
 
@@ -84,37 +90,28 @@ impl Known {
         if now.chain == self.chain {
             return Verdict::Same;
         }
-        let (Some(&was), Some(&is)) = (self.chain.first(), now.chain.first()) else {
+        let (Some(was), Some(is)) = (self.chain.first(), now.chain.first()) else {
             return Verdict::Changed;
         };
-        if self.twin == Some(is.0) {
+        if self.twin == Some(is.node) {
             return Verdict::Same;
         }
-        let Some(above) = now.chain.iter().position(|image| *image == was) else { return Verdict::Changed };
-        let below = &now.chain[above..];
-        if below != self.chain && !(self.removing && is_thinned(below, &self.chain)) {
-            return Verdict::Changed;
+        match now.chain.ends_with(&self.chain) {
+            true => Verdict::SameIfEmptyAbove(was.node),
+            false => Verdict::Changed,
         }
-        if above == 0 { Verdict::Same } else { Verdict::SameIfEmptyAbove(was.0) }
     }
 
     /// Remembers the jobs that are running now.
     fn note(&mut self, now: &Now) {
-        self.removing |= now.removing;
         self.twin = now.twin.or(self.twin);
     }
 
     /// These nodes are the disk from now on.
     fn settle(&mut self, now: Now) {
-        let Now { chain, removing, twin, .. } = now;
-        *self = Self { chain, removing, twin };
+        let Now { chain, twin, .. } = now;
+        *self = Self { chain, twin };
     }
-}
-
-/// Whether a chain is the other one with some images taken out.
-fn is_thinned(chain: &[Image], whole: &[Image]) -> bool {
-    let mut rest = whole.iter();
-    chain.iter().all(|image| rest.any(|candidate| candidate == image))
 }
 
 /// Where a slot keeps what is known; locked for a short time, only where nodes may have changed.
@@ -123,7 +120,7 @@ pub(crate) struct Place(Mutex<Known>);
 
 impl Place {
     pub(crate) const fn new() -> Self {
-        Self(Mutex::new(Known { chain: Vec::new(), removing: false, twin: None }))
+        Self(Mutex::new(Known { chain: Vec::new(), twin: None }))
     }
 
     fn lock(&self) -> MutexGuard<'_, Known> {
@@ -131,32 +128,71 @@ impl Place {
     }
 }
 
-/// The nodes of a live BlockBackend. While nobody changes them: in the main thread, or in a request's coroutine.
+/// The nodes of a live BlockBackend; none when it has gone. While nobody changes them: in the main thread, or in a request's
+/// coroutine.
 fn walk(glue: &Glue, blk: *mut BlockBackend, caller: Caller) -> Now {
-    let skip_filters = glue.symbols.bdrv_skip_filters;
+    if blk.is_null() {
+        return Now::default();
+    }
     // SAFETY: live by the caller's promise.
     let root = unsafe { (glue.symbols.blk_bs)(blk) };
-    let mut now = Now { root, ..Now::default() };
-    let mut next = (!root.is_null()).then_some(root);
-    for _ in 0..MAX_NODES {
-        let Some(node) = next else { break };
-        // SAFETY: a live node: the root, or one below it.
-        if unsafe { skip_filters(node) } == node {
+    let (mut twin, mut left) = (None, MAX_NODES);
+    let mut see_filter = |node| {
+        if caller == Caller::MainThread && twin.is_none() && name_of(glue, node) == mirror::FILTER {
+            twin = mirror::twin(glue, node).map(|target| target as Address);
+        }
+    };
+    let chain = chain(glue, root, &mut left, &mut see_filter);
+    Now { root, chain, twin }
+}
+
+/// The chain of images from a node down; at most `left` nodes in all.
+fn chain(
+    glue: &Glue,
+    top: *mut BlockDriverState,
+    left: &mut usize,
+    see_filter: &mut dyn FnMut(*mut BlockDriverState),
+) -> Vec<Image> {
+    let mut images = Vec::new();
+    let mut next = (!top.is_null()).then_some(top);
+    while let Some(node) = next
+        && *left > 0
+    {
+        *left -= 1;
+        // SAFETY: a live node: the top, or one below it.
+        if unsafe { (glue.symbols.bdrv_skip_filters)(node) } == node {
             let data = glue.symbols.bdrv_primary_child.and_then(|which| image::child(which, node));
-            // SAFETY: a live node below this one.
-            let data = data.map_or(0, |data| unsafe { skip_filters(data) } as Address);
-            now.chain.push((node as Address, data));
+            let data = data.map_or(Vec::new(), |data| chain(glue, data, left, &mut |_| ()));
+            images.push(Image { node: node as Address, shows: shows(glue, node), data });
         } else {
-            // SAFETY: a live node; the text is its driver's.
-            let name = c_text(unsafe { (glue.symbols.bdrv_get_format_name)(node) }).unwrap_or_default();
-            now.removing |= REMOVING.contains(&name.as_str());
-            if name == mirror::FILTER && caller == Caller::MainThread {
-                now.twin = now.twin.or(mirror::twin(glue, node).map(|target| target as Address));
-            }
+            see_filter(node);
         }
         next = image::child(glue.symbols.bdrv_filter_or_cow_child, node);
     }
-    now
+    images
+}
+
+fn name_of(glue: &Glue, node: *mut BlockDriverState) -> String {
+    // SAFETY: a live node; the text is its driver's.
+    c_text(unsafe { (glue.symbols.bdrv_get_format_name)(node) }).unwrap_or_default()
+}
+
+/// What part of its data a `raw` node shows.
+fn shows(glue: &Glue, node: *mut BlockDriverState) -> [u64; 3] {
+    if name_of(glue, node) != RAW {
+        return [0; 3];
+    }
+    // SAFETY: `opaque` is at this offset in every release that has a table.
+    let field = unsafe { node.cast::<u8>().add(STATE_OPAQUE) };
+    // SAFETY: as above, of a live node, aligned.
+    let state = unsafe { field.cast::<*const [u64; 3]>().read() };
+    if state.is_null() {
+        return [0; 3];
+    }
+    // SAFETY: a `BDRVRawState`: two numbers of 64 bits and a bool, padded to 24 bytes, which malloc aligns.
+    let [offset, size, has_size] = unsafe { state.read() };
+    // Of the last word only the bool is the driver's.
+    [offset, size, has_size & 0xff]
 }
 
 /// Remembers the nodes of a device that is about to be captured. Main thread.
@@ -178,7 +214,11 @@ fn look(glue: &Glue, user: &User, caller: Caller) -> Option<Address> {
     let now = walk(glue, blk, caller);
     known.note(&now);
     match known.judge(&now) {
-        Verdict::SameIfEmptyAbove(base) => return Some(base),
+        Verdict::SameIfEmptyAbove(base) => {
+            // Also where the root is a filter that was there before: the next request has to ask.
+            user.slot().set_judged(std::ptr::null_mut());
+            return Some(base);
+        }
         Verdict::Changed => capture.contents_changed(),
         Verdict::Same if now.chain == known.chain => {
             user.slot().set_judged(now.root);
@@ -199,8 +239,13 @@ fn look_and_ask(glue: &Glue, user: &User, caller: Caller) {
         if emptiness == Emptiness::Moved {
             continue;
         }
+        let blk = user.slot().blk();
+        if blk.is_null() {
+            // Asking ran the main loop, in which the device or its protection went.
+            return;
+        }
         let mut known = user.slot().nodes.lock();
-        let now = walk(glue, user.slot().blk(), caller);
+        let now = walk(glue, blk, caller);
         // Somebody else may have had the answer before, and have written since.
         if known.judge(&now) == Verdict::SameIfEmptyAbove(base) {
             if emptiness == Emptiness::Not {
@@ -233,8 +278,7 @@ fn emptiness(glue: &Glue, user: &User, base: Address, capture: &Capture, caller:
         let range = (offset, disk_bytes - offset);
         match allocated_above(glue, blk, base as *mut BlockDriverState, range, caller) {
             (0, known) if known > 0 => offset += known,
-            // The end of an overlay that is shorter.
-            (0, _) => break,
+            // Something is allocated, or it cannot be told, or the overlay is shorter.
             _ => return Emptiness::Not,
         }
     }
@@ -277,7 +321,7 @@ fn look_at_all(glue: &Glue) -> bool {
     slots::users().fold(false, |again, user| {
         let open = look(glue, &user, Caller::MainThread).is_some();
         let known = user.slot().nodes.lock();
-        again | open | known.removing | known.twin.is_some()
+        again | open | known.twin.is_some()
     })
 }
 
@@ -315,7 +359,6 @@ fn look_at_rest() {
         }
         let mut known = user.slot().nodes.lock();
         let now = walk(glue, blk, Caller::MainThread);
-        known.removing = now.removing;
         known.twin = now.twin;
     }
 }
@@ -325,7 +368,9 @@ mod tests {
     use super::*;
 
     fn now(chain: &[Address]) -> Now {
-        Now { chain: chain.iter().map(|node| (*node, node + 100)).collect(), ..Now::default() }
+        let file = |node| Image { node, shows: [0; 3], data: Vec::new() };
+        let image = |node: &Address| Image { data: vec![file(node + 100)], ..file(*node) };
+        Now { chain: chain.iter().map(image).collect(), ..Now::default() }
     }
 
     fn known(chain: &[Address]) -> Known {
@@ -351,24 +396,15 @@ mod tests {
             assert_eq!(known(&[2, 1]).judge(&now(&is)), verdict, "{is:?}");
         }
         let mut other_file = now(&[2, 1]);
-        other_file.chain[1].1 = 7;
+        other_file.chain[1].data[0].node = 7;
         assert_eq!(known(&[2, 1]).judge(&other_file), Verdict::Changed);
+        let mut other_part = now(&[2, 1]);
+        other_part.chain[1].shows[0] = 512;
+        assert_eq!(known(&[2, 1]).judge(&other_part), Verdict::Changed);
     }
 
     #[test]
-    fn a_job_tells_what_it_will_leave() {
-        let mut streamed = known(&[3, 2, 1]);
-        streamed.note(&Now { removing: true, ..now(&[3, 2, 1]) });
-        for (is, verdict) in [
-            (vec![3], Verdict::Same),
-            (vec![3, 1], Verdict::Same),
-            (vec![4, 3], Verdict::SameIfEmptyAbove(3)),
-            (vec![3, 4], Verdict::Changed),
-            (vec![3, 1, 2], Verdict::Changed),
-            (vec![2, 1], Verdict::Changed),
-        ] {
-            assert_eq!(streamed.judge(&now(&is)), verdict, "{is:?}");
-        }
+    fn a_mirror_tells_what_it_will_leave() {
         let mut mirrored = known(&[2, 1]);
         mirrored.note(&Now { twin: Some(9), ..now(&[2, 1]) });
         assert_eq!(mirrored.judge(&now(&[9])), Verdict::Same);

@@ -18,6 +18,8 @@ const MAX_WORDS: usize = 256;
 const BASE: usize = 1;
 /// Where it says what is copied, in words behind the filter node.
 const WHAT: usize = 6;
+/// Where it says that its target is taken for zeroes without a look (`target_is_zero`, a bool), where it has `sync_mode`.
+const TARGET_IS_ZERO: usize = 7;
 /// `MIRROR_SYNC_MODE_FULL`.
 const SYNC_FULL: u32 = 1;
 
@@ -47,7 +49,8 @@ pub(super) fn twin(glue: &Glue, filter: *mut BlockDriverState) -> Option<*mut Bl
     let node = devices::top_node(glue, target);
     let all = match glue.layout.copied {
         Copied::UnlessNone => what as u8 == 0,
-        Copied::Mode => what as u32 == SYNC_FULL,
+        // Taken for zeroes, a target may keep what it had where the disk has nothing.
+        Copied::Mode => what as u32 == SYNC_FULL && *words.get(at + TARGET_IS_ZERO)? as u8 == 0,
     };
     // An active commit is a mirror to its own base.
     let same = base == node as usize || (base == 0 && all);

@@ -30,7 +30,7 @@ pub(crate) const PREPARE: [&str; 8] = [
     "pg() { chroot /tools /usr/bin/setpriv --reuid=pg --regid=pg --clear-groups /bin/busybox env LD_LIBRARY_PATH=/lib TZ=UTC HOME=/ \"$@\"; }",
     "{ pg /pg/bin/postgres -D /mnt/cluster & }",
     "{ for n in $(seq 60); do pg /pg/bin/psql -h /mnt/cluster -qc 'select 1' postgres && break; sleep 1; done; [ $n -lt 60 ]; }",
-    "pg /pg/bin/pgbench -h /mnt/cluster -qis 2 postgres",
+    "pg /pg/bin/pgbench -h /mnt/cluster -qis 1 postgres",
     "pg /pg/bin/psql -h /mnt/cluster -qf /random.sql postgres",
 ];
 
@@ -38,11 +38,8 @@ pub(crate) const PREPARE: [&str; 8] = [
 pub(crate) const PROGRAMS: [(&str, &str); 8] = [
     ("SQLite, write-ahead log", "chroot /tools /usr/bin/sqlite3 /mnt/wal.db </tools/wal.sql"),
     ("SQLite, rollback journal", "chroot /tools /usr/bin/sqlite3 /mnt/delete.db </tools/delete.sql"),
-    ("PostgreSQL, pgbench", "pg /pg/bin/pgbench -h /mnt/cluster -n -c 4 -t 250 postgres"),
-    (
-        "PostgreSQL, random values",
-        "pg /pg/bin/pgbench -h /mnt/cluster -n -c 4 -t 250 -f /update.sql postgres",
-    ),
+    ("PostgreSQL, pgbench", "pg /pg/bin/pgbench -h /mnt/cluster -n -c 4 -t 50 postgres"),
+    ("PostgreSQL, random values", "pg /pg/bin/pgbench -h /mnt/cluster -n -c 4 -t 50 -f /update.sql postgres"),
     ("untar C headers", "mkdir /mnt/$I; tar -xf /tools/tree.tar -C /mnt/$I"),
     (
         "compile C sources",
