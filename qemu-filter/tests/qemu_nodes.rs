@@ -3,12 +3,14 @@
 
 mod support;
 
+use std::time::Duration;
+
 use journal_format::{GapReason, Op};
 
 use support::agent::{Agent, Taken, wait_for};
 use support::programs::Site;
 use support::qmp::Qmp;
-use support::vm::{Load, VIRTIO, Vm, create_disks};
+use support::vm::{Load, VIRTIO, Vm, create_disks, start};
 
 /// What a case does to the nodes of the machine's disk0: it gives the image that the disk is in afterwards, and what its
 /// backing file then is, where the image does not say so.
@@ -160,9 +162,7 @@ fn is_gap(taken: &Taken) -> bool {
 fn gaps_of(case: Case) -> usize {
     let site = Site::new();
     let agent = Agent::listen(site.path());
-    create_disks(&site);
-    let mut vm = Vm::start(&site, site.preloaded("qemu-system-x86_64", &agent), "qmp");
-    let mut filter = agent.accept();
+    let (mut vm, mut filter) = start(&site, &agent);
     vm.qmp.io(VIRTIO, "write -P 1 0 3M");
     let tap = filter.attach("disk0");
     tap.wait_synced();
@@ -203,9 +203,7 @@ fn a_change_that_no_write_follows_is_noticed() {
         println!("{what}");
         let site = Site::new();
         let agent = Agent::listen(site.path());
-        create_disks(&site);
-        let mut vm = Vm::start(&site, site.preloaded("qemu-system-x86_64", &agent), "qmp");
-        let mut filter = agent.accept();
+        let (mut vm, mut filter) = start(&site, &agent);
         vm.qmp.io(VIRTIO, "write -P 1 0 3M");
         let tap = filter.attach("disk0");
         tap.wait_synced();
@@ -222,10 +220,8 @@ fn a_change_that_no_write_follows_is_noticed() {
 fn another_part_of_a_file_is_a_gap() {
     let site = Site::new();
     let agent = Agent::listen(site.path());
-    create_disks(&site);
     site.create("raw", "parts", "16M");
-    let mut vm = Vm::start(&site, site.preloaded("qemu-system-x86_64", &agent), "qmp");
-    let mut filter = agent.accept();
+    let (mut vm, mut filter) = start(&site, &agent);
     let file = format!("'driver': 'file', 'node-name': 'parts', 'filename': '{}'", site.inside("parts"));
     let part = |offset: u32| {
         format!("'driver': 'raw', 'node-name': 'part', 'file': 'parts', 'offset': {offset}, 'size': 8388608")
@@ -244,29 +240,51 @@ fn another_part_of_a_file_is_a_gap() {
     vm.quit();
 }
 
+/// Nobody tells when a `quorum` node gets other children.
+#[test]
+fn a_disk_on_a_quorum_is_refused_and_one_that_moves_there_is_given_up() {
+    let site = Site::new();
+    let agent = Agent::listen(site.path());
+    let (mut vm, mut filter) = start(&site, &agent);
+    other(&site, &mut vm.qmp);
+    let quorum = "'driver': 'quorum', 'node-name': 'quorum', 'vote-threshold': 1, 'children': ['other']";
+    vm.qmp.must(&format!("{{'execute': 'blockdev-add', 'arguments': {{{quorum}}}}}"));
+    let tap = filter.attach("disk0");
+    tap.wait_synced();
+    vm.qmp.must("{'execute': 'qom-set', 'arguments': {'path': '/machine/peripheral/disk0', 'property': 'drive', 'value': 'quorum'}}");
+    assert!(filter.fault().contains("quorum"));
+    assert!(filter.disk("disk0").refused.contains("quorum"));
+    vm.quit();
+}
+
 /// Asking whether an overlay is empty runs the main loop, in which protection may be switched off.
 #[test]
 fn protection_is_switched_off_while_an_overlay_is_asked() {
+    // At one of these moments it is being asked.
+    for pause_ms in [1, 3, 6, 10, 20, 40] {
+        switch_off_after(Duration::from_millis(pause_ms));
+    }
+}
+
+fn switch_off_after(pause: Duration) {
     let site = Site::new();
     let agent = Agent::listen(site.path());
     create_disks(&site);
+    site.create("qcow2", "disk0", "1G");
     let mut vm = Vm::start(&site, site.preloaded("qemu-system-x86_64", &agent), "qmp");
     let mut filter = agent.accept();
-    for round in 0..5 {
-        let name = format!("overlay{round}");
-        let below = if round == 0 { "node-disk0".to_owned() } else { format!("overlay{}", round - 1) };
-        let options = ["create", "-q", "-f", "qcow2", "-o", "cluster_size=512", &site.inside(&name), "8M"];
-        site.run("qemu-img", &options);
-        site.run("qemu-io", &["-f", "qcow2", "-c", "write -P 7 8000k 64k", &site.inside(&name)]);
-        blockdev(&site, &mut vm.qmp, &name, "null");
-        let tap = filter.attach("disk0");
-        tap.wait_synced();
-        vm.qmp.must(&format!(
-            "{{'execute': 'blockdev-snapshot', 'arguments': {{'node': '{below}', 'overlay': '{name}'}}}}"
-        ));
-        filter.detach("disk0");
-        drop(tap);
-    }
+    // With tables as small as these, and data at its end only, asking takes many milliseconds.
+    let overlay = site.inside("overlay");
+    site.run("qemu-img", &["create", "-q", "-f", "qcow2", "-o", "cluster_size=512", &overlay, "1G"]);
+    site.run("qemu-io", &["-f", "qcow2", "-c", "write -P 7 1023M 1M", &overlay]);
+    blockdev(&site, &mut vm.qmp, "overlay", "null");
+    let tap = filter.attach("disk0");
+    tap.wait_synced();
+    vm.qmp
+        .must("{'execute': 'blockdev-snapshot', 'arguments': {'node': 'node-disk0', 'overlay': 'overlay'}}");
+    std::thread::sleep(pause);
+    filter.detach("disk0");
+    vm.qmp.io(VIRTIO, "write -P 4 2M 1M");
     vm.quit();
 }
 
@@ -274,9 +292,7 @@ fn protection_is_switched_off_while_an_overlay_is_asked() {
 fn snapshots_and_pivots_of_a_busy_disk_are_no_gaps() {
     let site = Site::new();
     let agent = Agent::listen(site.path());
-    create_disks(&site);
-    let mut vm = Vm::start(&site, site.preloaded("qemu-system-x86_64", &agent), "qmp");
-    let mut filter = agent.accept();
+    let (mut vm, mut filter) = start(&site, &agent);
     let tap = filter.attach("disk0");
     tap.wait_synced();
     let load = Load::gentle_on(&site, &mut vm.qmp, "node-disk0", "io0");

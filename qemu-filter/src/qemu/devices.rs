@@ -4,6 +4,7 @@ use std::ffi::c_char;
 
 use super::Glue;
 use super::driver::Driver;
+use super::graph;
 use super::hook;
 use super::layout::STATE_DRV;
 use super::maps::Maps;
@@ -198,7 +199,7 @@ fn refusal(glue: &Glue, info: &DiskInfo, node: *mut BlockDriverState, maps: Opti
     }
     let driver = maps.and_then(|maps| Driver::new(driver_of(node), glue.layout, maps));
     let Some(driver) = driver else { return Some("its driver is not readable".to_owned()) };
-    hook::unseen_writes(driver)
+    hook::unseen_writes(driver).or_else(|| graph::refusal(glue, node))
 }
 
 /// The ID or object path of the device on a BlockBackend; empty when there is none.

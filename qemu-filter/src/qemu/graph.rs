@@ -35,13 +35,14 @@ use super::version::c_text;
 use super::{Glue, glue, image, mainloop, mirror};
 use crate::engine::{Capture, guard};
 
-/// Most images of a chain that are followed.
-const MAX_IMAGES: usize = 512;
-/// Most nodes between a device and the end of its chain: filters too.
-const MAX_NODES: usize = 2 * MAX_IMAGES;
+/// Most nodes below a device that are followed.
+const MAX_NODES: usize = 1024;
 /// The driver whose nodes may show a part of what is below: `BDRVRawState` (`block/raw-format.c`) begins with offset, size, and
 /// whether it has a size, in every release that has a table.
 const RAW: &str = "raw";
+
+/// A driver that has several sources of the same data: no callback tells when it gets another one.
+const BLIND: &str = "quorum";
 
 /// The address of a node, to be compared only: it may be gone.
 type Address = usize;
@@ -51,6 +52,8 @@ type Address = usize;
 struct Image {
     /// A node that is no filter.
     node: Address,
+    /// Its sources can change unseen.
+    is_blind: bool,
     /// What part of its data it shows, where it can show a part.
     shows: [u64; 3],
     /// The nodes that have its data, all the way down.
@@ -163,7 +166,9 @@ fn chain(
         if unsafe { (glue.symbols.bdrv_skip_filters)(node) } == node {
             let data = glue.symbols.bdrv_primary_child.and_then(|which| image::child(which, node));
             let data = data.map_or(Vec::new(), |data| chain(glue, data, left, &mut |_| ()));
-            images.push(Image { node: node as Address, shows: shows(glue, node), data });
+            let name = name_of(glue, node);
+            let shows = if name == RAW { shows(node) } else { [0; 3] };
+            images.push(Image { node: node as Address, is_blind: name == BLIND, shows, data });
         } else {
             see_filter(node);
         }
@@ -178,10 +183,7 @@ fn name_of(glue: &Glue, node: *mut BlockDriverState) -> String {
 }
 
 /// What part of its data a `raw` node shows.
-fn shows(glue: &Glue, node: *mut BlockDriverState) -> [u64; 3] {
-    if name_of(glue, node) != RAW {
-        return [0; 3];
-    }
+fn shows(node: *mut BlockDriverState) -> [u64; 3] {
     // SAFETY: `opaque` is at this offset in every release that has a table.
     let field = unsafe { node.cast::<u8>().add(STATE_OPAQUE) };
     // SAFETY: as above, of a live node, aligned.
@@ -193,6 +195,17 @@ fn shows(glue: &Glue, node: *mut BlockDriverState) -> [u64; 3] {
     let [offset, size, has_size] = unsafe { state.read() };
     // Of the last word only the bool is the driver's.
     [offset, size, has_size & 0xff]
+}
+
+const BLINDNESS: &str = "a quorum node has its data, whose children can change unseen: take the quorum away";
+
+fn is_blind(images: &[Image]) -> bool {
+    images.iter().any(|image| image.is_blind || is_blind(&image.data))
+}
+
+/// Why the nodes of a device, from `top` down, cannot be followed. Main thread.
+pub(crate) fn refusal(glue: &Glue, top: *mut BlockDriverState) -> Option<String> {
+    is_blind(&chain(glue, top, &mut { MAX_NODES }, &mut |_| ())).then(|| BLINDNESS.to_owned())
 }
 
 /// Remembers the nodes of a device that is about to be captured. Main thread.
@@ -218,6 +231,9 @@ fn look(glue: &Glue, user: &User, caller: Caller) -> Option<Address> {
             // Also where the root is a filter that was there before: the next request has to ask.
             user.slot().set_judged(std::ptr::null_mut());
             return Some(base);
+        }
+        Verdict::Changed if is_blind(&now.chain) => {
+            capture.fault(&format!("the disk has moved to where {BLINDNESS}"))
         }
         Verdict::Changed => capture.contents_changed(),
         Verdict::Same if now.chain == known.chain => {
@@ -368,7 +384,7 @@ mod tests {
     use super::*;
 
     fn now(chain: &[Address]) -> Now {
-        let file = |node| Image { node, shows: [0; 3], data: Vec::new() };
+        let file = |node| Image { node, is_blind: false, shows: [0; 3], data: Vec::new() };
         let image = |node: &Address| Image { data: vec![file(node + 100)], ..file(*node) };
         Now { chain: chain.iter().map(image).collect(), ..Now::default() }
     }
