@@ -86,6 +86,15 @@ impl Site {
         Self::start_with(|server| Some(Network::to(server)), &[], &[])
     }
 
+    /// The same, with its files in a directory below that one.
+    ///
+    /// # Panics
+    /// When one does not come up.
+    #[must_use]
+    pub fn start_with_network_below(parent: &Path) -> Self {
+        Self::start_at(private_directory(parent), |server| Some(Network::to(server)), &[], &[])
+    }
+
     /// The same, with somebody between agent and server who sees what passes.
     ///
     /// # Panics

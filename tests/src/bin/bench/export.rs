@@ -3,11 +3,13 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
+use std::time::UNIX_EPOCH;
 
 use cdp_tests::process::Process;
 use cdp_tests::qmp::Qmp;
 use cdp_tests::wait_for;
 use serde_json::Value;
+use tempfile::TempDir;
 
 use crate::Effort;
 use crate::machine::{self, GUEST_CORE};
@@ -85,6 +87,20 @@ impl Export {
     }
 }
 
+/// Where the files of an export lie: those of all variants in one place, so that they have the same blocks. Only ours, when it
+/// is on, has its own: what others write to its disk between two rounds would have to be compared before the next.
+pub(crate) struct Directories([TempDir; 2]);
+
+impl Directories {
+    pub(crate) fn new(medium: Medium) -> Self {
+        Self([medium.directory(), medium.directory()])
+    }
+
+    pub(crate) fn of(&self, variant: Variant) -> &Path {
+        self.0[usize::from(variant == Variant::OursOn)].path()
+    }
+}
+
 /// What a load saw of its writes.
 pub(crate) struct Seen {
     pub(crate) writes: f64,
@@ -121,22 +137,22 @@ pub(crate) fn finish(load: Child) -> Seen {
 
 pub(crate) fn run(effort: Effort, report: &mut Report) {
     for medium in [Medium::Tmpfs, Medium::Disk] {
-        let directories = Variant::EXPORTED.map(|_| medium.directory());
+        let directories = Directories::new(medium);
         let vm = format!("bench-export-{}", medium.name());
         for pattern in PATTERNS {
             // A new one for each: what it keeps of the last one is gone.
-            let store = medium.store();
+            let store = Medium::Tmpfs.directory();
             let ours = Ours::start_below(store.path());
             for round in 0..effort.rounds {
                 report.begin_round(effort);
-                for (variant, directory) in Variant::EXPORTED.into_iter().zip(&directories) {
+                for variant in Variant::EXPORTED {
                     let row =
                         Row::new("through an export", medium.name(), pattern.name, variant.name(), round);
                     report.add(measure(
                         &ours,
                         variant,
                         row,
-                        directory.path(),
+                        directories.of(variant),
                         (pattern, &vm),
                         effort.seconds,
                     ));
@@ -162,8 +178,10 @@ fn measure(
         }
         _ => 0.0,
     };
-    let (daemon_before, sinks_before) = (machine::cpu_seconds(export.daemon.pid()), sinks());
+    let now = || UNIX_EPOCH.elapsed().expect("after 1970").as_secs_f64();
+    let (daemon_before, sinks_before, began) = (machine::cpu_seconds(export.daemon.pid()), sinks(), now());
     let seen = finish(export.load(pattern, seconds, None));
+    let ended = now();
     let writes = seen.writes.max(1.0);
     row.set("iops", seen.iops);
     row.set("p50_us", seen.p50_us);
@@ -171,9 +189,12 @@ fn measure(
     row.set("p999_us", seen.p999_us);
     row.set("cpu_qemu_us", (machine::cpu_seconds(export.daemon.pid()) - daemon_before) * 1e6 / writes);
     if variant == Variant::OursOn {
-        ours.records(vm);
+        ours.catch_up(vm);
     }
     row.set("cpu_sink_us", (sinks() - sinks_before) * 1e6 / writes);
+    if variant == Variant::OursOn {
+        row.set("captured", ours.captured(&ours.site.disk(vm, ""), began, ended));
+    }
     export.daemon.terminate();
     row
 }

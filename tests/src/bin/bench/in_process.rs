@@ -51,7 +51,7 @@ struct Cost {
 /// What all runs use: the copied program, its gate, our side.
 struct Bench {
     ours: Ours,
-    /// Where our side has its files: not where the guest's disk is, which is nowhere a server's store should be.
+    /// Where our side has its files: in memory, as those of a server elsewhere would be as far as this machine is concerned.
     _store: TempDir,
     program: PathBuf,
     gate: PathBuf,
@@ -80,7 +80,7 @@ struct Load {
 
 pub(crate) fn run(effort: Effort, report: &mut Report) {
     for medium in [Medium::Null, Medium::Tmpfs, Medium::Disk] {
-        let mut bench = Bench::new(medium);
+        let mut bench = Bench::new();
         let place = Place::new(medium, if effort.patient { 1 << 30 } else { 128 << 20 });
         for pattern in PATTERNS {
             let loads = bench.loads(&place, pattern, effort.seconds * SHARE);
@@ -170,8 +170,8 @@ fn fill(path: &Path, bytes: u64) {
 }
 
 impl Bench {
-    fn new(medium: Medium) -> Self {
-        let store = medium.store();
+    fn new() -> Self {
+        let store = Medium::Tmpfs.directory();
         let directory = machine::directory_on_disk();
         let path = |name: &str| directory.path().join(name);
         let (program, gate, source) = (path("bench-img"), path("gate.so"), path("gate.c"));
@@ -257,15 +257,9 @@ impl Bench {
             (points.gaps.len() > 1 || points.newest.as_ref()?.lsn >= began + writes).then_some(points)
         });
         if points.gaps.len() > 1 {
-            let _caught_up = self.ours.records(vm);
+            self.ours.catch_up(vm);
         }
-        let (from, to) = (done.began, done.began + done.wall);
-        let seconds = |nanoseconds: u64| nanoseconds as f64 / 1e9;
-        let inside = |gap: &cdp_api::Gap| {
-            let end = gap.to_stamp_ns.map_or(to, seconds).min(to);
-            (end - seconds(gap.from_stamp_ns).max(from)).max(0.0)
-        };
-        1.0 - self.ours.site.points(disk).gaps.iter().map(inside).sum::<f64>() / done.wall
+        self.ours.captured(disk, done.began, done.began + done.wall)
     }
 
     fn command(&self, place: &Place, load: Load, sink: &Path, vm: &str) -> Command {

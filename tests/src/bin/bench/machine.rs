@@ -113,7 +113,8 @@ pub(crate) fn pin(pid: u32, core: &str) {
 pub(crate) fn describe() -> Vec<(String, String)> {
     let cpu = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let model = cpu.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
-    let cores = thread::available_parallelism().map_or(0, usize::from);
+    // Those of the machine, not those that this process is pinned to.
+    let cores = cpu.lines().filter(|line| line.starts_with("processor")).count();
     let first_line = |program: &str, argument: &str| {
         let output = Command::new(program).arg(argument).output().ok();
         let text = output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned());

@@ -4,13 +4,13 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
+use std::time::UNIX_EPOCH;
 
 use cdp_api::Client;
 use cdp_tests::network::Watch;
 use cdp_tests::process::Process;
 use cdp_tests::programs::program;
 use cdp_tests::site::Site;
-use cdp_tests::wait_for;
 
 use crate::machine::{self, SINK_CORE};
 
@@ -20,16 +20,17 @@ pub(crate) struct Ours {
 }
 
 impl Ours {
-    pub(crate) fn start() -> Self {
-        Self::pinned(Site::start())
-    }
-
-    /// The same, with the store and all other files of it below that directory.
+    /// Starts them, with the store and all other files of theirs below that directory.
     pub(crate) fn start_below(parent: &Path) -> Self {
         Self::pinned(Site::start_below(parent))
     }
 
-    /// The same, with somebody between them who sees what passes.
+    /// The same, with a network between them that can stand still.
+    pub(crate) fn start_with_network_below(parent: &Path) -> Self {
+        Self::pinned(Site::start_with_network_below(parent))
+    }
+
+    /// Starts them, with somebody between them who sees what passes.
     pub(crate) fn start_watched(watch: Arc<dyn Watch>) -> Self {
         Self::pinned(Site::start_watched(watch))
     }
@@ -46,13 +47,20 @@ impl Ours {
         command.env("CDP_AGENT_SOCKET", self.site.agent_socket()).env("CDP_VM_NAME", vm);
     }
 
-    /// Records that the server has of the VM's disk, when it has caught up.
-    pub(crate) fn records(&self, vm: &str) -> u64 {
-        let disk = self.site.disk(vm, "");
-        wait_for("the server to catch up", || {
-            let journal = self.site.client().disk(&disk).expect("disk").journal?;
-            (journal.lag_lsns == 0).then_some(journal.durable_lsn)
-        })
+    /// Waits until all that the VM has written is durable at the server, and history has no gap any more.
+    pub(crate) fn catch_up(&self, vm: &str) {
+        let nanoseconds = UNIX_EPOCH.elapsed().expect("after 1970").as_nanos();
+        self.site.bookmark(&self.site.disk(vm, ""), &format!("caught up {nanoseconds}"));
+    }
+
+    /// Which share of the time between two moments (in seconds since 1970) history has without a gap.
+    pub(crate) fn captured(&self, disk: &str, from: f64, to: f64) -> f64 {
+        let seconds = |nanoseconds: u64| nanoseconds as f64 / 1e9;
+        let inside = |gap: &cdp_api::Gap| {
+            let end = gap.to_stamp_ns.map_or(to, seconds).min(to);
+            (end - seconds(gap.from_stamp_ns).max(from)).max(0.0)
+        };
+        1.0 - self.site.points(disk).gaps.iter().map(inside).sum::<f64>() / (to - from)
     }
 }
 

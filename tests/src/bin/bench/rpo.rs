@@ -42,7 +42,7 @@ pub(crate) fn run(effort: Effort, report: &mut Report) {
             relay.take();
             let began = Instant::now();
             let _load = finish(export.load(pattern, effort.seconds, None));
-            let _caught_up = ours.records("bench-rpo");
+            ours.catch_up("bench-rpo");
             let most = relay.take().len() as f64 / began.elapsed().as_secs_f64();
             for share in SHARES {
                 let table = format!("{}, {share} % of the most", pattern.name);
@@ -59,7 +59,7 @@ pub(crate) fn run(effort: Effort, report: &mut Report) {
                 relay.take();
                 let rate = most * share as f64 / 100.0;
                 let seen = finish(export.load(pattern, effort.seconds, Some(rate)));
-                let _caught_up = ours.records("bench-rpo");
+                ours.catch_up("bench-rpo");
                 let mut row = Row::new("from completion to durable", "disk", &table, "qemu-cdp", round);
                 set(&mut row, relay.take());
                 row.set("writes_per_s", seen.iops);

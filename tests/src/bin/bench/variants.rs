@@ -42,11 +42,6 @@ impl Medium {
         }
     }
 
-    /// Where our store lies while this is measured: somewhere else, as the server of a host is.
-    pub(crate) fn store(self) -> tempfile::TempDir {
-        if self == Self::Disk { Self::Tmpfs } else { Self::Disk }.directory()
-    }
-
     /// A node on it, which is `NAME.raw` in `directory` where there are files, and has that size where there are none.
     pub(crate) fn node(self, directory: &Path, name: &str, bytes: u64) -> Value {
         match self {
