@@ -12,7 +12,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::Effort;
-use crate::machine::{self, GUEST_CORE};
+use crate::machine::{self, GUEST_CORE, SINK_CORE};
 use crate::ours::Ours;
 use crate::report::{Report, Row};
 use crate::variants::{DISK_BYTES, Medium, PATTERNS, Pattern, Variant};
@@ -25,8 +25,8 @@ pub(crate) struct Export {
 }
 
 impl Export {
-    /// Starts them, protects the disk or starts the job, and waits until writes are captured.
-    pub(crate) fn start(ours: &Ours, variant: Variant, directory: &Path, vm: &str) -> Self {
+    /// Starts them, the other end on that core, protects the disk or starts the job, and waits until writes are captured.
+    pub(crate) fn start(ours: &Ours, variant: Variant, directory: &Path, vm: &str, sink_core: &str) -> Self {
         for (name, bytes) in [("disk", DISK_BYTES), ("log", 16 * DISK_BYTES), ("second", DISK_BYTES)] {
             let path = directory.join(format!("{name}.raw"));
             // The log is written from its beginning each time: what it has grown to stays allocated.
@@ -39,7 +39,8 @@ impl Export {
         for old in [&socket, &monitor, &sink_socket] {
             let _absent = std::fs::remove_file(old);
         }
-        let sink = variant.start_sink(directory, &sink_socket, DISK_BYTES);
+        let sink = variant.start_sink(sink_core, directory, &sink_socket, DISK_BYTES);
+        ours.pin(sink_core);
         let mut command = machine::pinned(GUEST_CORE, "qemu-storage-daemon");
         if variant == Variant::Throttle {
             command.args(["--object", "throttle-group,id=none"]);
@@ -135,28 +136,45 @@ pub(crate) fn finish(load: Child) -> Seen {
     }
 }
 
+/// A variant, where its agent and server or its NBD server run, and what it is called.
+type Placed = (Variant, &'static str, String);
+
 pub(crate) fn run(effort: Effort, report: &mut Report) {
+    let apart = Variant::EXPORTED.map(|variant| (variant, SINK_CORE, variant.name().to_owned()));
     for medium in [Medium::Tmpfs, Medium::Disk] {
-        let directories = Directories::new(medium);
-        let vm = format!("bench-export-{}", medium.name());
-        for pattern in PATTERNS {
-            // A new one for each: what it keeps of the last one is gone.
-            let store = Medium::Tmpfs.directory();
-            let ours = Ours::start_below(store.path());
-            for round in 0..effort.rounds {
-                report.begin_round(effort);
-                for variant in Variant::EXPORTED {
-                    let row =
-                        Row::new("through an export", medium.name(), pattern.name, variant.name(), round);
-                    report.add(measure(
-                        &ours,
-                        variant,
-                        row,
-                        directories.of(variant),
-                        (pattern, &vm),
-                        effort.seconds,
-                    ));
-                }
+        part(effort, report, "through an export", medium, &PATTERNS, &apart);
+    }
+    // Who waits for an answer has it sooner from the own core than by waking another one. Ours is at its best on the other
+    // core, and is shown on the same one as well.
+    let on = |variant: Variant| match variant {
+        Variant::Plain | Variant::OursOn => (variant, SINK_CORE, variant.name().to_owned()),
+        _ => (variant, GUEST_CORE, variant.name().to_owned()),
+    };
+    let mut best: Vec<Placed> = Variant::REMOTE.map(on).into();
+    best.push((Variant::OursOn, GUEST_CORE, format!("{}, all on one core", Variant::OursOn.name())));
+    let section = "through an export, peers' NBD server on the guest's core";
+    part(effort, report, section, Medium::Tmpfs, PATTERNS.split_at(2).0, &best);
+}
+
+fn part(
+    effort: Effort,
+    report: &mut Report,
+    section: &str,
+    medium: Medium,
+    patterns: &[Pattern],
+    variants: &[Placed],
+) {
+    let directories = Directories::new(medium);
+    for &pattern in patterns {
+        // A new one for each: what it keeps of the last one is gone.
+        let store = Medium::Tmpfs.directory();
+        let ours = Ours::start_below(store.path());
+        for round in 0..effort.rounds {
+            report.begin_round(effort);
+            for (variant, core, name) in variants {
+                let row = Row::new(section, medium.name(), pattern.name, name, round);
+                let directory = directories.of(*variant);
+                report.add(measure(&ours, (*variant, core), row, directory, pattern, effort.seconds));
             }
         }
     }
@@ -164,36 +182,39 @@ pub(crate) fn run(effort: Effort, report: &mut Report) {
 
 fn measure(
     ours: &Ours,
-    variant: Variant,
+    (variant, core): (Variant, &str),
     mut row: Row,
     directory: &Path,
-    (pattern, vm): (Pattern, &str),
+    pattern: Pattern,
     seconds: f64,
 ) -> Row {
-    let mut export = Export::start(ours, variant, directory, vm);
+    const VM: &str = "bench-export";
+    let mut export = Export::start(ours, variant, directory, VM, core);
     let sinks = || match (&export.sink, variant) {
-        (Some(sink), _) => machine::cpu_seconds(sink.pid()),
-        (None, Variant::OursOn) => {
-            machine::cpu_seconds(ours.site.agent.pid()) + machine::cpu_seconds(ours.site.server.pid())
-        }
-        _ => 0.0,
+        (Some(sink), _) => [machine::cpu_seconds(sink.pid()), 0.0],
+        (None, Variant::OursOn) => ours.cpu_seconds(),
+        _ => [0.0; 2],
     };
     let now = || UNIX_EPOCH.elapsed().expect("after 1970").as_secs_f64();
     let (daemon_before, sinks_before, began) = (machine::cpu_seconds(export.daemon.pid()), sinks(), now());
     let seen = finish(export.load(pattern, seconds, None));
     let ended = now();
-    let writes = seen.writes.max(1.0);
+    let each = |seconds: f64| seconds * 1e6 / seen.writes.max(1.0);
     row.set("iops", seen.iops);
     row.set("p50_us", seen.p50_us);
     row.set("p99_us", seen.p99_us);
     row.set("p999_us", seen.p999_us);
-    row.set("cpu_qemu_us", (machine::cpu_seconds(export.daemon.pid()) - daemon_before) * 1e6 / writes);
+    row.set("cpu_qemu_us", each(machine::cpu_seconds(export.daemon.pid()) - daemon_before));
     if variant == Variant::OursOn {
-        ours.catch_up(vm);
+        ours.catch_up(VM);
     }
-    row.set("cpu_sink_us", (sinks() - sinks_before) * 1e6 / writes);
+    let sinks_after = sinks();
+    let [first, second] = [0, 1].map(|end| each(sinks_after[end] - sinks_before[end]));
+    row.set("cpu_sink_us", first + second);
     if variant == Variant::OursOn {
-        row.set("captured", ours.captured(&ours.site.disk(vm, ""), began, ended));
+        row.set("cpu_agent_us", first);
+        row.set("cpu_server_us", second);
+        row.set("captured", ours.captured(&ours.site.disk(VM, ""), began, ended));
     }
     export.daemon.terminate();
     row

@@ -14,7 +14,7 @@ use cdp_tests::wait_for;
 use tempfile::TempDir;
 
 use crate::Effort;
-use crate::machine::{self, GUEST_CORE};
+use crate::machine::{self, GUEST_CORE, SINK_CORE};
 use crate::ours::Ours;
 use crate::report::{Report, Row};
 use crate::variants::{Medium, PATTERNS, Pattern, Variant};
@@ -43,7 +43,8 @@ const COPY_BYTES_PER_US: f64 = 10_000.0;
 struct Cost {
     wall_us: f64,
     cpu_us: f64,
-    sink_us: f64,
+    /// Agent and server; or the NBD server, and nobody.
+    sinks_us: [f64; 2],
     /// The share of the run in which history has no gap; of ours only.
     captured: Option<f64>,
 }
@@ -132,7 +133,11 @@ fn rows(costs: &[(Variant, Cost)], [section, medium, pattern]: [&str; 3], round:
                 row.set("added_cpu_to_blklogwrites", added_cpu / logged);
             }
         }
-        row.set("cpu_sink_us", cost.sink_us);
+        row.set("cpu_sink_us", cost.sinks_us.iter().sum());
+        if *variant == Variant::OursOn {
+            row.set("cpu_agent_us", cost.sinks_us[0]);
+            row.set("cpu_server_us", cost.sinks_us[1]);
+        }
         if let Some(captured) = cost.captured {
             row.set("captured", captured);
         }
@@ -209,7 +214,7 @@ impl Bench {
         for old in [&socket, &begin, &end] {
             let _absent = fs::remove_file(old);
         }
-        let sink = load.variant.start_sink(place.directory.path(), &socket, DISK_BYTES);
+        let sink = load.variant.start_sink(SINK_CORE, place.directory.path(), &socket, DISK_BYTES);
         self.vms += 1;
         let vm = format!("bench-in-process-{}", self.vms);
         let mut command = self.command(place, load, &socket, &vm);
@@ -221,13 +226,10 @@ impl Bench {
             self.ours.site.protect(&disk);
             disk
         });
-        let site = &self.ours.site;
         let sinks = || match (&sink, &disk) {
-            (Some(sink), _) => machine::cpu_seconds(sink.pid()),
-            (None, Some(_)) => {
-                machine::cpu_seconds(site.agent.pid()) + machine::cpu_seconds(site.server.pid())
-            }
-            (None, None) => 0.0,
+            (Some(sink), _) => [machine::cpu_seconds(sink.pid()), 0.0],
+            (None, Some(_)) => self.ours.cpu_seconds(),
+            (None, None) => [0.0; 2],
         };
         let sinks_before = sinks();
         File::create(&begin).expect("the gate's file");
@@ -237,10 +239,11 @@ impl Bench {
         });
         let captured = disk.as_ref().map(|disk| self.captured(&vm, disk, load.writes, &done));
         let each = |seconds: f64| seconds * 1e6 / load.writes as f64;
+        let sinks_after = sinks();
         let cost = Cost {
             wall_us: each(done.wall - done.paused),
             cpu_us: each(done.cpu),
-            sink_us: each(sinks() - sinks_before),
+            sinks_us: [0, 1].map(|end| each(sinks_after[end] - sinks_before[end])),
             captured,
         };
         File::create(&end).expect("the gate's file");

@@ -109,8 +109,8 @@ pub(crate) fn pin(pid: u32, core: &str) {
     assert!(status.expect("taskset runs").status.success(), "cannot pin process {pid}");
 }
 
-/// Processor, kernel and program versions, for the report.
-pub(crate) fn describe() -> Vec<(String, String)> {
+/// The command of the run, processor, kernel and program versions, for the report.
+pub(crate) fn describe(command: &str) -> Vec<(String, String)> {
     let cpu = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let model = cpu.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
     // Those of the machine, not those that this process is pinned to.
@@ -121,6 +121,7 @@ pub(crate) fn describe() -> Vec<(String, String)> {
         text.and_then(|text| text.lines().next().map(str::to_owned)).unwrap_or_else(|| "missing".to_owned())
     };
     vec![
+        ("command".to_owned(), format!("`{command}`")),
         ("processor".to_owned(), format!("{} × {cores}", model.map_or("unknown", |(_, name)| name))),
         (
             "load of the machine when the run ended".to_owned(),

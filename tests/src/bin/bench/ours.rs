@@ -36,15 +36,27 @@ impl Ours {
     }
 
     fn pinned(site: Site) -> Self {
-        machine::pin(site.agent.pid(), SINK_CORE);
-        machine::pin(site.server.pid(), SINK_CORE);
-        Self { site }
+        let this = Self { site };
+        this.pin(SINK_CORE);
+        this
     }
 
     /// Loads the library into a QEMU program that stands for that VM.
     pub(crate) fn load(&self, command: &mut Command, vm: &str) {
         command.env("LD_PRELOAD", program("libcdp_filter.so"));
         command.env("CDP_AGENT_SOCKET", self.site.agent_socket()).env("CDP_VM_NAME", vm);
+    }
+
+    /// Moves agent and server to one core.
+    pub(crate) fn pin(&self, core: &str) {
+        for process in [&self.site.agent, &self.site.server] {
+            machine::pin(process.pid(), core);
+        }
+    }
+
+    /// Processor time of agent and server so far, in seconds.
+    pub(crate) fn cpu_seconds(&self) -> [f64; 2] {
+        [&self.site.agent, &self.site.server].map(|process| machine::cpu_seconds(process.pid()))
     }
 
     /// Waits until all that the VM has written is durable at the server, and history has no gap any more.

@@ -100,13 +100,18 @@ impl Report {
         println!("{}", out.join(format!("{}.md", self.name)).display());
     }
 
+    /// What one says to have this run again.
+    fn command(&self) -> String {
+        format!("scripts/bench {}{}", self.name, if self.quick { " --quick" } else { "" })
+    }
+
     fn json(&self) -> Value {
         let rows = self.rows.iter().map(|row| {
             let values: BTreeMap<_, _> = row.values.iter().cloned().collect();
             json!({"section": row.section, "medium": row.medium, "pattern": row.pattern, "variant": row.variant,
                 "round": row.round, "quiet": row.quiet, "main": row.values.first().map(|(name, _)| name), "values": values})
         });
-        let machine: BTreeMap<_, _> = machine::describe().into_iter().collect();
+        let machine: BTreeMap<_, _> = machine::describe(&self.command()).into_iter().collect();
         json!({"name": self.name, "quick": self.quick, "machine": machine, "rows": rows.collect::<Vec<_>>()})
     }
 
@@ -157,7 +162,7 @@ impl Report {
 
     fn markdown(&self, plots: &[String]) -> String {
         let mut text = format!("# {}\n\n", self.name);
-        for (what, value) in machine::describe() {
+        for (what, value) in machine::describe(&self.command()) {
             let _ = writeln!(text, "- {what}: {value}");
         }
         let noisy = self.rows.iter().filter(|row| !row.quiet).count();

@@ -19,7 +19,7 @@ use journal_format::{DiskId, Frame, FrameHeader, Lsn, Op, Stamp};
 
 use crate::Effort;
 use crate::export::{Export, finish};
-use crate::machine;
+use crate::machine::{self, SINK_CORE};
 use crate::ours::Ours;
 use crate::report::{Report, Row};
 use crate::variants::{Medium, PATTERNS, Variant};
@@ -37,7 +37,7 @@ pub(crate) fn run(effort: Effort, report: &mut Report) {
     for pattern in [PATTERNS[1], PATTERNS[2]] {
         for round in 0..effort.rounds {
             report.begin_round(effort);
-            let mut export = Export::start(&ours, Variant::OursOn, images.path(), "bench-rpo");
+            let mut export = Export::start(&ours, Variant::OursOn, images.path(), "bench-rpo", SINK_CORE);
             hold_back(&ours);
             relay.take();
             let began = Instant::now();

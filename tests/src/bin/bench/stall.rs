@@ -90,7 +90,7 @@ fn measure(
     round: usize,
 ) -> Row {
     const VM: &str = "bench-stall";
-    let mut export = Export::start(ours, variant, directories.of(variant), VM);
+    let mut export = Export::start(ours, variant, directories.of(variant), VM, SINK_CORE);
     let freeze = |frozen: bool| {
         let process = match stalled {
             Stalled::Nobody => return,

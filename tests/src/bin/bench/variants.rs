@@ -7,7 +7,7 @@ use cdp_tests::process::Process;
 use cdp_tests::wait_for;
 use serde_json::{Value, json};
 
-use crate::machine::{self, SINK_CORE};
+use crate::machine;
 
 /// Bytes of the disk, and of each peer's second copy.
 pub(crate) const DISK_BYTES: u64 = 1 << 30;
@@ -99,6 +99,17 @@ impl Variant {
         Self::Backup,
     ];
 
+    /// Those of them that have another end, and the plain disk.
+    pub(crate) const REMOTE: [Self; 7] = [
+        Self::Plain,
+        Self::OursOn,
+        Self::BlkLogWritesNbd,
+        Self::QuorumNbd,
+        Self::MirrorBlocking,
+        Self::MirrorBackground,
+        Self::Backup,
+    ];
+
     /// Who takes part in process, where there are no jobs.
     pub(crate) const IN_PROCESS: [Self; 9] = [
         Self::Plain,
@@ -141,8 +152,14 @@ impl Variant {
         )
     }
 
-    /// Starts the server that drops what it gets, where the variant needs one.
-    pub(crate) fn start_sink(self, directory: &Path, socket: &Path, disk_bytes: u64) -> Option<Process> {
+    /// Starts the server that drops what it gets on that core, where the variant needs one.
+    pub(crate) fn start_sink(
+        self,
+        core: &str,
+        directory: &Path,
+        socket: &Path,
+        disk_bytes: u64,
+    ) -> Option<Process> {
         // A log grows; a second copy is as large as the first.
         let bytes = match self {
             Self::BlkLogWritesNbd => 16 * disk_bytes,
@@ -153,7 +170,7 @@ impl Variant {
             | Self::CopyBeforeWrite => disk_bytes,
             _ => return None,
         };
-        let mut command = machine::pinned(SINK_CORE, "nbdkit");
+        let mut command = machine::pinned(core, "nbdkit");
         command.args(["-f", "-U"]).arg(socket).args(["null", &bytes.to_string()]);
         let sink = Process::start(directory, "sink", &mut command);
         wait_for("the sink's socket", || socket.exists().then_some(()));
