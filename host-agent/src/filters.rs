@@ -35,6 +35,7 @@ use journal_format::ImageTag;
 pub struct FilterLink {
     connection: Connection,
     process: ProcessHandle,
+    pid: u32,
 }
 
 impl FilterLink {
@@ -89,6 +90,16 @@ impl FilterLink {
     /// Ends the connection; its reader sees the end and reports it.
     pub fn close(&self) {
         let _ = shutdown(self.connection.as_fd().as_raw_fd(), Shutdown::Both);
+    }
+
+    /// Whether this is an ended connection of the process that `other` is of.
+    #[must_use]
+    pub fn has_ended_before(&self, other: &Self) -> bool {
+        let mut fds = [PollFd::new(self.connection.as_fd(), PollFlags::empty())];
+        let ended = PollFlags::POLLHUP | PollFlags::POLLERR;
+        let polled = poll(&mut fds, PollTimeout::ZERO);
+        let [fd] = fds;
+        self.pid == other.pid && polled.is_ok() && fd.revents().is_some_and(|seen| seen.intersects(ended))
     }
 
     /// Whether its process is dead.
@@ -292,7 +303,7 @@ fn serve(filter: FilterId, connection: Connection, events: &Sender) {
         qemu = info.qemu_version,
         "filter connected"
     );
-    let link = Arc::new(FilterLink { connection, process });
+    let link = Arc::new(FilterLink { connection, process, pid: info.pid });
     if events.send(Input::Filter(filter, Arc::clone(&link), info)).is_err() {
         return;
     }

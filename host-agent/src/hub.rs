@@ -145,6 +145,12 @@ impl Hub {
     }
 
     fn filter_joined(&mut self, filter: FilterId, link: Arc<FilterLink>, info: VmInfo) {
+        // The threads of both connections tell us what they see, in any order: a process that has connected again must not
+        // meet itself.
+        let ended = self.filters.iter().filter(|(_, old)| old.has_ended_before(&link));
+        for old in ended.map(|(old, _)| *old).collect::<Vec<_>>() {
+            self.handle(Event::FilterLost(old));
+        }
         self.filters.insert(filter, link);
         self.handle(Event::FilterUp(filter, info));
     }
@@ -337,9 +343,9 @@ impl Hub {
             self.clocks.remove(filter);
             self.held.retain(|(holder, _), _| holder != filter);
         }
-        if let Event::FilterLost(filter) = &event
-            && let Some(link) = self.filters.remove(filter)
-        {
+        if let Event::FilterLost(filter) = &event {
+            // Its thread tells what is known already when the process has connected again.
+            let Some(link) = self.filters.remove(filter) else { return };
             link.close();
             self.watched.push((*filter, link));
         }
