@@ -15,8 +15,16 @@ pub const FRAME_TARGET_BYTES: usize = TARGET_FRAME_RAW_BYTES as usize;
 /// zeroes must not hold back its first record for long.
 pub const FRAME_MAX_RECORDS: usize = 4096;
 
-/// Age of its first record at which a frame is closed, however small it is.
+/// Age of its first record at which a frame is closed, unless it has few records.
 pub const FRAME_MAX_AGE: Duration = Duration::from_micros(1500);
+
+/// Fewer records than this are few. A frame costs the same whatever is in it: a commit of the server, and a page in each of
+/// its files.
+pub const FRAME_FEW_RECORDS: usize = 16;
+
+/// Age at which a frame is closed however few records it has. So long may a slow writer's last writes be on their way; one
+/// that waits for the server is not kept waiting by it.
+pub const FRAME_FEW_AGE: Duration = Duration::from_millis(5);
 
 /// Pause between two looks at a ring while writes come.
 pub const DRAIN_POLL: Duration = Duration::from_micros(75);
@@ -149,6 +157,8 @@ pub const EVENT_QUEUE: usize = 4096;
 /// Most requests of the server that may wait for one disk.
 pub const MAX_WAITERS: usize = 256;
 
+const _: () = assert!(FRAME_FEW_RECORDS < FRAME_MAX_RECORDS);
+const _: () = assert!(FRAME_MAX_AGE.as_micros() < FRAME_FEW_AGE.as_micros());
 const _: () = assert!(MIN_OUTBOX_BYTES as usize >= 2 * (MAX_FRAME_BYTES + 4096));
 const _: () = assert!(FRAME_MAX_RECORDS <= journal_format::limits::MAX_FRAME_RECORDS as usize);
 const _: () = assert!(*RING_MIB.start() << 20 >= 2 * journal_format::limits::MAX_RECORD_DATA_BYTES as u64);

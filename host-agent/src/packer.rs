@@ -6,7 +6,9 @@ use journal_format::frame::{FrameMeta, encode_head};
 use journal_format::limits::MAX_RECORD_DATA_BYTES;
 use journal_format::{Codec, DiskId, Epoch, FormatError, Op, Record, codec};
 
-use crate::limits::{FRAME_MAX_AGE, FRAME_MAX_RECORDS, FRAME_TARGET_BYTES, ZSTD_LEVEL};
+use crate::limits::{
+    FRAME_FEW_AGE, FRAME_FEW_RECORDS, FRAME_MAX_AGE, FRAME_MAX_RECORDS, FRAME_TARGET_BYTES, ZSTD_LEVEL,
+};
 use crate::outbox::PackedFrame;
 
 /// A frame under construction.
@@ -102,7 +104,8 @@ impl Packer {
     #[must_use]
     pub fn is_due(&self, now: Duration) -> bool {
         let full = self.data.len() >= FRAME_TARGET_BYTES || self.records.len() >= FRAME_MAX_RECORDS;
-        let old = self.opened.is_some_and(|opened| now.saturating_sub(opened) >= FRAME_MAX_AGE);
+        let age = if self.records.len() < FRAME_FEW_RECORDS { FRAME_FEW_AGE } else { FRAME_MAX_AGE };
+        let old = self.opened.is_some_and(|opened| now.saturating_sub(opened) >= age);
         full || old || self.begins_epoch
     }
 
@@ -209,11 +212,17 @@ mod tests {
     fn a_frame_is_due_when_full_or_old() {
         let mut packer = packer();
         let now = Duration::ZERO;
-        assert!(!packer.is_due(now + FRAME_MAX_AGE), "nothing waits");
+        assert!(!packer.is_due(now + FRAME_FEW_AGE), "nothing waits");
         put(&mut packer, now, 1, &[1; 100]);
+        assert!(!packer.is_due(now + FRAME_MAX_AGE), "few records wait for more");
+        assert!(packer.is_due(now + FRAME_FEW_AGE), "but not for ever");
+        for lsn in 2..=FRAME_FEW_RECORDS as u64 {
+            put(&mut packer, now, lsn, &[1; 100]);
+        }
         assert!(!packer.is_due(now));
         assert!(packer.is_due(now + FRAME_MAX_AGE));
-        assert!(put(&mut packer, now, 2, &vec![1; FRAME_TARGET_BYTES - 100]).is_none());
+        let rest = FRAME_TARGET_BYTES - 100 * FRAME_FEW_RECORDS;
+        assert!(put(&mut packer, now, FRAME_FEW_RECORDS as u64 + 1, &vec![1; rest]).is_none());
         assert!(packer.is_due(now));
     }
 
