@@ -166,6 +166,9 @@ fn part(
 ) {
     let directories = Directories::new(medium);
     for &pattern in patterns {
+        if !report.wants(section, medium.name(), pattern.name) {
+            continue;
+        }
         // A new one for each: what it keeps of the last one is gone.
         let store = Medium::Tmpfs.directory();
         let ours = Ours::start_below(store.path());

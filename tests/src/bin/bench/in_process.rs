@@ -29,7 +29,10 @@ const STRIDE: u64 = 1021;
 const PROBE_WRITES: u64 = 1000;
 const PROBE_BYTES: u64 = 64 << 20;
 /// What one variant runs in one round, of what the table's effort says: there are many tables here.
-const SHARE: f64 = 0.3;
+const SHARE: f64 = 0.45;
+/// The table's parts.
+const UNPAUSED: &str = "in process";
+const IN_BURSTS: &str = "in process, in bursts";
 /// Fewest writes of a run.
 const FEWEST: u64 = 32;
 /// In bursts: how long one is, in µs; what is written in all, pauses and all, in bytes a µs (or MB/s); what a copy takes in
@@ -81,15 +84,23 @@ struct Load {
 
 pub(crate) fn run(effort: Effort, report: &mut Report) {
     for medium in [Medium::Null, Medium::Tmpfs, Medium::Disk] {
+        let wanted = |pattern: &Pattern| {
+            let mut sections = vec![UNPAUSED];
+            sections.extend((medium != Medium::Disk).then_some(IN_BURSTS));
+            sections.retain(|section| report.wants(section, medium.name(), pattern.name));
+            (!sections.is_empty()).then_some((*pattern, sections))
+        };
+        let wanted: Vec<_> = PATTERNS.iter().filter_map(wanted).collect();
+        if wanted.is_empty() {
+            continue;
+        }
         let mut bench = Bench::new();
         let place = Place::new(medium, if effort.patient { 1 << 30 } else { 128 << 20 });
-        for pattern in PATTERNS {
+        for (pattern, sections) in wanted {
             let loads = bench.loads(&place, pattern, effort.seconds * SHARE);
-            let mut parts = vec![("in process", loads.clone())];
-            if medium != Medium::Disk {
-                parts.push(("in process, in bursts", in_bursts(&loads, effort.seconds * SHARE)));
-            }
-            for (section, loads) in parts {
+            for section in sections {
+                let bursts = section == IN_BURSTS;
+                let loads = if bursts { in_bursts(&loads, effort.seconds * SHARE) } else { loads.clone() };
                 for round in 0..effort.rounds {
                     report.begin_round(effort);
                     let costs: Vec<_> =

@@ -8,6 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use cdp_tests::programs::program;
+use nix::sched::{CpuSet, sched_setaffinity};
 use nix::time::{ClockId, clock_getcpuclockid, clock_gettime};
 use nix::unistd::Pid;
 
@@ -105,8 +106,26 @@ pub(crate) fn pinned(core: &str, program: impl AsRef<OsStr>) -> Command {
 
 /// Restricts a running process, all its threads, to one core.
 pub(crate) fn pin(pid: u32, core: &str) {
-    let status = Command::new("taskset").args(["-a", "-c", "-p", core, &pid.to_string()]).output();
-    assert!(status.expect("taskset runs").status.success(), "cannot pin process {pid}");
+    let pinned = || {
+        let taskset = Command::new("taskset").args(["-a", "-c", "-p", core, &pid.to_string()]).output();
+        taskset.expect("taskset runs").status.success()
+    };
+    // It fails when a thread ends that it has just listed.
+    assert!((0..10).any(|_| pinned()), "cannot pin process {pid}");
+}
+
+/// What the kernel does for shared memory that asks for huge pages: the word in brackets.
+fn huge_pages() -> String {
+    let text = fs::read_to_string("/sys/kernel/mm/transparent_hugepage/shmem_enabled").unwrap_or_default();
+    let chosen = text.split_once('[').and_then(|(_, rest)| rest.split_once(']'));
+    chosen.map_or("none", |(word, _)| word).to_owned()
+}
+
+/// Restricts the calling thread, and what it starts, to one core.
+pub(crate) fn pin_thread(core: &str) {
+    let mut cores = CpuSet::new();
+    cores.set(core.parse().expect("a core's number")).expect("a core");
+    sched_setaffinity(Pid::from_raw(0), &cores).expect("a core of this machine");
 }
 
 /// The command of the run, processor, kernel and program versions, for the report.
@@ -131,6 +150,7 @@ pub(crate) fn describe(command: &str) -> Vec<(String, String)> {
         ("QEMU".to_owned(), first_line("qemu-img", "--version")),
         ("fio".to_owned(), first_line("fio", "--version")),
         ("nbdkit".to_owned(), first_line("nbdkit", "--version")),
+        ("huge pages of shared memory".to_owned(), huge_pages()),
         (
             "pinning".to_owned(),
             format!(

@@ -52,6 +52,8 @@ pub(crate) struct Report {
     quiet: bool,
     /// How long rounds may still wait for a quiet moment.
     patience: Duration,
+    /// Only tables with this in their name are wanted.
+    only: Option<String>,
     rows: Vec<Row>,
 }
 
@@ -67,8 +69,20 @@ impl Spread {
 }
 
 impl Report {
-    pub(crate) fn new(name: &str, quick: bool) -> Self {
-        Self { name: name.to_owned(), quick, quiet: true, patience: machine::PATIENCE, rows: Vec::new() }
+    pub(crate) fn new(name: &str, quick: bool, only: Option<String>) -> Self {
+        Self {
+            name: name.to_owned(),
+            quick,
+            quiet: true,
+            patience: machine::PATIENCE,
+            only,
+            rows: Vec::new(),
+        }
+    }
+
+    /// Whether a table of `capture` is wanted.
+    pub(crate) fn wants(&self, section: &str, medium: &str, pattern: &str) -> bool {
+        self.only.as_ref().is_none_or(|only| format!("{section}, {medium}, {pattern}").contains(only))
     }
 
     /// Waits for a quiet moment, where the effort has the patience; the rows that follow say whether one was seen.
@@ -82,8 +96,8 @@ impl Report {
         self.rows.push(row);
     }
 
-    /// Writes `NAME.json`, `NAME.md` and a plot for each table.
-    pub(crate) fn write(&self, out: &Path) {
+    /// Writes `NAME.json`, `NAME.md` and a plot for each table. An incomplete run says so.
+    pub(crate) fn write(&self, out: &Path, complete: bool) {
         let put = |name: String, text: &str| {
             let path = out.join(name);
             fs::write(&path, text).unwrap_or_else(|e| panic!("cannot write {}: {e}", path.display()));
@@ -96,13 +110,14 @@ impl Report {
             put(file.clone(), &self.plot(&table));
             plots.push(file);
         }
-        put(format!("{}.md", self.name), &self.markdown(&plots));
+        put(format!("{}.md", self.name), &self.markdown(&plots, complete));
         println!("{}", out.join(format!("{}.md", self.name)).display());
     }
 
     /// What one says to have this run again.
     fn command(&self) -> String {
-        format!("scripts/bench {}{}", self.name, if self.quick { " --quick" } else { "" })
+        let only = self.only.as_ref().map_or(String::new(), |only| format!(" --only '{only}'"));
+        format!("scripts/bench {}{}{only}", self.name, if self.quick { " --quick" } else { "" })
     }
 
     fn json(&self) -> Value {
@@ -160,7 +175,7 @@ impl Report {
         Spread::of((0..rounds).filter_map(ratio).collect())
     }
 
-    fn markdown(&self, plots: &[String]) -> String {
+    fn markdown(&self, plots: &[String], complete: bool) -> String {
         let mut text = format!("# {}\n\n", self.name);
         for (what, value) in machine::describe(&self.command()) {
             let _ = writeln!(text, "- {what}: {value}");
@@ -171,6 +186,9 @@ impl Report {
             "- {} rows, {noisy} of them in rounds that were not seen to begin quietly",
             self.rows.len()
         );
+        if !complete {
+            text += "- **incomplete**: the run failed before its end\n";
+        }
         if self.quick {
             text += "- a quick run: it shows that the benchmark works, not how fast anything is\n";
         }
@@ -303,6 +321,6 @@ fn read(path: &Path) -> Option<Report> {
     Some(Report {
         quiet: true,
         rows: rows.collect(),
-        ..Report::new(&text(&value, "name"), value["quick"].as_bool()?)
+        ..Report::new(&text(&value, "name"), value["quick"].as_bool()?, None)
     })
 }
