@@ -4,6 +4,7 @@
 
 use std::hint::black_box;
 use std::os::fd::AsFd as _;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -11,6 +12,7 @@ use std::time::{Duration, Instant};
 use capture_ring::{Bell, Consumer, HostClock, Mode, Next, Ring, RingConfig};
 use cdp_filter::engine::{Begin, Capture, InFlight, Outcome, Request, Runtime, WaitToken};
 use cdp_filter::ffi::copy::copy_in;
+use cdp_tests::wait_for;
 use journal_format::{DiskId, Epoch, Lsn};
 use nix::libc::iovec;
 
@@ -88,20 +90,31 @@ fn measure(step: Step, pattern: Pattern, bursts: usize) -> f64 {
         .expect("a capture");
     let stop = AtomicBool::new(false);
     thread::scope(|scope| {
-        scope.spawn(|| consume(Consumer::new(ring, clock), &stop));
+        let _stop = Stop(&stop);
+        let consumer = Consumer::new(Arc::clone(&ring), clock);
+        scope.spawn(|| consume(consumer, &stop));
         let mut guest = Guest::new(step, pattern, &capture);
         let mut times: Vec<f64> = (0..bursts)
             .map(|_| {
                 thread::sleep(PAUSE);
+                wait_for("the consumer to catch up", || (ring.backlog() == 0).then_some(()));
                 guest.burst()
             })
             .collect();
-        // ORDERING: Relaxed: the flag stands alone.
-        stop.store(true, Ordering::Relaxed);
-        assert_eq!(capture.mode(), Mode::Capturing, "the consumer follows");
+        assert_eq!(capture.mode(), Mode::Capturing, "a burst is far smaller than the ring");
         times.sort_by(f64::total_cmp);
         times[times.len() / 2]
     })
+}
+
+/// Stops the consumer however the measurement ends.
+struct Stop<'a>(&'a AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        // ORDERING: Relaxed: the flag stands alone.
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
 
 fn nobody_waits(_: WaitToken) {

@@ -78,12 +78,13 @@ fn main() -> ExitCode {
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let wanted = match words[..] {
         ["compare", old, new] => return report::compare(old.as_ref(), new.as_ref()),
+        ["join", first, ref others @ ..] => return report::join(&out, first, others),
         ["all"] => None,
         [name] if TABLES.iter().any(|(table, _)| *table == name) => Some(name),
         _ => {
             let names = TABLES.map(|(name, _)| name).join("|");
             eprintln!(
-                "usage: bench {names}|all [--quick] [--only TEXT] [--out DIR]\n       bench compare OLD.json NEW.json"
+                "usage: bench {names}|all [--quick] [--only TEXT] [--out DIR]\n       bench compare OLD.json NEW.json\n       bench join PART.json... [--out DIR]"
             );
             return ExitCode::from(2);
         }

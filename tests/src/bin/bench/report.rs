@@ -296,6 +296,26 @@ fn more_is_better(value: &str) -> bool {
     value == "iops" || value.ends_with("_per_s")
 }
 
+/// Makes one report of several parts of a table (`--only`).
+pub(crate) fn join(out: &Path, first: &str, others: &[&str]) -> ExitCode {
+    let Some(mut joined) = read(first.as_ref()) else { return ExitCode::from(2) };
+    for other in others {
+        match read(other.as_ref()) {
+            Some(part) if (&part.name, part.quick) == (&joined.name, joined.quick) => {
+                joined.rows.extend(part.rows)
+            }
+            Some(_) => {
+                eprintln!("bench: {other} is of another table, or only one of them of a quick run");
+                return ExitCode::from(2);
+            }
+            None => return ExitCode::from(2),
+        }
+    }
+    fs::create_dir_all(out).unwrap_or_else(|e| panic!("cannot make {}: {e}", out.display()));
+    joined.write(out, true);
+    ExitCode::SUCCESS
+}
+
 fn read(path: &Path) -> Option<Report> {
     let text = fs::read_to_string(path).map_err(|e| e.to_string());
     let parsed = text.and_then(|text| serde_json::from_str::<Value>(&text).map_err(|e| e.to_string()));

@@ -69,7 +69,8 @@ pub(crate) fn run(effort: Effort, report: &mut Report) {
     };
     // The network is a thread of this process.
     machine::pin(std::process::id(), SINK_CORE);
-    let store = Medium::Tmpfs.directory();
+    // On the disk: a minute's writes do not fit in memory many times over.
+    let store = machine::directory_on_disk();
     let ours = Ours::start_with_network_below(store.path());
     let directories = Directories::new(Medium::Tmpfs);
     for stall in stalls {
