@@ -130,19 +130,10 @@ impl Memory {
     pub(crate) fn map(fd: BorrowedFd<'_>, geometry: Geometry) -> Result<Self, RingError> {
         let mapping = Mapping::new(fd.as_fd(), geometry.total_bytes)?;
         let memory = Self { mapping, geometry };
-        memory.ask_for_huge_pages();
+        // A host gives them where `transparent_hugepage/shmem_enabled` says `advise`; then a copy of 1 MiB needs one page
+        // translation instead of 256, and a direct write of it a few segments. Without them everything works as well.
+        memory.advise(u64::MAX, MmapAdvise::MADV_HUGEPAGE);
         Ok(memory)
-    }
-
-    /// Asks for huge pages for the arena. A host gives them where `transparent_hugepage/shmem_enabled` says `advise`; then a
-    /// copy of 1 MiB needs one page translation instead of 256, and a direct write of it a few segments.
-    fn ask_for_huge_pages(&self) {
-        let bytes = self.geometry.units.saturating_mul(u64::from(UNIT_BYTES));
-        let Some((at, length)) = self.mapping.inside::<u8>(self.geometry.arena_at, bytes) else { return };
-        // SAFETY: `inside` proved that the range lies in the mapping.
-        let start = unsafe { self.mapping.base.add(at) }.cast();
-        // SAFETY: the range is mapped; the advice changes no byte of it. Without them everything works as well.
-        let _refused = unsafe { madvise(start, length, MmapAdvise::MADV_HUGEPAGE) };
     }
 
     pub(crate) const fn geometry(&self) -> &Geometry {
@@ -217,12 +208,17 @@ impl Memory {
     /// Has the kernel map the first `bytes` of the arena for writing, as far as it can: older ones than Linux 5.14 cannot, and
     /// then each page costs its first writer a fault.
     pub(crate) fn warm(&self, bytes: u64) {
+        self.advise(bytes, MmapAdvise::MADV_POPULATE_WRITE);
+    }
+
+    /// Gives the kernel an advice about the first `bytes` of the arena, or all that there are. It may refuse.
+    fn advise(&self, bytes: u64, advice: MmapAdvise) {
         let bytes = bytes.min(self.geometry.units.saturating_mul(u64::from(UNIT_BYTES)));
         let Some((at, length)) = self.mapping.inside::<u8>(self.geometry.arena_at, bytes) else { return };
         // SAFETY: `inside` proved that the range lies in the mapping.
         let start = unsafe { self.mapping.base.add(at) }.cast();
-        // SAFETY: the range is mapped; populating it changes no byte of it.
-        let _unmapped = unsafe { madvise(start, length, MmapAdvise::MADV_POPULATE_WRITE) };
+        // SAFETY: the range is mapped; both advices that are given change no byte of it.
+        let _refused = unsafe { madvise(start, length, advice) };
     }
 
     /// Asks the processor to fetch a slot that is about to be written.
