@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use journal_format::frame::{FrameMeta, encode_head};
 use journal_format::limits::MAX_RECORD_DATA_BYTES;
-use journal_format::{Codec, DiskId, Epoch, FormatError, Op, Record, codec};
+use journal_format::{DiskId, Epoch, FormatError, Op, Record, codec};
 
 use crate::limits::{
     FRAME_FEW_AGE, FRAME_FEW_RECORDS, FRAME_MAX_AGE, FRAME_MAX_RECORDS, FRAME_TARGET_BYTES, ZSTD_LEVEL,
@@ -118,10 +118,7 @@ impl Packer {
         let (first_lsn, last_lsn, last_stamp) = (first.lsn, last.lsn, last.stamp);
         let raw_bytes = u32::try_from(self.data.len()).unwrap_or(u32::MAX);
         let mut data = std::mem::take(&mut self.spare);
-        let codec = codec::compress(&self.data, ZSTD_LEVEL, &mut data);
-        if codec == Codec::Raw {
-            std::mem::swap(&mut self.data, &mut data);
-        }
+        let codec = codec::compress(&mut self.data, ZSTD_LEVEL, &mut data);
         let meta = FrameMeta {
             disk: self.disk,
             epoch: self.epoch,

@@ -8,7 +8,9 @@
 use journal_format::durable_mark::{DurableMark, MARK_BYTES, MARK_MAGIC, RawDurableMark};
 use journal_format::index::{IndexHeader, IndexShape, Source};
 use journal_format::layout::Field;
+use journal_format::limits::{MAX_FRAME_DATA_BYTES, PART_RAW_BYTES};
 use journal_format::manifest::{MANIFEST_SEGMENT_BYTES, Manifest, ManifestHeader};
+use journal_format::parts::PART_ENTRY_BYTES;
 use journal_format::recovery::{durable_floor, see_data, see_meta, see_next};
 use journal_format::segment::{
     DATA_ENTRY_BYTES, DataEntry, META_ENTRY_BYTES, MetaEntry, Place, RawDataEntry, RawMetaEntry,
@@ -16,7 +18,7 @@ use journal_format::segment::{
 };
 use journal_format::wire::{self, MESSAGE_HEADER_BYTES, MessageHeader};
 use journal_format::{
-    DiskId, Frame, FrameHeader, FrameMeta, Lsn, SegmentNumber, bookmarks, codec, frame, record,
+    Codec, DiskId, Frame, FrameHeader, FrameMeta, Lsn, SegmentNumber, bookmarks, codec, frame, parts, record,
 };
 
 /// Does something with an input, and panics if that goes wrong.
@@ -78,7 +80,10 @@ fn repair_frame(bytes: &mut [u8]) {
     let head =
         128_usize.saturating_add(get_u32(bytes, layout, "record_count").saturating_mul(record::RECORD_BYTES));
     let end = head.saturating_add(get_u32(bytes, layout, "data_bytes"));
-    let (records_crc, data_crc) = (crc(bytes.get(128..head)), crc(bytes.get(head..end)));
+    let records_crc = crc(bytes.get(128..head));
+    let codec = bytes.get(12).and_then(|codec| Codec::from_u8(*codec)).unwrap_or(Codec::Raw);
+    let (raw_bytes, data) = (get_u32(bytes, layout, "raw_bytes") as u32, bytes.get(head..end));
+    let data_crc = parts::data_crc(codec, raw_bytes, data.unwrap_or(&[])).to_le_bytes();
     put(bytes, layout, "records_crc", &records_crc);
     put(bytes, layout, "data_crc", &data_crc);
     seal(bytes, 128);
@@ -145,7 +150,8 @@ pub fn data_entry(input: &[u8]) {
     put(&mut repaired, layout, "disk", &PLACE.disk.0);
     put(&mut repaired, layout, "segment", &PLACE.segment.0.to_le_bytes());
     put(&mut repaired, layout, "position", &PLACE.position.to_le_bytes());
-    put(&mut repaired, layout, "reserved", &[0; 8]);
+    put(&mut repaired, layout, "parts_of", &[0; 4]);
+    put(&mut repaired, layout, "reserved", &[0; 4]);
     let end = DATA_ENTRY_BYTES.saturating_add(get_u32(&repaired, layout, "data_bytes"));
     let data_crc = crc(repaired.get(DATA_ENTRY_BYTES..end));
     put(&mut repaired, layout, "data_crc", &data_crc);
@@ -331,15 +337,25 @@ fn again<M: wire::Control + PartialEq + core::fmt::Debug>(body: &[u8]) {
 /// Compressed data: the first four bytes are the length that a header would claim.
 pub fn codec(input: &[u8]) {
     let Some((claimed, data)) = input.split_first_chunk::<4>() else { return };
-    for codec in [journal_format::Codec::Raw, journal_format::Codec::Zstd] {
+    for codec in [Codec::Raw, Codec::Zstd, Codec::Parts] {
         if let Ok(raw) = codec::decompress(codec, data, u32::from_le_bytes(*claimed)) {
             assert_eq!(raw.len(), u32::from_le_bytes(*claimed) as usize);
         }
     }
+    // The table alone, of as many parts as fit it: whatever is accepted fills the data, part behind part.
+    let stored = u32::from_le_bytes(*claimed) % MAX_FRAME_DATA_BYTES;
+    let raw_bytes = (data.len() / PART_ENTRY_BYTES) as u32 * PART_RAW_BYTES;
+    if let Ok(parts) = parts::parse_table(data, raw_bytes, stored) {
+        let end = parts.iter().fold(0, |end, part| {
+            assert_eq!(part.stored().start, end);
+            part.stored().end
+        });
+        assert_eq!(end + data.len(), stored as usize);
+        assert_eq!(parts.iter().map(|part| part.raw_bytes).sum::<u32>(), raw_bytes);
+    }
     let mut packed = Vec::new();
-    let codec = codec::compress(data, 1, &mut packed);
-    let stored = if codec == journal_format::Codec::Raw { data } else { &packed };
-    assert_eq!(codec::decompress(codec, stored, data.len() as u32).as_deref(), Ok(data));
+    let codec = codec::compress(&mut data.to_vec(), 1, &mut packed);
+    assert_eq!(codec::decompress(codec, &packed, data.len() as u32).as_deref(), Ok(data));
 }
 
 /// Texts: disk ids.

@@ -1,13 +1,15 @@
-//! Compression of frame data: zstd, skipped when it does not pay.
+//! Compression of frame data: zstd, skipped when it does not pay, in parts where there is much.
 
-use std::io;
+use std::io::{self, Cursor};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use zstd::bulk::Compressor;
+use zstd::bulk::{Compressor, Decompressor};
+use zstd::zstd_safe::compress_bound;
 
 use crate::error::{FormatError, FormatErrorKind};
 use crate::frame::Codec;
-use crate::limits::MAX_FRAME_RAW_BYTES;
+use crate::limits::{MAX_FRAME_RAW_BYTES, PART_RAW_BYTES};
+use crate::parts::{self, Part};
 
 /// Frames of at least this many raw bytes are probed first: it takes many samples to be sure.
 const PROBED_FROM_BYTES: usize = 256 << 10;
@@ -24,58 +26,99 @@ const SAMPLE_STEP_BYTES: usize = 9_497;
 /// Blocks of a file system, whose first bytes tell whether one comes twice.
 const BLOCK_BYTES: usize = 4 << 10;
 
-/// Compresses `raw` at zstd `level` into `out`, unless that saves less than 1/16 of it: then the data stays raw, because
-/// reading it back costs nothing, and `out` is empty. What `out` held is gone; its memory is used again.
+/// Makes of `raw` what is stored of it, in `out`: zstd at `level`, unless that saves less than 1/16, because reading raw
+/// bytes back costs nothing. More than [`PART_RAW_BYTES`] are stored in parts, for each of which that is decided anew.
+/// What `out` held is gone; what `raw` holds afterwards is of no use. The memory of both is used again.
 ///
 /// Large frames are probed first, because most of what does not compress does so nowhere (films, archives, whatever is
 /// encrypted), and a whole pass over it costs more than all the rest that is done with a frame. The probe is a sixteenth
 /// of the frame, at the same level: it misses what pays in so few places that hardly a sample hits them.
 #[must_use]
-pub fn compress(raw: &[u8], level: i32, out: &mut Vec<u8>) -> Codec {
-    let most = raw.len().saturating_sub(raw.len() / 16);
-    if matches!(zstd_compress(raw, level, out), Ok(true)) && out.len() < most {
-        return Codec::Zstd;
-    }
+pub fn compress(raw: &mut Vec<u8>, level: i32, out: &mut Vec<u8>) -> Codec {
     out.clear();
-    Codec::Raw
+    let raw_bytes = raw.len();
+    let mut lengths = Vec::new();
+    // Without a context there is no memory for one: then it stays raw.
+    if let Ok(mut context) = COMPRESSORS.take(|| Compressor::new(level)) {
+        if context.set_compression_level(level).is_ok() && may_pay(&mut context, raw) {
+            lengths = store(&mut context, raw, out);
+        }
+        COMPRESSORS.give_back(context);
+    }
+    if lengths.is_empty() {
+        lengths = raw.chunks(PART_RAW_BYTES as usize).map(bytes_of).collect();
+        std::mem::swap(raw, out);
+    }
+    if raw_bytes > PART_RAW_BYTES as usize {
+        parts::push_table(out, &lengths);
+        Codec::Parts
+    } else if out.len() < raw_bytes {
+        Codec::Zstd
+    } else {
+        Codec::Raw
+    }
 }
 
-/// Contexts that wait for the next frame. A new one is about a megabyte of fresh pages: making it costs several times what
-/// compressing a frame does.
-static IDLE: Mutex<Vec<Compressor<'static>>> = Mutex::new(Vec::new());
-/// Contexts that are kept; more exist only while more threads than this compress at the same moment.
+/// Appends what is stored of each part of `raw` to `out`; the bytes of each.
+fn store(context: &mut Compressor<'_>, raw: &[u8], out: &mut Vec<u8>) -> Vec<u32> {
+    out.reserve(raw.len().saturating_add(compress_bound(PART_RAW_BYTES as usize)));
+    let parts = raw.chunks(PART_RAW_BYTES as usize).map(|part| {
+        let start = out.len();
+        let most = part.len().saturating_sub(part.len() / 16);
+        let mut end = Cursor::new(&mut *out);
+        end.set_position(start as u64);
+        let packed = context.compress_to_buffer(part, &mut end);
+        if !packed.is_ok_and(|length| length < most) {
+            out.truncate(start);
+            out.extend_from_slice(part);
+        }
+        u32::try_from(out.len().saturating_sub(start)).unwrap_or(u32::MAX)
+    });
+    parts.collect()
+}
+
+fn bytes_of(part: &[u8]) -> u32 {
+    u32::try_from(part.len()).unwrap_or(u32::MAX)
+}
+
+/// Contexts that wait for the next frame. A new one is up to a megabyte of fresh pages: making it costs several times what
+/// (de)compressing does.
+struct Idle<T>(Mutex<Vec<T>>);
+
+static COMPRESSORS: Idle<Compressor<'static>> = Idle(Mutex::new(Vec::new()));
+static DECOMPRESSORS: Idle<Decompressor<'static>> = Idle(Mutex::new(Vec::new()));
+/// Contexts that are kept; more exist only while more threads than this need one at the same moment.
 const MAX_IDLE: usize = 8;
 
-fn idle() -> MutexGuard<'static, Vec<Compressor<'static>>> {
-    // Nothing can panic while it is held.
-    IDLE.lock().unwrap_or_else(PoisonError::into_inner)
-}
+impl<T> Idle<T> {
+    fn lock(&self) -> MutexGuard<'_, Vec<T>> {
+        // Nothing can panic while it is held.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 
-/// False when a probe says that it cannot pay.
-fn zstd_compress(raw: &[u8], level: i32, out: &mut Vec<u8>) -> io::Result<bool> {
-    let kept = idle().pop();
-    let mut context = kept.map_or_else(|| Compressor::new(level), Ok)?;
-    context.set_compression_level(level)?;
-    let mut into_out = |bytes: &[u8]| {
-        out.clear();
-        out.reserve(zstd::zstd_safe::compress_bound(bytes.len()));
-        context.compress_to_buffer(bytes, out)
-    };
-    let mut may_pay = raw.len() < PROBED_FROM_BYTES || repeats(raw);
-    if !may_pay {
-        for part in sample_of(raw).chunks(PROBE_BYTES) {
-            // zstd gives up a block that saves less than 1/64: the least that it says counts.
-            may_pay |= into_out(part)? < part.len();
+    fn take(&self, make: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+        let kept = self.lock().pop();
+        kept.map_or_else(make, Ok)
+    }
+
+    fn give_back(&self, context: T) {
+        let mut idle = self.lock();
+        if idle.len() < MAX_IDLE {
+            idle.push(context);
         }
     }
-    if may_pay {
-        into_out(raw)?;
+}
+
+/// Whether there is reason to compress so much, or it is so little that trying costs nothing.
+fn may_pay(context: &mut Compressor<'_>, raw: &[u8]) -> bool {
+    if raw.len() < PROBED_FROM_BYTES || raw.chunks(PART_RAW_BYTES as usize).any(repeats) {
+        return true;
     }
-    let mut idle = idle();
-    if idle.len() < MAX_IDLE {
-        idle.push(context);
-    }
-    Ok(may_pay)
+    let mut out = Vec::with_capacity(compress_bound(PROBE_BYTES));
+    // zstd gives up a block that saves less than 1/64: the least that it says counts.
+    let mut pays =
+        |part: &[u8]| context.compress_to_buffer(part, &mut out).is_ok_and(|bytes| bytes < part.len());
+    sample_of(raw).chunks(PROBE_BYTES).any(&mut pays)
 }
 
 /// A piece of each stripe, one behind the other.
@@ -90,34 +133,73 @@ fn sample_of(raw: &[u8]) -> Vec<u8> {
     sample
 }
 
-/// Whether blocks come again often enough to pay even if nothing in them can be compressed. No sample would show that.
-fn repeats(raw: &[u8]) -> bool {
+/// Whether a part has blocks that come again often enough to pay even if nothing in them can be compressed. No sample would
+/// show that.
+fn repeats(part: &[u8]) -> bool {
     let mut heads: Vec<[u8; 8]> =
-        raw.chunks(BLOCK_BYTES).filter_map(|block| block.first_chunk().copied()).collect();
+        part.chunks(BLOCK_BYTES).filter_map(|block| block.first_chunk().copied()).collect();
     let blocks = heads.len();
     heads.sort_unstable();
     heads.dedup();
-    blocks.saturating_sub(heads.len()) >= blocks.div_ceil(16)
+    blocks.saturating_sub(heads.len()) >= blocks.div_ceil(16).max(1)
 }
 
 /// Undoes [`compress`]; `raw_bytes` is what the frame header says and is checked against its limit before anything
-/// is allocated.
+/// is allocated. Of data in parts each is compared with its checksum.
 ///
 /// # Errors
-/// `TooLarge` for a length over the limit, `Invalid` for bytes that are no zstd frame or have another length.
+/// `TooLarge` for a length over the limit, `Invalid` for bytes that are no zstd frame or have another length, `Checksum`
+/// for a part that is not what was stored.
 pub fn decompress(codec: Codec, data: &[u8], raw_bytes: u32) -> Result<Vec<u8>, FormatError> {
     if raw_bytes > MAX_FRAME_RAW_BYTES {
         return Err(FormatError::new(FormatErrorKind::TooLarge, "frame data", "raw length over the limit"));
     }
-    let raw = match codec {
-        Codec::Raw => data.to_vec(),
-        Codec::Zstd => zstd::bulk::decompress(data, raw_bytes as usize)
-            .map_err(|_| FormatError::new(FormatErrorKind::Invalid, "frame data", "zstd refuses it"))?,
-    };
+    let mut raw = Vec::new();
+    match codec {
+        Codec::Raw => raw.extend_from_slice(data),
+        Codec::Zstd => unpack(data, raw_bytes, &mut raw)?,
+        Codec::Parts => {
+            for part in parts::parts_of(data, raw_bytes)? {
+                raw.reserve(part.raw_bytes as usize);
+                decompress_part(&part, data.get(part.stored()).unwrap_or_default(), &mut raw)?;
+            }
+        }
+    }
     if raw.len() == raw_bytes as usize {
         Ok(raw)
     } else {
         Err(FormatError::new(FormatErrorKind::Invalid, "frame data", "another length than the header says"))
+    }
+}
+
+/// Compares a part as stored with its checksum, and appends its raw bytes to `raw`.
+///
+/// # Errors
+/// `Checksum` for bytes that are not what was stored, `Invalid` for ones that are no zstd frame of that length.
+pub fn decompress_part(part: &Part, stored: &[u8], raw: &mut Vec<u8>) -> Result<(), FormatError> {
+    part.check(stored)?;
+    if part.is_raw() {
+        raw.extend_from_slice(stored);
+        return Ok(());
+    }
+    unpack(stored, part.raw_bytes, raw)
+}
+
+/// Appends the `raw_bytes` that a zstd frame has.
+fn unpack(packed: &[u8], raw_bytes: u32, raw: &mut Vec<u8>) -> Result<(), FormatError> {
+    let refused = || FormatError::new(FormatErrorKind::Invalid, "frame data", "zstd refuses it");
+    let start = raw.len();
+    raw.reserve_exact(raw_bytes as usize);
+    let mut end = Cursor::new(&mut *raw);
+    end.set_position(start as u64);
+    let mut context = DECOMPRESSORS.take(Decompressor::new).map_err(|_| refused())?;
+    let unpacked = context.decompress_to_buffer(packed, &mut end);
+    DECOMPRESSORS.give_back(context);
+    if unpacked.is_ok_and(|length| length == raw_bytes as usize) {
+        Ok(())
+    } else {
+        raw.truncate(start);
+        Err(refused())
     }
 }
 
@@ -140,28 +222,27 @@ mod tests {
     fn stored(raw: &[u8]) -> usize {
         // What is in it must not matter.
         let mut out = vec![7; 100];
-        match compress(raw, 1, &mut out) {
-            Codec::Raw => {
-                assert!(out.is_empty());
-                raw.len()
-            }
-            Codec::Zstd => {
-                assert_eq!(decompress(Codec::Zstd, &out, u32::try_from(raw.len()).unwrap()).unwrap(), raw);
-                out.len()
-            }
-        }
+        let codec = compress(&mut raw.to_vec(), 1, &mut out);
+        assert_eq!(codec == Codec::Parts, raw.len() > PART_RAW_BYTES as usize);
+        let raw_bytes = u32::try_from(raw.len()).unwrap();
+        assert_eq!(decompress(codec, &out, raw_bytes).unwrap(), raw);
+        out.len() - if codec == Codec::Parts { parts::table_bytes(raw_bytes) as usize } else { 0 }
     }
 
-    /// What would be stored if each frame were compressed to see what comes of it.
+    /// What would be stored if each part were compressed to see what comes of it.
     fn without_probe(raw: &[u8]) -> usize {
-        let packed = zstd::bulk::compress(raw, 1).unwrap().len();
-        if packed < raw.len() - raw.len() / 16 { packed } else { raw.len() }
+        let parts = raw.chunks(PART_RAW_BYTES as usize).map(|part| {
+            let packed = zstd::bulk::compress(part, 1).unwrap().len();
+            if packed < part.len() - part.len() / 16 { packed } else { part.len() }
+        });
+        parts.sum()
     }
 
     #[test]
     fn what_compresses_nowhere_is_not_compressed_as_a_whole() {
         for bytes in [PROBED_FROM_BYTES, FRAME, FRAME + 1, 4 << 20] {
-            assert!(!zstd_compress(&noise(bytes), 1, &mut Vec::new()).unwrap(), "{bytes} bytes");
+            let mut context = Compressor::new(1).unwrap();
+            assert!(!may_pay(&mut context, &noise(bytes)), "{bytes} bytes");
             assert_eq!(stored(&noise(bytes)), bytes);
         }
         assert_eq!(stored(&[]), 0);
@@ -201,13 +282,12 @@ mod tests {
 
     #[test]
     fn noise_that_comes_twice_and_digits_of_noise_are_compressed() {
-        let (half, block) = (noise(FRAME / 2), noise(FRAME / 8));
-        assert!(
-            stored(&[half.clone(), half.clone()].concat()) < FRAME * 6 / 10,
-            "the second half is the first"
-        );
-        let twice = [half.as_slice(), &block, &block, &noise(FRAME / 4)].concat();
-        assert!(stored(&twice) < twice.len() - twice.len() / 16, "an eighth comes twice");
+        let (half, part) = (noise(FRAME / 2), PART_RAW_BYTES as usize);
+        let doubled: Vec<u8> = half.chunks(part / 2).flat_map(|piece| [piece, piece].concat()).collect();
+        assert!(stored(&doubled) < FRAME * 6 / 10, "the second half of each part is the first");
+        let again = noise(part / 4).repeat(4);
+        let once = [&half[part..], &again, &half].concat();
+        assert!(stored(&once) < once.len() - part / 2, "one part is a block again and again");
         let digits: Vec<u8> = half.iter().flat_map(|byte| [b'a' + byte / 16, b'a' + byte % 16]).collect();
         assert!(stored(&digits) < FRAME * 6 / 10, "hexadecimal digits");
     }

@@ -14,6 +14,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 use crate::error::{FormatError, FormatErrorKind};
 use crate::layout::{header_crc, layout};
 use crate::limits::{MAX_FRAME_RAW_BYTES, MAX_FRAME_RECORDS};
+use crate::parts;
 use crate::record::{Op, RECORD_BYTES, RawRecord, Record};
 use crate::units::{DiskId, Epoch, Lsn, Stamp};
 
@@ -32,6 +33,8 @@ pub enum Codec {
     Raw = 0,
     /// One zstd frame.
     Zstd = 1,
+    /// In parts, each of them raw or a zstd frame: see [`crate::parts`].
+    Parts = 2,
 }
 
 impl Codec {
@@ -41,7 +44,18 @@ impl Codec {
         match value {
             0 => Some(Self::Raw),
             1 => Some(Self::Zstd),
+            2 => Some(Self::Parts),
             _ => None,
+        }
+    }
+
+    /// Whether so many raw bytes can be so many stored ones. Data that did not shrink is stored raw, so what zstd made is
+    /// always less; and it makes something of nothing.
+    pub(crate) const fn fits(self, raw_bytes: u32, data_bytes: u32) -> bool {
+        match self {
+            Self::Raw => data_bytes == raw_bytes,
+            Self::Zstd => data_bytes > 0 && data_bytes < raw_bytes,
+            Self::Parts => parts::table_place(raw_bytes, data_bytes).is_some(),
         }
     }
 }
@@ -147,12 +161,7 @@ impl FrameHeader {
         if records == 0 || records > MAX_FRAME_RECORDS {
             return bad("the number of records is 0 or over the limit");
         }
-        // Data that did not shrink is stored raw, so compressed bytes are always fewer; and zstd makes something of nothing.
-        let fits = match codec {
-            Codec::Raw => data == raw,
-            Codec::Zstd => data > 0 && data < raw,
-        };
-        if raw > MAX_FRAME_RAW_BYTES || !fits {
+        if raw > MAX_FRAME_RAW_BYTES || !codec.fits(raw, data) {
             return bad("the data length is over its limit or does not fit the codec");
         }
         if self.epoch.get() == 0 {
@@ -225,7 +234,7 @@ impl FrameHeader {
     pub fn data_bytes(&self) -> u32 {
         self.data_bytes.get()
     }
-    /// crc32c of the data as stored; its enemies are torn, lost and misdirected writes and bit rot.
+    /// crc32c of the data as stored ([`parts::data_crc`]); its enemies are torn, lost and misdirected writes and bit rot.
     #[must_use]
     pub fn data_crc(&self) -> u32 {
         self.data_crc.get()
@@ -275,9 +284,8 @@ impl<'a> Frame<'a> {
         if data.len() != frame.header.data_bytes() as usize {
             return Err(FormatError::truncated("frame data"));
         }
-        if crc32c::crc32c(data) != frame.header.data_crc() {
-            return Err(FormatError::new(FormatErrorKind::Checksum, "frame data", "torn or corrupt"));
-        }
+        let header = &frame.header;
+        parts::check_data(header.codec(), header.raw_bytes(), data, header.data_crc())?;
         Ok(frame)
     }
 
@@ -427,7 +435,7 @@ pub fn encode_head(meta: &FrameMeta, records: &[Record], data: &[u8]) -> Result<
         raw_bytes: U32::new(meta.raw_bytes),
         data_bytes: U32::new(data_bytes),
         records_crc: U32::new(crc32c::crc32c(&body)),
-        data_crc: U32::new(crc32c::crc32c(data)),
+        data_crc: U32::new(parts::data_crc(meta.codec, meta.raw_bytes, data)),
         reserved_b: [0; 32],
         header_crc: U32::new(0),
     };
@@ -436,6 +444,9 @@ pub fn encode_head(meta: &FrameMeta, records: &[Record], data: &[u8]) -> Result<
     out.extend_from_slice(header.as_bytes());
     out.extend_from_slice(&body);
     Frame::from_head(&out)?;
+    if meta.codec == Codec::Parts {
+        parts::parts_of(data, meta.raw_bytes)?;
+    }
     Ok(out)
 }
 

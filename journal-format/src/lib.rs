@@ -35,6 +35,7 @@ pub mod index;
 pub mod layout;
 pub mod limits;
 pub mod manifest;
+pub mod parts;
 pub mod point;
 pub mod record;
 pub mod recovery;

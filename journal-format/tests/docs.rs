@@ -7,13 +7,16 @@ use std::path::Path;
 use journal_format::layout::Field;
 use journal_format::recovery::CASES;
 use journal_format::wire::{MessageHeader, MessageType};
-use journal_format::{FrameHeader, GapReason, bookmarks, durable_mark, index, manifest, record, segment};
+use journal_format::{
+    FrameHeader, GapReason, bookmarks, durable_mark, index, manifest, parts, record, segment,
+};
 
 /// Every struct that is written to a disk or sent over a socket.
 const STRUCTS: &[(&str, &[Field])] = &[
     ("FrameHeader", FrameHeader::LAYOUT),
     ("RawRecord", record::RawRecord::LAYOUT),
     ("SegmentHeader", segment::SegmentHeader::LAYOUT),
+    ("RawPart", parts::RawPart::LAYOUT),
     ("RawDataEntry", segment::RawDataEntry::LAYOUT),
     ("RawMetaEntry", segment::RawMetaEntry::LAYOUT),
     ("IndexHeader", index::IndexHeader::LAYOUT),

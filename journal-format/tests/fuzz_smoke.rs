@@ -49,7 +49,7 @@ fn sample(target: &str) -> Vec<u8> {
         "wire" => sample_inventory(),
         "codec" => {
             let mut packed = Vec::new();
-            assert_eq!(codec::compress(&[7; 3000], 1, &mut packed), Codec::Zstd);
+            assert_eq!(codec::compress(&mut vec![7; 3000], 1, &mut packed), Codec::Zstd);
             [3000_u32.to_le_bytes().to_vec(), packed].concat()
         }
         "text" => DISK.to_string().into_bytes(),

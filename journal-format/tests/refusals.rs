@@ -5,6 +5,7 @@ mod common;
 use common::*;
 use journal_format::ImageTag;
 use journal_format::index::{IndexBuilder, IndexHeader, IndexShape};
+use journal_format::limits::PART_RAW_BYTES;
 use journal_format::record::RawRecord;
 use journal_format::segment::{
     DataEntry, DataPlace, META_ENTRY_BYTES, MetaEntry, SegmentHeader, SegmentMeta,
@@ -12,7 +13,7 @@ use journal_format::segment::{
 use journal_format::wire::{self, MessageHeader, MessageType};
 use journal_format::{
     CheckedFrame, Codec, DataSpan, DiskId, Epoch, FormatErrorKind, Frame, FrameHeader, FrameMeta, Lsn, Op,
-    Record, SegmentNumber, Stamp, codec, frame,
+    Record, SegmentNumber, Stamp, codec, frame, parts,
 };
 use zerocopy::little_endian::{U16, U32, U64};
 
@@ -337,7 +338,7 @@ fn a_message_header_says_why_it_is_refused() {
 #[test]
 fn data_of_another_length_than_the_header_says_is_refused() {
     let mut packed = Vec::new();
-    let codec = codec::compress(&[0; 4096], 1, &mut packed);
+    let codec = codec::compress(&mut vec![0; 4096], 1, &mut packed);
     assert!(codec::decompress(codec, &packed, 4096).is_ok());
     for wrong in [0, 4095, 4097] {
         assert!(codec::decompress(codec, &packed, wrong).is_err(), "{wrong}");
@@ -357,4 +358,100 @@ fn texts_that_are_no_disk_id_are_refused() {
     for text in wrong.into_iter().chain([multibyte, dashes]) {
         assert!(text.parse::<DiskId>().is_err(), "{text}");
     }
+}
+
+/// A frame in four parts: zeroes, noise, zeroes, and a short last one.
+fn frame_in_parts() -> (Vec<u8>, Vec<u8>) {
+    let part = PART_RAW_BYTES as usize;
+    let mut x = 1_u32;
+    let noise = std::iter::repeat_with(|| {
+        x = x.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (x >> 24) as u8
+    });
+    let raw: Vec<u8> = [vec![0; part], noise.take(part).collect(), vec![1; part], vec![2; 100]].concat();
+    let mut data = Vec::new();
+    let codec = codec::compress(&mut raw.clone(), 1, &mut data);
+    assert_eq!(codec, Codec::Parts);
+    let meta = FrameMeta { codec, ..meta(1, raw.len()) };
+    (raw, frame::encode(&meta, &records(1, &[Op::Flush]), &data).unwrap())
+}
+
+#[test]
+fn each_part_is_read_by_itself_and_no_byte_of_it_can_change_unseen() {
+    let (raw, bytes) = frame_in_parts();
+    let parsed = Frame::parse(&bytes).unwrap();
+    let (header, data) = (*parsed.header(), parsed.data());
+    let at_end = parts::table_place(header.raw_bytes(), header.data_bytes()).unwrap();
+    let table = &data[at_end.start as usize..at_end.end as usize];
+    assert_eq!(crc32c::crc32c(table), header.data_crc(), "who knows the frame knows its table");
+    let parts = parts::parse_table(table, header.raw_bytes(), header.data_bytes()).unwrap();
+    let stored: Vec<u32> = parts.iter().map(|part| part.stored_bytes).collect();
+    assert!(
+        stored[0] < 100 && stored[1] == PART_RAW_BYTES && stored[2] < 100 && stored[3] < 100,
+        "{stored:?}"
+    );
+    let mut from = 0;
+    for part in &parts {
+        let mut out = vec![9];
+        codec::decompress_part(part, &data[part.stored()], &mut out).unwrap();
+        let upto = from + part.raw_bytes as usize;
+        assert!(out[1..] == raw[from..upto], "appended");
+        from = upto;
+        for at in part.stored().step_by(997) {
+            let mut wrong = data[part.stored()].to_vec();
+            wrong[at - part.stored().start] ^= 4;
+            let refused = codec::decompress_part(part, &wrong, &mut out).unwrap_err();
+            assert_eq!(refused.kind(), FormatErrorKind::Checksum);
+        }
+        assert!(codec::decompress_part(part, &data[part.stored()][1..], &mut out).is_err(), "one byte less");
+    }
+    let entry = data_entry(&parsed, &place(8192));
+    assert_eq!(DataEntry::parse(&entry, &place(8192)).unwrap().data, data);
+    for at in
+        (bytes.len() - data.len()..bytes.len()).step_by(89).chain(bytes.len() - table.len()..bytes.len())
+    {
+        let mut wrong = bytes.clone();
+        wrong[at] ^= 1;
+        assert!(Frame::parse(&wrong).is_err(), "byte {at} of the frame");
+        let mut wrong = entry.clone();
+        let at = at + entry.len() - bytes.len();
+        wrong[at] ^= 1;
+        assert!(DataEntry::parse(&wrong, &place(8192)).is_err(), "byte {at} of the entry");
+    }
+}
+
+#[test]
+fn a_table_of_parts_that_do_not_fill_the_data_is_refused() {
+    let (raw, bytes) = frame_in_parts();
+    let parsed = Frame::parse(&bytes).unwrap();
+    let data = parsed.data();
+    let header = parsed.header();
+    let (raw_bytes, data_bytes) = (header.raw_bytes(), header.data_bytes());
+    let place = parts::table_place(raw_bytes, data_bytes).unwrap();
+    let table = data[place.start as usize..].to_vec();
+    let refused =
+        |table: &[u8], raw_bytes, data_bytes| parts::parse_table(table, raw_bytes, data_bytes).is_err();
+    assert!(!refused(&table, raw_bytes, data_bytes));
+    assert!(refused(&table[8..], raw_bytes, data_bytes) && refused(&[], raw_bytes, data_bytes), "too short");
+    assert!(refused(&table, raw_bytes, data_bytes + 1) && refused(&table, raw_bytes, data_bytes - 1));
+    assert!(refused(&table, raw_bytes + PART_RAW_BYTES, data_bytes), "a part more");
+    let mut swapped = table.clone();
+    // The first part takes a byte from the second: together they are as long as before.
+    for (at, by) in [(0, 1), (8, u32::MAX)] {
+        let length = u32::from_le_bytes(swapped[at..at + 4].try_into().unwrap()).wrapping_add(by);
+        swapped[at..at + 4].copy_from_slice(&length.to_le_bytes());
+    }
+    assert!(!refused(&swapped, raw_bytes, data_bytes), "the lengths alone fit");
+    let seen = [&data[..place.start as usize], &swapped].concat();
+    assert!(codec::decompress(Codec::Parts, &seen, raw_bytes).is_err(), "the checksums do not");
+    let mut longer = table;
+    longer[8..12].copy_from_slice(&(PART_RAW_BYTES + 1).to_le_bytes());
+    assert!(refused(&longer, raw_bytes, data_bytes + 1), "longer than raw");
+    let whole = FrameMeta { codec: Codec::Parts, ..meta(1, raw.len()) };
+    assert!(frame::encode(&whole, &records(1, &[Op::Flush]), &raw).is_err(), "no table");
+    let little = FrameMeta { codec: Codec::Parts, ..meta(1, 100) };
+    assert!(
+        frame::encode(&little, &records(1, &[Op::Flush]), &data[..90]).is_err(),
+        "one part is not in parts"
+    );
 }

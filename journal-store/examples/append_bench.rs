@@ -5,8 +5,7 @@
 use std::time::Instant;
 
 use journal_format::{
-    ByteRange, Codec, DataSpan, DiskId, Epoch, Frame, FrameMeta, GapReason, Lsn, Op, Record, Stamp, codec,
-    frame,
+    ByteRange, DataSpan, DiskId, Epoch, Frame, FrameMeta, GapReason, Lsn, Op, Record, Stamp, codec, frame,
 };
 use journal_store::Store;
 
@@ -31,7 +30,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             random ^= random << 17;
             random
         };
-        let raw: Vec<u8> = (0..raw_bytes / 8).flat_map(|_| next().to_le_bytes()).collect();
+        let mut raw: Vec<u8> = (0..raw_bytes / 8).flat_map(|_| next().to_le_bytes()).collect();
         let mut records = Vec::new();
         for i in 0..WRITES_PER_FRAME {
             let range =
@@ -43,9 +42,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             lsn = lsn.next();
         }
         let first_lsn = records.first().map_or(lsn, |record| record.lsn);
-        let codec = codec::compress(&raw, 1, &mut packed);
+        let codec = codec::compress(&mut raw, 1, &mut packed);
         let meta = FrameMeta { disk, epoch: Epoch(1), first_lsn, disk_bytes: DISK_BYTES, codec, raw_bytes };
-        let bytes = frame::encode(&meta, &records, if codec == Codec::Raw { &raw } else { &packed })?;
+        let bytes = frame::encode(&meta, &records, &packed)?;
         store.append(&Frame::parse(&bytes)?)?;
         if number % 8 == 7 || number + 1 == frames {
             store.commit().into_iter().next().map_or(Ok(()), |(_, error)| Err(error))?;

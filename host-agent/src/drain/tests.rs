@@ -378,7 +378,8 @@ fn a_damaged_spool_ends_the_epoch_before_the_damage() {
     let mut files: Vec<_> = std::fs::read_dir(folder).unwrap().map(|file| file.unwrap().path()).collect();
     files.sort();
     let mut bytes = std::fs::read(&files[1]).unwrap();
-    let middle = bytes.len() / 2;
+    // All frames are alike: the middle of the file may be between two of them, where nobody looks.
+    let middle = bytes.len() / 2 + 5000;
     bytes[middle] ^= 1;
     std::fs::write(&files[1], bytes).unwrap();
     let stop = loop {

@@ -184,11 +184,8 @@ impl RawIndexFrame {
             0 => self.data_position.get() == 0 && self.data_segment.get() == 0,
             _ => at(self.data_position.get()) && self.data_segment.get() != 0,
         };
-        let stored = match Codec::from_u8(self.codec) {
-            Some(Codec::Raw) => self.data_bytes.get() == self.raw_bytes.get(),
-            Some(Codec::Zstd) => (1..self.raw_bytes.get()).contains(&self.data_bytes.get()),
-            None => false,
-        };
+        let stored = Codec::from_u8(self.codec)
+            .is_some_and(|codec| codec.fits(self.raw_bytes.get(), self.data_bytes.get()));
         data && stored
             && at(self.meta_position.get())
             && self.reserved == [0; 3]

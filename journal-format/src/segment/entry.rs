@@ -5,9 +5,10 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::{ENTRY_ALIGN_BYTES, PAGE_BYTES};
 use crate::error::{FormatError, FormatErrorKind};
-use crate::frame::{FRAME_HEADER_BYTES, Frame, FrameHeader};
+use crate::frame::{Codec, FRAME_HEADER_BYTES, Frame, FrameHeader};
 use crate::layout::{header_crc, layout};
-use crate::limits::{MAX_FRAME_HEAD_BYTES, MAX_FRAME_RAW_BYTES, MAX_SEGMENT_BYTES};
+use crate::limits::{MAX_FRAME_DATA_BYTES, MAX_FRAME_HEAD_BYTES, MAX_FRAME_RAW_BYTES, MAX_SEGMENT_BYTES};
+use crate::parts;
 use crate::units::{DiskId, Lsn, SegmentNumber};
 
 /// First eight bytes of an entry of the data volume.
@@ -53,7 +54,8 @@ pub struct RawDataEntry {
     segment: U32,
     data_bytes: U32,
     data_crc: U32,
-    reserved: [u8; 8],
+    parts_of: U32,
+    reserved: [u8; 4],
     header_crc: U32,
 }
 
@@ -65,6 +67,7 @@ layout!(RawDataEntry {
     segment,
     data_bytes,
     data_crc,
+    parts_of,
     reserved,
     header_crc
 });
@@ -74,7 +77,7 @@ layout!(RawDataEntry {
 pub struct DataEntry<'a> {
     /// First LSN of the frame that the data belongs to.
     pub first_lsn: Lsn,
-    /// crc32c of the data; it was compared.
+    /// The frame's checksum of the data ([`parts::data_crc`]); it was compared.
     pub data_crc: u32,
     /// The data as stored (codec applied).
     pub data: &'a [u8],
@@ -98,7 +101,8 @@ impl<'a> DataEntry<'a> {
             segment: U32::new(place.segment.0),
             data_bytes: U32::new(frame.data_bytes()),
             data_crc: U32::new(frame.data_crc()),
-            reserved: [0; 8],
+            parts_of: U32::new(if frame.codec() == Codec::Parts { frame.raw_bytes() } else { 0 }),
+            reserved: [0; 4],
             header_crc: U32::new(0),
         };
         raw.header_crc = U32::new(header_crc(raw.as_bytes()));
@@ -125,16 +129,15 @@ impl<'a> DataEntry<'a> {
         {
             return Err(err(FormatErrorKind::Invalid, "the entry was meant for another place"));
         }
-        if raw.reserved != [0; 8] || raw.first_lsn.get() == 0 || raw.data_bytes.get() == 0 {
+        if raw.reserved != [0; 4] || raw.first_lsn.get() == 0 || raw.data_bytes.get() == 0 {
             return Err(err(FormatErrorKind::Invalid, "a field is out of its range"));
         }
-        if raw.data_bytes.get() > MAX_FRAME_RAW_BYTES {
+        if raw.data_bytes.get() > MAX_FRAME_DATA_BYTES || raw.parts_of.get() > MAX_FRAME_RAW_BYTES {
             return Err(err(FormatErrorKind::TooLarge, "more data than a frame can have"));
         }
         let data = rest.get(..raw.data_bytes.get() as usize).ok_or_else(cut)?;
-        if crc32c::crc32c(data) != raw.data_crc.get() {
-            return Err(err(FormatErrorKind::Checksum, "the data is torn or corrupt"));
-        }
+        let codec = if raw.parts_of.get() == 0 { Codec::Raw } else { Codec::Parts };
+        parts::check_data(codec, raw.parts_of.get(), data, raw.data_crc.get())?;
         Ok(Self { first_lsn: Lsn(raw.first_lsn.get()), data_crc: raw.data_crc.get(), data })
     }
 }
@@ -227,7 +230,7 @@ impl MetaEntryHeader {
         {
             return Err(err(FormatErrorKind::Invalid, "a field is out of its range"));
         }
-        if head_bytes > MAX_FRAME_HEAD_BYTES || raw.data_bytes.get() > MAX_FRAME_RAW_BYTES {
+        if head_bytes > MAX_FRAME_HEAD_BYTES || raw.data_bytes.get() > MAX_FRAME_DATA_BYTES {
             return Err(err(FormatErrorKind::TooLarge, "more bytes than a frame can have"));
         }
         Ok(Self {

@@ -8,8 +8,8 @@ use std::ops::ControlFlow;
 use std::sync::{Arc, Mutex};
 
 use journal_format::{
-    ByteRange, Codec, DataSpan, DiskId, Epoch, Frame, FrameMeta, GapReason, ImageTag, Lsn, Op, Record, Stamp,
-    codec, frame,
+    ByteRange, DataSpan, DiskId, Epoch, Frame, FrameMeta, GapReason, ImageTag, Lsn, Op, Record, Stamp, codec,
+    frame,
 };
 use journal_store::io::{Answer, Call, CallKind, Hook, MemStorage, Storage};
 use journal_store::{Damage, DiskStore, Store, StoreConfig, StoreError, View};
@@ -233,17 +233,17 @@ impl Model {
             self.records.push(ModelRecord { record, change, name });
         }
         let mut packed = Vec::new();
-        let codec = codec::compress(&raw, 1, &mut packed);
-        let data = if codec == Codec::Raw { &raw } else { &packed };
+        let raw_bytes = raw.len();
+        let codec = codec::compress(&mut raw, 1, &mut packed);
         let meta = FrameMeta {
             disk: self.disk,
             epoch: self.epoch,
             first_lsn,
             disk_bytes: self.disk_bytes,
             codec,
-            raw_bytes: raw.len() as u32,
+            raw_bytes: raw_bytes as u32,
         };
-        Made { bytes: frame::encode(&meta, &records, data).expect("frame"), last: self.last() }
+        Made { bytes: frame::encode(&meta, &records, &packed).expect("frame"), last: self.last() }
     }
 
     pub fn size_at(&self, lsn: Lsn) -> u64 {

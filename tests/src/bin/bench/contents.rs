@@ -119,9 +119,8 @@ pub(crate) fn batches(contents: &[u8], record_bytes: usize, batch_bytes: usize) 
     let whole = contents.chunks_exact(most);
     whole
         .map(|raw| {
-            let codec = codec::compress(raw, ZSTD_LEVEL, &mut packed);
-            let data = if codec == Codec::Raw { raw.to_vec() } else { packed.clone() };
-            Batch { codec, data, raw: raw.to_vec(), record_bytes }
+            let codec = codec::compress(&mut raw.to_vec(), ZSTD_LEVEL, &mut packed);
+            Batch { codec, data: packed.clone(), raw: raw.to_vec(), record_bytes }
         })
         .collect()
 }
