@@ -1,4 +1,4 @@
-//! Recently used values within a budget of bytes: decompressed frames, open files.
+//! Recently used values within a budget of bytes: decompressed data, open files.
 
 use std::collections::{BTreeMap, HashMap};
 use std::hash::Hash;

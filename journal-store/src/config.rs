@@ -11,7 +11,7 @@ pub struct StoreConfig {
     pub segment_meta_bytes: u64,
     /// A segment is sealed when it holds this many records.
     pub segment_records: u64,
-    /// Decompressed frames that are kept for the next read, in bytes, for the whole store.
+    /// Decompressed data that is kept for the next read, in bytes, for the whole store.
     pub cache_bytes: usize,
     /// Most threads that a commit uses to make files durable at the same time; with 1 the order of I/O is always the same.
     pub sync_threads: usize,

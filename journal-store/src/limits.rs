@@ -12,8 +12,11 @@ pub const SEGMENT_META_BYTES: u64 = 64 << 20;
 /// A segment is sealed when it holds this many records: bounds the index that is kept in memory (24 bytes a record).
 pub const SEGMENT_RECORDS: u64 = 256 << 10;
 
-/// Decompressed frames that are kept for the next read, in bytes, for the whole store.
+/// Decompressed data that is kept for the next read, in bytes, for the whole store.
 pub const CACHE_BYTES: usize = 128 << 20;
+
+/// What a read of up to this many bytes decompresses is kept; a larger one is a copy of the disk, which comes by once.
+pub const KEPT_READ_BYTES: usize = 1 << 20;
 
 /// Data files of sealed segments that are kept open, per disk.
 pub const OPEN_DATA_FILES: usize = 32;

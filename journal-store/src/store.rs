@@ -91,9 +91,8 @@ impl Store {
         config: StoreConfig,
         lock: Option<Box<dyn Lock>>,
     ) -> Result<Self, StoreError> {
-        let frames = Cache::new(config.cache_bytes);
-        let env =
-            Arc::new(Env { root: root.to_owned(), storage, config, frames, openings: AtomicU64::new(0) });
+        let data = Cache::new(config.cache_bytes);
+        let env = Arc::new(Env { root: root.to_owned(), storage, config, data, openings: AtomicU64::new(0) });
         let store = Self {
             env,
             disks: RwLock::default(),
@@ -210,10 +209,10 @@ impl Store {
         failures
     }
 
-    /// Forgets decompressed frames that nobody read since the last call. Whoever calls it now and then bounds for how long
+    /// Forgets decompressed data that nobody read since the last call. Whoever calls it now and then bounds for how long
     /// reads that have ended keep memory.
     pub fn forget_unused_frames(&self) {
-        self.env.frames.forget_unused();
+        self.env.data.forget_unused();
     }
 
     fn changing(&self) -> MutexGuard<'_, ()> {

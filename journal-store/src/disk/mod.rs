@@ -23,7 +23,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGua
 use journal_format::segment::SegmentKind;
 use journal_format::{DiskId, Epoch, ImageTag, Lsn, SegmentNumber, Stamp};
 
-pub(crate) use data::FrameCache;
+pub(crate) use data::{DataCache, Reading};
 pub(crate) use manifest::{create, exists};
 pub(crate) use open::open;
 pub use verify::{Verified, VerifyProgress};
@@ -49,7 +49,7 @@ pub(crate) struct Env {
     pub(crate) root: PathBuf,
     pub(crate) storage: Arc<dyn Storage>,
     pub(crate) config: StoreConfig,
-    pub(crate) frames: FrameCache,
+    pub(crate) data: DataCache,
     /// Numbers the openings of disks, so that what one opening cached is never taken for another's.
     pub(crate) openings: AtomicU64,
 }

@@ -7,14 +7,15 @@
 mod diff;
 mod plan;
 
-use std::collections::BTreeMap;
+use std::num::NonZeroUsize;
 use std::sync::Arc;
+use std::thread;
 
 use journal_format::{ByteRange, Lsn};
 
-use crate::disk::DiskStore;
+use crate::disk::{DiskStore, Reading};
 use crate::error::StoreError;
-use crate::limits::WINDOW_BYTES;
+use crate::limits::{KEPT_READ_BYTES, WINDOW_BYTES};
 use crate::segment::Segment;
 use crate::timeline::SizeChange;
 use plan::{Piece, PieceSource, Planner};
@@ -80,32 +81,56 @@ impl View {
         })
     }
 
-    /// Fills `buf` with the disk's bytes from `offset` on. Larger reads are cheaper by the byte: a frame that several
-    /// parts come from is decompressed once.
+    /// Fills `buf` with the disk's bytes from `offset` on. Larger reads are cheaper by the byte: what several pieces come
+    /// from is read and decompressed once, in the order in which it lies in the journal.
     ///
     /// # Errors
     /// `Invalid` past the end of the disk; `Damaged` when a needed frame is damaged; `Io`. The contents of `buf` are then
     /// undefined.
     pub fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), StoreError> {
+        self.read_with(NonZeroUsize::MIN, offset, buf)
+    }
+
+    /// As [`View::read`], by so many threads, this one included: for many MiB, while nobody else needs the processors.
+    ///
+    /// # Errors
+    /// As [`View::read`].
+    pub fn read_with(&self, threads: NonZeroUsize, offset: u64, buf: &mut [u8]) -> Result<(), StoreError> {
         let range = self.check(offset, buf.len() as u64)?;
-        let mut by_frame: BTreeMap<(usize, u32), Vec<Piece>> = BTreeMap::new();
+        let keeps = buf.len() <= KEPT_READ_BYTES;
+        let mut jobs = Vec::new();
+        let mut rest = buf;
         for piece in Planner::new(&self.segments, &self.sizes, Lsn::ZERO, self.lsn).pieces(range) {
+            let length = piece.range.length() as usize;
+            let (into, later) = rest.split_at_mut_checked(length).ok_or_else(|| self.broken())?;
+            rest = later;
             match piece.source {
-                PieceSource::Zero => part_of(buf, offset, piece.range)?.fill(0),
-                PieceSource::Data { segment, frame, .. } => {
-                    by_frame.entry((segment, frame)).or_default().push(piece)
-                }
+                PieceSource::Zero => into.fill(0),
+                PieceSource::Data { segment, frame, pos } => jobs.push(Job { segment, frame, pos, into }),
             }
         }
-        for ((segment, frame), pieces) in by_frame {
+        jobs.sort_unstable_by_key(|job| (job.segment, job.frame, job.pos));
+        let share = jobs.len().div_ceil(threads.get()).max(JOBS_PER_THREAD);
+        let mut shares = jobs.chunks_mut(share);
+        let own = shares.next().unwrap_or_default();
+        thread::scope(|scope| {
+            let others: Vec<_> = shares.map(|share| scope.spawn(move || self.copy(share, keeps))).collect();
+            let own = self.copy(own, keeps);
+            let panicked = || StoreError::invalid(self.disk.id(), "a reading thread panicked; report this");
+            let ended = others.into_iter().map(|other| other.join().unwrap_or_else(|_| Err(panicked())));
+            ended.fold(own, Result::and)
+        })
+    }
+
+    /// Does jobs that are in the journal's order.
+    fn copy(&self, jobs: &mut [Job<'_>], keeps: bool) -> Result<(), StoreError> {
+        let mut reading = Reading::new(keeps);
+        for jobs in jobs.chunk_by_mut(|one, next| (one.segment, one.frame) == (next.segment, next.frame)) {
+            let Some(&Job { segment, frame, .. }) = jobs.first() else { continue };
             let frame = self.segments.get(segment).and_then(|segment| segment.index().frame(frame));
             let frame = frame.ok_or_else(|| self.broken())?;
-            let data = self.disk.frame_data(&frame)?;
-            for piece in pieces {
-                let PieceSource::Data { pos, .. } = piece.source else { continue };
-                let (start, length) = (pos as usize, piece.range.length() as usize);
-                let bytes = start.checked_add(length).and_then(|end| data.get(start..end));
-                part_of(buf, offset, piece.range)?.copy_from_slice(bytes.ok_or_else(|| self.broken())?);
+            for job in jobs {
+                self.disk.copy_data(&frame, job.pos, job.into, &mut reading)?;
             }
         }
         Ok(())
@@ -142,12 +167,16 @@ impl View {
     }
 }
 
-/// The part of `buf`, which begins at `offset` of the disk, that is `range`.
-fn part_of(buf: &mut [u8], offset: u64, range: ByteRange) -> Result<&mut [u8], StoreError> {
-    let start = range.offset().saturating_sub(offset) as usize;
-    let part = start.checked_add(range.length() as usize).and_then(|end| buf.get_mut(start..end));
-    part.ok_or_else(|| StoreError::invalid(journal_format::DiskId::default(), "a plan passes its read"))
+/// A piece of a read that comes from a frame of a segment (its place in the view's list), and where it goes.
+struct Job<'a> {
+    segment: usize,
+    frame: u32,
+    pos: u32,
+    into: &'a mut [u8],
 }
+
+/// Fewer than these are not worth a thread's start.
+const JOBS_PER_THREAD: usize = 64;
 
 /// Extents of a range, a window at a time.
 struct Windows {
