@@ -2,11 +2,14 @@
 
 use std::io;
 use std::path::Path;
+use std::sync::mpsc::{self, Receiver, SyncSender};
+use std::thread;
 
 use blake3::Hash;
 
+use crate::buffer::Buffer;
 use crate::error::RestoreError;
-use crate::limits::{BLOCK_BYTES, GRAIN_BYTES};
+use crate::limits::{BLOCK_BYTES, GRAIN_BYTES, STRETCH_BYTES};
 use crate::output::Output;
 use crate::restore::Stop;
 use crate::source::Image;
@@ -50,7 +53,16 @@ impl Pass<'_> {
     }
 }
 
-/// Writes all of `image` to `output` and makes it durable. Each byte is written or zeroed exactly once, ascending.
+/// A stretch of the disk that was read.
+enum Stretch {
+    /// Only zeroes, up to that position.
+    Zeroes(u64),
+    /// The first so many bytes of the buffer.
+    Data(Buffer, usize),
+}
+
+/// Writes all of `image` to `output` and makes it durable. Each byte is written or zeroed exactly once, ascending. While one
+/// stretch is written and made durable, another thread reads the next.
 ///
 /// # Errors
 /// `Source`, `Output` or `Interrupted`; the target is then incomplete.
@@ -61,43 +73,95 @@ pub(crate) fn copy(
 ) -> Result<Written, RestoreError> {
     let disk_bytes = image.disk_bytes();
     let mut written = Written { disk_bytes, blocks: Vec::new(), data_bytes: 0 };
-    let mut buffer = vec![0; BLOCK_BYTES as usize];
-    let mut position = 0;
-    while position < disk_bytes {
-        let data = image.next_data(position)?.map_or(disk_bytes, |stretch| stretch.start);
-        let zeroes_end = if data == disk_bytes { disk_bytes } else { data - data % BLOCK_BYTES };
-        if zeroes_end > position {
-            output.zero(position, zeroes_end - position).map_err(pass.failed("zeroing", position))?;
-            position = zeroes_end;
-        } else {
-            let length = BLOCK_BYTES.min(disk_bytes - position);
-            let bytes = &mut buffer[..length as usize];
-            fill(image, position, bytes)?;
-            written.data_bytes +=
-                write_sparse(output, position, bytes).map_err(pass.failed("writing", position))?;
-            written.blocks.push(Block { offset: position, length, hash: blake3::hash(bytes) });
-            position += length;
+    thread::scope(|scope| {
+        // Whoever ends first, for whatever reason, drops its ends of both channels, and the other ends too.
+        let (free, buffers) = mpsc::channel();
+        let (read, stretches) = mpsc::sync_channel(0);
+        for _ in 0..2 {
+            // Sent to a receiver that is still here.
+            let _ = free.send(Buffer::default());
         }
-        pass.reached(position)?;
-    }
+        scope.spawn(move || read_all(image, &buffers, &read));
+        let mut position = 0;
+        while position < disk_bytes {
+            match stretches.recv().unwrap_or_else(|_| Err(reader_panicked()))? {
+                Stretch::Zeroes(end) => {
+                    output.zero(position, end - position).map_err(pass.failed("zeroing", position))?;
+                    position = end;
+                    pass.reached(position)?;
+                }
+                Stretch::Data(buffer, length) => {
+                    for bytes in buffer[..length].chunks(BLOCK_BYTES as usize) {
+                        let data = write_sparse(output, position, bytes);
+                        written.data_bytes += data.map_err(pass.failed("writing", position))?;
+                        let (length, hash) = (bytes.len() as u64, blake3::hash(bytes));
+                        written.blocks.push(Block { offset: position, length, hash });
+                        position += length;
+                        pass.reached(position)?;
+                    }
+                    // Not only at the end: the disk works while the next stretch is read and decompressed.
+                    output.sync().map_err(pass.failed("making durable", position))?;
+                    // A reader that has read everything takes no buffer back.
+                    let _ = free.send(buffer);
+                }
+            }
+        }
+        Ok(())
+    })?;
     output.sync().map_err(pass.failed("making durable", 0))?;
     Ok(written)
 }
 
-/// Reads the disk's `bytes.len()` bytes from `offset` on; only stretches with data are asked for.
-fn fill(image: &mut dyn Image, offset: u64, bytes: &mut [u8]) -> Result<(), RestoreError> {
-    bytes.fill(0);
-    let end = offset + bytes.len() as u64;
-    let mut position = offset;
-    while position < end {
-        let Some(stretch) = image.next_data(position)?.filter(|stretch| stretch.start < end) else {
-            break;
-        };
-        let stop = stretch.end.min(end);
-        image.read(stretch.start, &mut bytes[(stretch.start - offset) as usize..(stop - offset) as usize])?;
-        position = stop;
+fn reader_panicked() -> RestoreError {
+    RestoreError::Source {
+        what: "the journal".to_owned(),
+        detail: "the thread that reads it panicked".to_owned(),
+        hint: "report this as a bug".to_owned(),
     }
-    Ok(())
+}
+
+/// Reads all of `image`, stretch by stretch, until that is done, fails, or nobody wants more.
+fn read_all(
+    image: &mut dyn Image,
+    buffers: &Receiver<Buffer>,
+    read: &SyncSender<Result<Stretch, RestoreError>>,
+) {
+    let mut position = 0;
+    while position < image.disk_bytes() {
+        let stretch = read_next(image, &mut position, buffers);
+        if read.send(stretch.and_then(|stretch| stretch.ok_or(RestoreError::Interrupted))).is_err() {
+            return;
+        }
+    }
+}
+
+/// Reads the stretch that begins at `position`, which is then at its end; `None` when no buffer comes back.
+fn read_next(
+    image: &mut dyn Image,
+    position: &mut u64,
+    buffers: &Receiver<Buffer>,
+) -> Result<Option<Stretch>, RestoreError> {
+    let (begin, disk_bytes) = (*position, image.disk_bytes());
+    // Data is read by whole blocks.
+    let mut next_block = |from: u64| {
+        let data = image.next_data(from)?.map_or(disk_bytes, |stretch| stretch.start);
+        Ok(if data == disk_bytes { disk_bytes } else { data - data % BLOCK_BYTES })
+    };
+    let data = next_block(begin)?;
+    if data > begin {
+        *position = data;
+        return Ok(Some(Stretch::Zeroes(data)));
+    }
+    let mut end = begin;
+    while end < disk_bytes && end - begin < STRETCH_BYTES && next_block(end)? == end {
+        end = (end + BLOCK_BYTES).min(disk_bytes);
+    }
+    let Ok(mut buffer) = buffers.recv() else { return Ok(None) };
+    let length = (end - begin) as usize;
+    buffer.grow(length);
+    image.read(begin, &mut buffer[..length])?;
+    *position = end;
+    Ok(Some(Stretch::Data(buffer, length)))
 }
 
 /// Writes the grains that are not zero and zeroes the others, in as few calls as possible. Returns the bytes written.
@@ -126,7 +190,8 @@ fn grain(bytes: &[u8], at: usize) -> &[u8] {
 }
 
 fn is_zero(bytes: &[u8]) -> bool {
-    bytes.iter().all(|byte| *byte == 0)
+    // By pieces, which the compiler looks at with wide registers.
+    bytes.chunks(64).all(|piece| piece.iter().fold(0, |all, byte| all | byte) == 0)
 }
 
 /// Reads the target back and compares: blocks by their hash, everything else with zeroes.
@@ -134,7 +199,8 @@ fn is_zero(bytes: &[u8]) -> bool {
 /// # Errors
 /// `Verify` for the first block that differs, `Output` when reading fails, or `Interrupted`.
 pub(crate) fn verify(output: &mut dyn Output, written: &Written, pass: &Pass) -> Result<(), RestoreError> {
-    let mut buffer = vec![0; BLOCK_BYTES as usize];
+    let mut buffer = Buffer::default();
+    buffer.grow(BLOCK_BYTES as usize);
     let mut position = 0;
     for block in &written.blocks {
         verify_zeroes(output, position, block.offset, &mut buffer, pass)?;

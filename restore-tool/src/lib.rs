@@ -10,6 +10,7 @@
 
 #![forbid(unsafe_code)]
 
+mod buffer;
 mod copy;
 pub mod error;
 mod in_use;

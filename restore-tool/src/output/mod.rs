@@ -1,6 +1,7 @@
 //! Where a restore goes: a raw file, a qcow2 file, a block device.
 
 mod device;
+mod direct;
 mod qcow2;
 mod raw;
 

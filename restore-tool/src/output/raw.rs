@@ -2,17 +2,17 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
 
 use nix::errno::Errno;
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use nix::unistd::{Whence, lseek};
 
 use super::Output;
+use super::direct::DirectFile;
 
 /// A raw image in a file that was empty before.
 pub(crate) struct RawFile {
-    file: File,
+    file: DirectFile,
 }
 
 impl RawFile {
@@ -20,13 +20,13 @@ impl RawFile {
     pub(crate) fn create(file: File, disk_bytes: u64) -> io::Result<Self> {
         assert_eq!(file.metadata()?.len(), 0, "an empty file, so that what is not written is a hole");
         file.set_len(disk_bytes)?;
-        Ok(Self { file })
+        Ok(Self { file: DirectFile::new(file) })
     }
 }
 
 impl Output for RawFile {
     fn write(&mut self, offset: u64, data: &[u8]) -> io::Result<()> {
-        self.file.write_all_at(data, offset)
+        self.file.write(offset, data)
     }
 
     fn zero(&mut self, _offset: u64, _length: u64) -> io::Result<()> {
@@ -35,11 +35,11 @@ impl Output for RawFile {
     }
 
     fn sync(&mut self) -> io::Result<()> {
-        sync_and_forget(&self.file)
+        sync_and_forget(&self.file.file)
     }
 
     fn next_stored(&mut self, from: u64, end: u64) -> io::Result<u64> {
-        match lseek(&self.file, from.cast_signed(), Whence::SeekData) {
+        match lseek(&self.file.file, from.cast_signed(), Whence::SeekData) {
             Ok(at) => Ok(at.cast_unsigned().min(end)),
             Err(Errno::ENXIO) => Ok(end),
             // A filesystem that knows no holes.
@@ -49,7 +49,7 @@ impl Output for RawFile {
     }
 
     fn read(&mut self, offset: u64, into: &mut [u8]) -> io::Result<()> {
-        self.file.read_exact_at(into, offset)
+        self.file.read(offset, into)
     }
 }
 

@@ -64,8 +64,8 @@ pub trait Source {
     fn open(&self, disk: &str, at: &PointSpec) -> Result<Box<dyn Image>, RestoreError>;
 }
 
-/// A disk at one point.
-pub trait Image {
+/// A disk at one point. It may be read by another thread than the one that opened it.
+pub trait Image: Send {
     /// Whose.
     fn disk(&self) -> &DiskName;
 
@@ -82,7 +82,8 @@ pub trait Image {
     /// `Source` when the journal cannot be read.
     fn next_data(&mut self, from: u64) -> Result<Option<Range<u64>>, RestoreError>;
 
-    /// Reads `into.len()` bytes from `offset` on, within the disk. What is returned has passed the journal's checksums.
+    /// Reads `into.len()` bytes from `offset` on, within the disk: data and zeroes alike. What is returned has passed the
+    /// journal's checksums. Many MiB at once cost far less by the byte than few.
     ///
     /// # Errors
     /// `Source` when the journal cannot be read or is corrupt.

@@ -1,11 +1,14 @@
 //! History through a running server.
 
 use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
+use std::thread;
 
 use cdp_api::{Client, ClientError, DiskSummary, ExtentKind, Kind, PointSpec, ResolvedPoint};
 
 use super::{DiskName, Image, Listing, Source, first_from};
 use crate::error::RestoreError;
+use crate::limits::{REQUEST_BYTES, SERVER_REQUESTS, SMALL_HOLE_BYTES};
 
 /// A server, spoken to over its REST API.
 pub struct ServerSource {
@@ -109,6 +112,40 @@ impl ServerImage {
         }
         Ok(Window { covers: from..end, data })
     }
+
+    /// What to ask for so that all data in `[from, end)` comes: ascending, none longer than one answer can be. A small hole
+    /// is asked for too: its zeroes cost less than another request.
+    fn requests(&mut self, from: u64, end: u64) -> Result<Vec<Range<u64>>, RestoreError> {
+        let mut requests: Vec<Range<u64>> = Vec::new();
+        let mut position = from;
+        while let Some(stretch) = self.next_data(position)?.filter(|stretch| stretch.start < end) {
+            position = stretch.end.min(end);
+            let joined = requests.last_mut().filter(|last| stretch.start - last.end <= SMALL_HOLE_BYTES);
+            match joined {
+                Some(last) => last.end = position,
+                None => requests.push(stretch.start..position),
+            }
+            if position == end {
+                break;
+            }
+        }
+        let pieces = |request: Range<u64>| {
+            let end = request.end;
+            request.step_by(REQUEST_BYTES as usize).map(move |start| start..(start + REQUEST_BYTES).min(end))
+        };
+        Ok(requests.into_iter().flat_map(pieces).collect())
+    }
+
+    fn request(&self, offset: u64, into: &mut [u8]) -> Result<(), RestoreError> {
+        let length = into.len() as u64;
+        let bytes = self.client.data(&self.name.id, self.point.lsn, offset, length).map_err(failed)?;
+        into.copy_from_slice(&bytes);
+        Ok(())
+    }
+}
+
+fn next<T>(of: &Mutex<impl Iterator<Item = T>>) -> Option<T> {
+    of.lock().unwrap_or_else(PoisonError::into_inner).next()
 }
 
 fn bad_answer(detail: &str) -> RestoreError {
@@ -147,9 +184,31 @@ impl Image for ServerImage {
     }
 
     fn read(&mut self, offset: u64, into: &mut [u8]) -> Result<(), RestoreError> {
-        let bytes =
-            self.client.data(&self.name.id, self.point.lsn, offset, into.len() as u64).map_err(failed)?;
-        into.copy_from_slice(&bytes);
-        Ok(())
+        let mut requests = Vec::new();
+        let (mut position, end, mut rest) = (offset, offset + into.len() as u64, into);
+        for wanted in self.requests(offset, end)? {
+            let (zeroes, behind) = rest.split_at_mut((wanted.start - position) as usize);
+            let (data, behind) = behind.split_at_mut((wanted.end - wanted.start) as usize);
+            zeroes.fill(0);
+            requests.push((wanted.start, data));
+            (position, rest) = (wanted.end, behind);
+        }
+        rest.fill(0);
+        let this = &*self;
+        let (left, failure) = (Mutex::new(requests.into_iter()), Mutex::new(None));
+        thread::scope(|scope| {
+            for _ in 0..SERVER_REQUESTS {
+                scope.spawn(|| {
+                    while let Some((offset, into)) = next(&left) {
+                        if let Err(error) = this.request(offset, into) {
+                            failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+                            // The others finish what they have.
+                            while next(&left).is_some() {}
+                        }
+                    }
+                });
+            }
+        });
+        failure.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
     }
 }

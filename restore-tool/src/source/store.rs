@@ -13,7 +13,7 @@ use serde::Deserialize;
 
 use super::{DiskName, Image, Listing, Source, first_from};
 use crate::error::RestoreError;
-use crate::limits::WINDOW_BYTES;
+use crate::limits::{READ_THREADS, WINDOW_BYTES};
 
 /// A store's directory, opened for reading.
 pub struct StoreSource {
@@ -203,6 +203,6 @@ impl Image for StoreImage {
     }
 
     fn read(&mut self, offset: u64, into: &mut [u8]) -> Result<(), RestoreError> {
-        self.view.read(offset, into).map_err(failed)
+        self.view.read_with(READ_THREADS, offset, into).map_err(failed)
     }
 }

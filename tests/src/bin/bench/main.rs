@@ -40,7 +40,7 @@ struct Effort {
     patient: bool,
 }
 
-const FULL: Effort = Effort { rounds: 5, seconds: 1.0, patient: true };
+const FULL: Effort = Effort { rounds: 5, seconds: 0.6, patient: true };
 const QUICK: Effort = Effort { rounds: 1, seconds: 0.3, patient: false };
 
 /// Measures a table.

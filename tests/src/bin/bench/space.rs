@@ -22,7 +22,7 @@ use crate::tools::{self, PROGRAMS};
 
 const DISK_BYTES: u64 = 1 << 30;
 /// How often each program runs.
-const FULL_RUNS: u32 = 8;
+const FULL_RUNS: u32 = 3;
 const QUICK_RUNS: u32 = 1;
 /// The agent says how far it is once a second.
 const REPORT: Duration = Duration::from_millis(1200);

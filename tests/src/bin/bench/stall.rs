@@ -18,7 +18,7 @@ const PATTERN: Pattern = Pattern { name: "4 KiB, depth 8", bytes: 4 << 10, depth
 /// The load runs before and after the stall for that long, in seconds.
 const AROUND: f64 = 1.0;
 /// How long the load runs in a stall that outlasts it, in seconds, and how long it is waited for then.
-const FOR_GOOD_S: f64 = 3.0;
+const FOR_GOOD_S: f64 = 2.0;
 const GRACE: Duration = Duration::from_secs(2);
 
 /// Who stands still.
