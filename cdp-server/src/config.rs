@@ -9,7 +9,7 @@ use serde::Deserialize;
 
 use crate::drill::Drill;
 use crate::error::ServerError;
-use crate::limits::{AGENT_TIMEOUT_S, Patience};
+use crate::limits::{AGENT_TIMEOUT_S, MAX_SOCKET_PATH, Patience};
 
 /// Default address for agents.
 pub const DEFAULT_LISTEN: &str = "127.0.0.1:7411";
@@ -24,12 +24,13 @@ Exit codes:
 
 /// Takes frames from agents, keeps them durable, and serves the REST API.
 ///
-/// When it is ready it prints one line on standard output: `ready http=ADDR data=ADDR`. It logs to standard error
+/// When it is ready it prints one line on standard output: `ready http=ADDR data=ADDR`, and ` unix=PATH` with --listen-unix. It logs to standard error
 /// (RUST_LOG sets how much) and stops cleanly on SIGTERM and SIGINT.
 #[derive(Parser, Debug, Default)]
 #[command(name = "cdp-server", version, after_help = AFTER_HELP)]
 pub struct Args {
-    /// TOML file with the same settings (store, catalog, listen, http, token_file, agent_timeout_s)
+    /// TOML file with the same settings (store, catalog, listen, listen_unix, http, token_file,
+    /// agent_timeout_s)
     #[arg(long, env = "CDP_CONFIG", value_name = "FILE")]
     pub config: Option<PathBuf>,
     /// Directory of the journals; created when missing
@@ -41,6 +42,9 @@ pub struct Args {
     /// Address for agents; port 0 takes a free one [default: 127.0.0.1:7411]
     #[arg(long, env = "CDP_LISTEN", value_name = "ADDR", value_parser = parse_address)]
     pub listen: Option<SocketAddr>,
+    /// Unix socket for agents on this host beside --listen; only this server's user and root may open it [default: none]
+    #[arg(long, env = "CDP_LISTEN_UNIX", value_name = "PATH")]
+    pub listen_unix: Option<PathBuf>,
     /// Address for REST; port 0 takes a free one [default: 127.0.0.1:7410]
     #[arg(long, env = "CDP_HTTP", value_name = "ADDR", value_parser = parse_address)]
     pub http: Option<SocketAddr>,
@@ -63,6 +67,7 @@ struct FileConfig {
     store: Option<PathBuf>,
     catalog: Option<PathBuf>,
     listen: Option<SocketAddr>,
+    listen_unix: Option<PathBuf>,
     http: Option<SocketAddr>,
     token_file: Option<PathBuf>,
     agent_timeout_s: Option<u64>,
@@ -77,6 +82,8 @@ pub struct Config {
     pub catalog: PathBuf,
     /// Address for agents; port 0 takes a free one.
     pub listen: SocketAddr,
+    /// Unix socket for agents, an absolute path; `None` for none.
+    pub listen_unix: Option<PathBuf>,
     /// Address for REST; port 0 takes a free one.
     pub http: SocketAddr,
     /// Token that agents must know.
@@ -96,6 +103,7 @@ impl Config {
             store: dir.to_owned(),
             catalog: dir.join(CATALOG_FILE),
             listen: any,
+            listen_unix: None,
             http: any,
             token: None,
             drill: None,
@@ -126,15 +134,32 @@ impl Config {
                 "--listen and --http are both {http}: agents and REST need a port each"
             )));
         }
+        let listen_unix = args.listen_unix.or(file.listen_unix);
+        listen_unix.as_deref().map_or(Ok(()), check_socket)?;
         let token = args.token_file.or(file.token_file).map(|path| read_token(&path)).transpose()?;
         let patience = patience(args.agent_timeout_s.or(file.agent_timeout_s))?;
-        Ok(Self { store, catalog, listen, http, token, drill: args.drill, patience })
+        Ok(Self { store, catalog, listen, listen_unix, http, token, drill: args.drill, patience })
     }
 }
 
 /// Reads an address as a user gives it.
 fn parse_address(text: &str) -> Result<SocketAddr, String> {
     text.parse().map_err(|_| "give IP:PORT, such as 127.0.0.1:7411, 0.0.0.0:7411 or [::1]:7411".to_owned())
+}
+
+fn check_socket(path: &Path) -> Result<(), ServerError> {
+    let (shown, bytes) = (path.display(), path.as_os_str().len());
+    if !path.is_absolute() {
+        return Err(ServerError::Config(format!(
+            "--listen-unix is `{shown}`; give an absolute path, such as /run/qemu-cdp/server.sock"
+        )));
+    }
+    if bytes > MAX_SOCKET_PATH {
+        return Err(ServerError::Config(format!(
+            "--listen-unix {shown}: a socket's path has at most {MAX_SOCKET_PATH} bytes, not {bytes}; give a shorter one"
+        )));
+    }
+    Ok(())
 }
 
 const CATALOG_FILE: &str = "catalog.sqlite3";
@@ -208,6 +233,21 @@ mod tests {
         assert_eq!(load(Some(7)).expect("loads").patience.idle, Duration::from_secs(7));
         let error = load(Some(4)).expect_err("refused");
         assert!(error.to_string().contains("5 to 3600"), "{error}");
+    }
+
+    #[test]
+    fn a_socket_that_cannot_be_is_refused_with_one_that_can() {
+        let load = |path: &str| {
+            Config::load(Args { store: Some("/x".into()), listen_unix: Some(path.into()), ..Args::default() })
+        };
+        assert_eq!(load("/run/x").expect("loads").listen_unix.as_deref(), Some(Path::new("/run/x")));
+        let long = format!("/{}", "x".repeat(MAX_SOCKET_PATH));
+        for (path, hint) in
+            [("server.sock", "absolute path, such as /"), ("", "absolute path"), (&long, "107 bytes")]
+        {
+            let error = load(path).expect_err("refused");
+            assert!(error.to_string().contains(hint), "{error}");
+        }
     }
 
     #[test]

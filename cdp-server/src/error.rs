@@ -21,6 +21,14 @@ pub enum ServerError {
         /// What the system says.
         source: io::Error,
     },
+    /// The Unix socket for agents cannot be had.
+    #[error("socket {path}: {detail}", path = path.display())]
+    Socket {
+        /// Where it should be.
+        path: PathBuf,
+        /// What is wrong and what to do.
+        detail: String,
+    },
     /// The catalog cannot be used.
     #[error("catalog {path}: {detail}", path = path.display())]
     Catalog {

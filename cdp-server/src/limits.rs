@@ -11,6 +11,9 @@ pub const MAX_AGENTS: usize = 512;
 /// so that any number of silent ones keeps no agent out.
 pub const MAX_STRANGERS: usize = 128;
 
+/// Most bytes of a Unix socket's path: `sun_path` of unix(7), without the byte that ends it.
+pub const MAX_SOCKET_PATH: usize = 107;
+
 /// Bytes of frames that may wait for the committer, over all agents. Readers stop reading when it is full, so TCP
 /// holds the agents back.
 pub const INGEST_QUEUE_BYTES: usize = 64 << 20;

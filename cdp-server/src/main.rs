@@ -1,6 +1,7 @@
 //! The `cdp-server` program: see [`cdp_server`].
 
 use std::io::Write;
+use std::path::Path;
 use std::process::ExitCode;
 
 use cdp_server::{Args, Config, Server, ServerError};
@@ -15,9 +16,11 @@ fn main() -> ExitCode {
 }
 
 fn run(args: Args) -> Result<(), ServerError> {
-    let server = Server::start(Config::load(args)?)?;
+    let config = Config::load(args)?;
+    let unix = config.listen_unix.clone();
+    let server = Server::start(config)?;
     let signals = server.catch_signals()?;
-    announce(&server);
+    announce(&server, unix.as_deref());
     let signal = server.wait(signals);
     tracing::info!(signal, "stopping");
     server.stop();
@@ -25,8 +28,9 @@ fn run(args: Args) -> Result<(), ServerError> {
 }
 
 /// The ready line. Whoever started the server may have closed its output; that is no reason to stop.
-fn announce(server: &Server) {
+fn announce(server: &Server, unix: Option<&Path>) {
     let mut out = std::io::stdout().lock();
-    let _ = writeln!(out, "ready http={} data={}", server.http_address(), server.data_address());
+    let unix = unix.map(|path| format!(" unix={}", path.display())).unwrap_or_default();
+    let _ = writeln!(out, "ready http={} data={}{unix}", server.http_address(), server.data_address());
     let _ = out.flush();
 }

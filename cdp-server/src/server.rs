@@ -38,7 +38,7 @@ pub struct Signals {
 }
 
 impl Server {
-    /// Opens catalog and store, and starts everything. When it returns, both addresses take connections.
+    /// Opens catalog and store, and starts everything. When it returns, all addresses take connections.
     ///
     /// # Errors
     /// What could not be opened or listened on.
@@ -58,7 +58,7 @@ impl Server {
         let (http_stop, stopped) = oneshot::channel::<()>();
         let router = rest::router(Arc::clone(&core));
         let http_task = runtime.spawn(http::serve(listener, router, config.patience, stopped));
-        let data = DataPlane::start(Arc::clone(&core), config.listen)?;
+        let data = DataPlane::start(Arc::clone(&core), config.listen, config.listen_unix.as_deref())?;
         let (reconcile_stop, stop) = mpsc::channel();
         let reconcile = std::thread::Builder::new()
             .name("cdp-protect".to_owned())
@@ -73,7 +73,7 @@ impl Server {
         self.http_address
     }
 
-    /// The address for agents, with the real port.
+    /// The TCP address for agents, with the real port.
     #[must_use]
     pub fn data_address(&self) -> SocketAddr {
         self.data.address()

@@ -9,6 +9,7 @@ use serde::Deserialize;
 use crate::drill::Drill;
 use crate::error::AgentError;
 use crate::limits::{OUTBOX_MIB, RING_MIB, SPOOL_MIB};
+use crate::socket::Address;
 use crate::spool::SpoolPlace;
 
 const AFTER_HELP: &str = "\
@@ -24,7 +25,7 @@ pub struct Args {
     /// TOML file with settings; its keys are the long names of these options with `_` for `-`.
     #[arg(long, value_name = "FILE", env = "CDP_AGENT_CONFIG")]
     pub config: Option<PathBuf>,
-    /// Data address of the server [default: 127.0.0.1:7411].
+    /// Data address of the server, or unix:/PATH of its socket on this host [default: 127.0.0.1:7411].
     #[arg(long, value_name = "HOST:PORT", env = "CDP_AGENT_SERVER")]
     pub server: Option<String>,
     /// Unix socket on which filters connect [default: /run/qemu-cdp/agent.sock].
@@ -87,8 +88,8 @@ struct File {
 /// Checked settings.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// Data address of the server, `HOST:PORT`.
-    pub server: String,
+    /// Data address of the server.
+    pub server: Address,
     /// Unix socket on which filters connect.
     pub socket: PathBuf,
     /// Access mode of the socket.
@@ -126,13 +127,8 @@ impl Config {
         let spool_mib = args.spool_mib.or(file.spool_mib).unwrap_or(1024);
         let mode = args.socket_mode.or(file.socket_mode).unwrap_or_else(|| "660".into());
         let server = args.server.or(file.server).unwrap_or_else(|| "127.0.0.1:7411".into());
-        if !is_address(&server) {
-            let detail =
-                format!("`{server}` is not HOST:PORT, such as backup1:7411, 10.0.0.2:7411 or [fd00::2]:7411");
-            return Err(bad("server", detail));
-        }
         Ok(Self {
-            server,
+            server: server.parse().map_err(|detail| bad("server", detail))?,
             socket: args.socket.or(file.socket).unwrap_or_else(|| "/run/qemu-cdp/agent.sock".into()),
             socket_mode: parse_mode(&mode)?,
             socket_group: args.socket_group.or(file.socket_group),
@@ -153,15 +149,6 @@ impl Config {
             drill: args.drill,
         })
     }
-}
-
-fn is_address(server: &str) -> bool {
-    let Some((host, port)) = server.rsplit_once(':') else { return false };
-    let is_host = match host.strip_prefix('[').map(|host| host.strip_suffix(']')) {
-        Some(inside) => inside.is_some_and(|host| host.parse::<std::net::Ipv6Addr>().is_ok()),
-        None => !host.is_empty() && !host.contains([':', '/', ' ']),
-    };
-    is_host && port.parse::<u16>().is_ok_and(|port| port > 0)
 }
 
 fn bad(setting: &'static str, detail: String) -> AgentError {
@@ -220,7 +207,7 @@ mod tests {
     fn command_line_wins_over_file_over_defaults() {
         let text = "server = \"a:1\"\nring_mib = 32\nsocket_mode = \"600\"\n";
         let config = with_file(text, Args { server: Some("b:2".into()), ..Args::default() }).unwrap();
-        assert_eq!(config.server, "b:2");
+        assert_eq!(config.server.to_string(), "b:2");
         assert_eq!(config.ring_bytes, 32 << 20);
         assert_eq!(config.socket_mode, 0o600);
         assert_eq!(config.outbox_bytes, 256 << 20);
@@ -231,10 +218,12 @@ mod tests {
         assert!(with_file("ring_mb = 32\n", Args::default()).is_err());
         assert!(with_file("ring_mib = 1\n", Args::default()).is_err());
         assert!(with_file("socket_mode = \"9\"\n", Args::default()).is_err());
-        for server in ["nowhere", ":1", "a:0", "a:70000", "1:2:3", "[::1:7411", "http://a:7411", "a b:7411"] {
+        for server in
+            ["nowhere", ":1", "a:0", "a:70000", "1:2:3", "[::1:7411", "http://a:7411", "a b:7411", "unix:x"]
+        {
             assert!(with_file(&format!("server = \"{server}\"\n"), Args::default()).is_err(), "{server}");
         }
-        for server in ["a:1", "10.0.0.2:7411", "[fd00::2]:7411"] {
+        for server in ["a:1", "10.0.0.2:7411", "[fd00::2]:7411", "unix:/run/server.sock"] {
             assert!(with_file(&format!("server = \"{server}\"\n"), Args::default()).is_ok(), "{server}");
         }
     }

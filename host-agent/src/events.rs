@@ -1,6 +1,5 @@
 //! What reaches the hub: a bounded queue and the descriptor that wakes it.
 
-use std::net::TcpStream;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
@@ -12,6 +11,7 @@ use crate::filters::FilterLink;
 use crate::limits::EVENT_QUEUE;
 use crate::live::Loaded;
 use crate::session::{Adopt, Event, FilterId, Holding, VmInfo};
+use crate::socket::Socket;
 
 /// Something for the hub.
 #[derive(Debug)]
@@ -25,7 +25,7 @@ pub enum Input {
     /// What a filter holds was read, or why it cannot be used.
     Loaded(Adopt, Result<Box<Loaded>, AgentError>),
     /// The attempt to connect to the server with this number ended.
-    Connected(u64, std::io::Result<TcpStream>),
+    Connected(u64, std::io::Result<Socket>),
 }
 
 /// The hub is gone.

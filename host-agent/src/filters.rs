@@ -24,7 +24,7 @@ use nix::sys::socket::{Shutdown, shutdown};
 use crate::config::Config;
 use crate::error::AgentError;
 use crate::events::{Gone, Input, Sender};
-use crate::limits::{HELLO_TIMEOUT, MAX_DISKS_PER_FILTER, MAX_FILTERS, MAX_HELD_PER_FILTER};
+use crate::limits::{HELLO_TIMEOUT, MAX_DISKS_PER_FILTER, MAX_FILTERS, MAX_HELD_PER_FILTER, MAX_SOCKET_PATH};
 use crate::lock::{self, LockError};
 use crate::seam::process::ProcessHandle;
 use crate::session::{DiskInfo, Event, FilterId, Holding, VmInfo};
@@ -210,9 +210,6 @@ fn elsewhere(error: &io::Error) -> &'static str {
         advice => advice,
     }
 }
-
-/// Most bytes of a socket's path: `sun_path` of unix(7), without the byte that ends it.
-const MAX_SOCKET_PATH: usize = 107;
 
 fn make_folder(path: &Path) -> io::Result<()> {
     match path.parent().filter(|folder| !folder.as_os_str().is_empty()) {

@@ -1,11 +1,10 @@
 //! The hub: the thread that drives the session. It alone talks to the server, and it performs what the session decides.
 
 use std::collections::{HashMap, VecDeque};
-use std::net::{TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use capture_ring::HostClock;
 use capture_ring::control::CaptureFds;
@@ -30,6 +29,7 @@ use crate::seam::plain::poll_timeout;
 use crate::session::{
     Action, Adopt, Attach, Ending, Event, FilterId, Holding, Identity, Session, ToServer, VmInfo,
 };
+use crate::socket::Socket;
 use crate::spool;
 
 /// The driver of the session.
@@ -199,7 +199,7 @@ impl Hub {
         }
     }
 
-    fn connected(&mut self, attempt: u64, outcome: std::io::Result<TcpStream>) {
+    fn connected(&mut self, attempt: u64, outcome: std::io::Result<Socket>) {
         if attempt != self.attempt || self.link.is_some() {
             return;
         }
@@ -207,7 +207,7 @@ impl Hub {
             outcome.and_then(|socket| Link::new(socket, Arc::clone(&self.wake), self.config.no_io_uring));
         match link {
             Ok(link) => {
-                tracing::info!(server = self.config.server, driver = link.driver(), "connected");
+                tracing::info!(server = %self.config.server, driver = link.driver(), "connected");
                 self.link = Some(link);
                 self.failed_attempts = 0;
                 self.handle(Event::ServerConnected);
@@ -217,7 +217,7 @@ impl Hub {
                 // The 1st, 2nd, 4th, 8th, … time: a server that is down for a night does not fill the log.
                 if self.failed_attempts.is_power_of_two() {
                     let (server, times) = (&self.config.server, self.failed_attempts);
-                    tracing::warn!(server, %error, times, "cannot connect; is cdp-server running there? trying on");
+                    tracing::warn!(%server, %error, times, "cannot connect; is cdp-server running there? trying on");
                 }
                 self.handle(Event::ServerLost);
             }
@@ -321,7 +321,7 @@ impl Hub {
     fn drop_link(&mut self, reason: &str, tell: bool) {
         if self.link.take().is_some() {
             tracing::warn!(
-                server = self.config.server,
+                server = %self.config.server,
                 reason,
                 "connection ended; frames are kept until it is back"
             );
@@ -526,7 +526,7 @@ impl Hub {
         // Names and connects may take seconds; the hub must not.
         let cut = self.config.drill.as_ref().and_then(Drill::cut);
         let spawned = std::thread::Builder::new().name("cdp-connect".into()).spawn(move || {
-            let outcome = cut.map_or_else(|| connect_to(&address, CONNECT_TIMEOUT), Err);
+            let outcome = cut.map_or_else(|| address.connect(CONNECT_TIMEOUT), Err);
             let _ = sender.send(Input::Connected(attempt, outcome));
         });
         if let Err(error) = spawned {
@@ -534,17 +534,6 @@ impl Hub {
             self.queue.push_back(Event::ServerLost);
         }
     }
-}
-
-fn connect_to(address: &str, timeout: Duration) -> std::io::Result<TcpStream> {
-    let mut last = std::io::Error::new(std::io::ErrorKind::NotFound, "the name has no address");
-    for address in address.to_socket_addrs()? {
-        match TcpStream::connect_timeout(&address, timeout) {
-            Ok(socket) => return Ok(socket),
-            Err(error) => last = error,
-        }
-    }
-    Err(last)
 }
 
 fn encode(message: &ToServer) -> Result<Vec<u8>, FormatError> {

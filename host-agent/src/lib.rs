@@ -11,7 +11,7 @@
 //! events. A short-lived thread connects to the server.
 //!
 //! ```text
-//!  QEMU ──ring──► drain ──outbox──► hub ──TCP──► server          session: (now, event) → actions
+//!  QEMU ──ring──► drain ──outbox──► hub ─TCP/Unix► server        session: (now, event) → actions
 //!  QEMU ◄─control socket─► reader ─events─► hub ◄──acks── server
 //! ```
 //!
@@ -43,4 +43,5 @@ pub mod outbox;
 pub mod packer;
 pub mod seam;
 pub mod session;
+pub mod socket;
 pub mod spool;

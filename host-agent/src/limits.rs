@@ -5,6 +5,9 @@ use core::time::Duration;
 
 use journal_format::limits::{MAX_FRAME_BYTES, TARGET_FRAME_RAW_BYTES};
 
+/// Most bytes of a Unix socket's path: `sun_path` of unix(7), without the byte that ends it.
+pub const MAX_SOCKET_PATH: usize = 107;
+
 /// zstd level of frames: the cheapest, because the agent shares the host with its guests.
 pub const ZSTD_LEVEL: i32 = 1;
 

@@ -1,7 +1,6 @@
 //! The connection to the server: io_uring where the kernel has it, plain calls where it refuses.
 
 use std::io;
-use std::net::TcpStream;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,6 +9,7 @@ use nix::sys::eventfd::EventFd;
 use crate::seam::batch::SendBatch;
 use crate::seam::plain::PlainLink;
 use crate::seam::uring::UringLink;
+use crate::socket::Socket;
 
 /// A connection with one send at a time and receiving always on.
 pub enum Link {
@@ -23,9 +23,8 @@ impl Link {
     /// Takes over a connected socket.
     ///
     /// # Errors
-    /// When the socket's options cannot be set.
-    pub fn new(socket: TcpStream, wake: Arc<EventFd>, no_io_uring: bool) -> io::Result<Self> {
-        socket.set_nodelay(true)?;
+    /// When the socket cannot be made non-blocking, for plain calls.
+    pub fn new(socket: Socket, wake: Arc<EventFd>, no_io_uring: bool) -> io::Result<Self> {
         if no_io_uring {
             return Ok(Self::Plain(PlainLink::new(socket, wake)?));
         }

@@ -44,8 +44,7 @@ fn caught_up(bench: &Bench, id: &[u8], disk: &FakeDisk) -> Journal {
     bench.server.wait_for_journal(id, "everything captured", |journal| journal.durable >= captured)
 }
 
-fn writes_arrive(no_io_uring: bool) {
-    let bench = Bench::start(no_io_uring);
+fn writes_arrive(bench: Bench) {
     let id = bench.protect();
     let disk = bench.filter.disk("virtio0");
     scribble(&disk, 1, 40);
@@ -70,16 +69,25 @@ fn writes_arrive(no_io_uring: bool) {
 
 #[test]
 fn protected_writes_arrive_over_io_uring() {
-    writes_arrive(false);
+    writes_arrive(Bench::start(false));
 }
 
 #[test]
 fn protected_writes_arrive_over_plain_calls() {
-    writes_arrive(true);
+    writes_arrive(Bench::start(true));
 }
 
-fn survives_drops(no_io_uring: bool) {
-    let bench = Bench::start(no_io_uring);
+#[test]
+fn protected_writes_arrive_over_a_unix_socket_and_io_uring() {
+    writes_arrive(Bench::start_over_unix(false));
+}
+
+#[test]
+fn protected_writes_arrive_over_a_unix_socket_and_plain_calls() {
+    writes_arrive(Bench::start_over_unix(true));
+}
+
+fn survives_drops(bench: Bench) {
     let id = bench.protect();
     let disk = bench.filter.disk("virtio0");
     for round in 0..5 {
@@ -109,12 +117,22 @@ fn survives_drops(no_io_uring: bool) {
 
 #[test]
 fn a_dropped_connection_resends_from_the_durable_lsn_over_io_uring() {
-    survives_drops(false);
+    survives_drops(Bench::start(false));
 }
 
 #[test]
 fn a_dropped_connection_resends_from_the_durable_lsn_over_plain_calls() {
-    survives_drops(true);
+    survives_drops(Bench::start(true));
+}
+
+#[test]
+fn a_dropped_connection_resends_from_the_durable_lsn_over_a_unix_socket_and_io_uring() {
+    survives_drops(Bench::start_over_unix(false));
+}
+
+#[test]
+fn a_dropped_connection_resends_from_the_durable_lsn_over_a_unix_socket_and_plain_calls() {
+    survives_drops(Bench::start_over_unix(true));
 }
 
 #[test]

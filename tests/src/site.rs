@@ -13,6 +13,9 @@ use crate::process::Process;
 use crate::programs::program;
 use crate::wait_for;
 
+/// In a site's directory, where one has a Unix socket between agent and server.
+const SERVER_SOCKET: &str = "server.sock";
+
 /// Where a restore reads from.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Via {
@@ -33,6 +36,8 @@ pub struct Site {
     server_arguments: Vec<String>,
     http: String,
     data: String,
+    /// What the agent is given as the server's address.
+    way: String,
     client: Client,
     /// What is between agent and server, if anything is.
     network: Option<Network>,
@@ -104,6 +109,17 @@ impl Site {
         Self::start_with(|server| Some(Network::watched(server, watch)), &[], &[])
     }
 
+    /// The same, with a Unix socket between agent and server.
+    ///
+    /// # Panics
+    /// When one does not come up.
+    #[must_use]
+    pub fn start_over_unix() -> Self {
+        let directory = private_directory(&std::env::temp_dir());
+        let socket = directory.path().join(SERVER_SOCKET).display().to_string();
+        Self::start_at(directory, |_| None, &[], &["--listen-unix", &socket])
+    }
+
     fn start_with(
         network: impl FnOnce(&str) -> Option<Network>,
         arguments: &[&str],
@@ -123,8 +139,9 @@ impl Site {
         let mut server = start_server(directory.path(), "127.0.0.1:0", "127.0.0.1:0", &server_arguments);
         let (http, data) = (server.ready("http"), server.ready("data"));
         let network = network(&data);
-        let address = network.as_ref().map_or(data.clone(), Network::address);
-        let agent = start_agent(directory.path(), &address, &agent_arguments);
+        let unix = for_server.contains(&"--listen-unix").then(|| format!("unix:{}", server.ready("unix")));
+        let way = unix.unwrap_or_else(|| network.as_ref().map_or(data.clone(), Network::address));
+        let agent = start_agent(directory.path(), &way, &agent_arguments);
         let client = Client::new(&format!("http://{http}")).expect("client");
         let restores = std::cell::Cell::new(0);
         Self {
@@ -134,6 +151,7 @@ impl Site {
             server_arguments,
             http,
             data,
+            way,
             client,
             network,
             restores,
@@ -210,8 +228,7 @@ impl Site {
     /// # Panics
     /// When it does not come up.
     pub fn restart_agent(&mut self) {
-        let server = self.network.as_ref().map_or(self.data.clone(), Network::address);
-        self.agent = start_agent(self.directory.path(), &server, &self.agent_arguments);
+        self.agent = start_agent(self.directory.path(), &self.way, &self.agent_arguments);
     }
 
     /// Waits until a disk of that VM is known, and that it can be written to (while QEMU sets up an export it cannot, for

@@ -4,8 +4,9 @@
 //! cut off: an agent says hello at once, so it is never the oldest for long, however many silent ones there are.
 
 use std::collections::BTreeMap;
-use std::net::{Shutdown, TcpStream};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::data::socket::Socket;
 
 /// Counts connections.
 #[derive(Debug)]
@@ -19,7 +20,7 @@ pub(crate) struct Door {
 struct State {
     last_number: u64,
     /// By the order in which they came.
-    strangers: BTreeMap<u64, Arc<TcpStream>>,
+    strangers: BTreeMap<u64, Arc<Socket>>,
     agents: usize,
     visits: usize,
 }
@@ -38,7 +39,7 @@ impl Door {
     }
 
     /// Lets a stranger in, and if that is one too many, cuts off the oldest.
-    pub(crate) fn enter(self: &Arc<Self>, stream: &Arc<TcpStream>) -> Visit {
+    pub(crate) fn enter(self: &Arc<Self>, stream: &Arc<Socket>) -> Visit {
         let mut state = self.lock();
         state.last_number += 1;
         state.visits += 1;
@@ -48,7 +49,7 @@ impl Door {
             if state.strangers.len() > self.most_strangers { state.strangers.pop_first() } else { None };
         drop(state);
         if let Some((_, oldest)) = oldest {
-            cut(&oldest);
+            oldest.cut();
         }
         Visit { door: Arc::clone(self), number, is_agent: false }
     }
@@ -56,7 +57,7 @@ impl Door {
     /// Cuts off everybody who has not said who he is.
     pub(crate) fn close(&self) {
         let strangers = std::mem::take(&mut self.lock().strangers);
-        strangers.values().for_each(|stream| cut(stream));
+        strangers.values().for_each(|stream| stream.cut());
     }
 
     /// Connections whose threads have not ended.
@@ -89,20 +90,15 @@ impl Drop for Visit {
     }
 }
 
-fn cut(stream: &TcpStream) {
-    // It may be closed already by the other side; then there is nothing to do.
-    let _ = stream.shutdown(Shutdown::Both);
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::io::Read;
-    use std::net::TcpListener;
+    use std::net::{TcpListener, TcpStream};
 
-    fn pair(listener: &TcpListener) -> (TcpStream, Arc<TcpStream>) {
+    fn pair(listener: &TcpListener) -> (TcpStream, Arc<Socket>) {
         let theirs = TcpStream::connect(listener.local_addr().expect("bound")).expect("connects");
-        (theirs, Arc::new(listener.accept().expect("accepts").0))
+        (theirs, Arc::new(Socket::Tcp(listener.accept().expect("accepts").0)))
     }
 
     #[test]

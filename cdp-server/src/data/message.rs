@@ -2,12 +2,12 @@
 //! and never more memory than it has sent.
 
 use std::io::{self, BufRead, BufReader, Read};
-use std::net::TcpStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use journal_format::wire::{MESSAGE_HEADER_BYTES, MessageHeader, MessageType};
 
+use crate::data::socket::Socket;
 use crate::error::ServerError;
 
 const BUFFER_BYTES: usize = 64 << 10;
@@ -18,7 +18,7 @@ const GROW_BYTES: usize = 256 << 10;
 /// A socket whose reads end at a deadline.
 #[derive(Debug)]
 struct TimedStream {
-    stream: Arc<TcpStream>,
+    stream: Arc<Socket>,
     deadline: Instant,
     /// Longest wait for a byte.
     pause: Duration,
@@ -34,7 +34,7 @@ impl Read for TimedStream {
                 return Err(io::ErrorKind::TimedOut.into());
             }
             // A timeout of less than a microsecond would be set as 0, which means none.
-            self.stream.set_read_timeout(Some(left.min(self.pause).max(Duration::from_millis(1))))?;
+            self.stream.set_read_timeout(left.min(self.pause).max(Duration::from_millis(1)))?;
             match (&*self.stream).read(buf) {
                 // A process that was stopped and goes on finds its wait ended.
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -55,7 +55,7 @@ pub(crate) struct MessageReader {
 }
 
 impl MessageReader {
-    pub(crate) fn new(stream: Arc<TcpStream>) -> Self {
+    pub(crate) fn new(stream: Arc<Socket>) -> Self {
         let now = Instant::now();
         let stream = TimedStream { stream, deadline: now, pause: Duration::ZERO, heard: now };
         Self { stream: BufReader::with_capacity(BUFFER_BYTES, stream) }

@@ -2,7 +2,7 @@
 //!
 //! | thread | number | does | may block on |
 //! | --- | --- | --- | --- |
-//! | `cdp-accept` | 1 | accepts connections, up to a limit | the network |
+//! | `cdp-accept` | 1 per listening socket | accepts connections, up to a limit | the network |
 //! | `cdp-agent` | 1 per connection | reads and checks messages, queues frames | the network; the queue when full |
 //! | `cdp-send` | 1 per agent | writes what others queued for that agent | the network |
 //! | `cdp-commit` | 1 | appends, commits, acknowledges, for all disks | the store |
@@ -14,13 +14,16 @@
 pub(crate) mod committer;
 pub(crate) mod door;
 pub mod hashes;
+pub(crate) mod listener;
 pub(crate) mod message;
 pub(crate) mod peer;
 pub mod plane;
 pub(crate) mod queue;
 pub(crate) mod session;
+pub(crate) mod socket;
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::SocketAddr;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
@@ -30,8 +33,10 @@ use crate::core::Core;
 use crate::data::committer::Work;
 use crate::data::door::Door;
 use crate::data::hashes::Hashers;
+use crate::data::listener::Listener;
 use crate::data::queue::Queue;
-use crate::error::{LISTEN, ServerError};
+use crate::data::socket::Socket;
+use crate::error::ServerError;
 use crate::limits::{INGEST_QUEUE_BYTES, MAX_AGENTS, MAX_STRANGERS, STOP_TIMEOUT};
 
 /// The running data plane.
@@ -39,7 +44,7 @@ use crate::limits::{INGEST_QUEUE_BYTES, MAX_AGENTS, MAX_STRANGERS, STOP_TIMEOUT}
 pub(crate) struct DataPlane {
     address: SocketAddr,
     shared: Arc<Shared>,
-    accept: JoinHandle<()>,
+    accept: Vec<(Arc<Listener>, JoinHandle<()>)>,
     commit: JoinHandle<()>,
 }
 
@@ -53,11 +58,14 @@ struct Shared {
 }
 
 impl DataPlane {
-    /// Starts listening and committing.
-    pub(crate) fn start(core: Arc<Core>, listen: SocketAddr) -> Result<Self, ServerError> {
-        let io = |e| ServerError::io(LISTEN, listen.to_string(), e);
-        let listener = TcpListener::bind(listen).map_err(io)?;
-        let address = listener.local_addr().map_err(io)?;
+    /// Starts listening, on a Unix socket too if there is a path for one, and committing.
+    pub(crate) fn start(
+        core: Arc<Core>,
+        listen: SocketAddr,
+        listen_unix: Option<&Path>,
+    ) -> Result<Self, ServerError> {
+        let (tcp, address) = Listener::tcp(listen)?;
+        let unix = listen_unix.map(Listener::unix).transpose()?;
         let queue = Arc::new(Queue::new(INGEST_QUEUE_BYTES));
         let commit = spawn("cdp-commit", {
             let (core, queue) = (Arc::clone(&core), Arc::clone(&queue));
@@ -71,24 +79,28 @@ impl DataPlane {
             stopping: AtomicBool::new(false),
             door: Door::new(MAX_STRANGERS, MAX_AGENTS),
         });
-        let accept = spawn("cdp-accept", {
-            let shared = Arc::clone(&shared);
-            move || accept_loop(&shared, &listener)
-        })?;
+        let accepting = |listener| {
+            let (listener, shared) = (Arc::new(listener), Arc::clone(&shared));
+            let own = Arc::clone(&listener);
+            spawn("cdp-accept", move || accept_loop(&shared, &own)).map(|thread| (listener, thread))
+        };
+        let accept = [Some(tcp), unix].into_iter().flatten().map(accepting).collect::<Result<_, _>>()?;
         Ok(Self { address, shared, accept, commit })
     }
 
-    /// The address it listens on, with the real port.
+    /// The TCP address it listens on, with the real port.
     pub(crate) fn address(&self) -> SocketAddr {
         self.address
     }
 
     /// Takes no more connections, closes those there are, and commits what they had sent.
     pub(crate) fn stop(self) {
-        // ORDERING: pairs with the load in `accept_loop`, which the connection below wakes.
+        // ORDERING: pairs with the load in `accept_loop`, which the closing below wakes.
         self.shared.stopping.store(true, Ordering::Release);
-        wake(self.address);
-        join(self.accept);
+        for (listener, thread) in self.accept {
+            listener.close();
+            join(thread);
+        }
         self.shared.door.close();
         self.shared.core.fleet.close_all("the server stops");
         self.shared.queue.close();
@@ -100,7 +112,7 @@ impl DataPlane {
     }
 }
 
-fn accept_loop(shared: &Arc<Shared>, listener: &TcpListener) {
+fn accept_loop(shared: &Arc<Shared>, listener: &Listener) {
     loop {
         let accepted = listener.accept();
         // ORDERING: pairs with the store in `DataPlane::stop`.
@@ -108,7 +120,7 @@ fn accept_loop(shared: &Arc<Shared>, listener: &TcpListener) {
             return;
         }
         match accepted {
-            Ok((stream, _)) => serve(shared, stream),
+            Ok(stream) => serve(shared, stream),
             Err(error) => {
                 // Out of file descriptors, most likely: the ones in use have to go first.
                 tracing::warn!(%error, hint = daemon::advice(&error), "cannot accept a connection; trying again");
@@ -118,7 +130,7 @@ fn accept_loop(shared: &Arc<Shared>, listener: &TcpListener) {
     }
 }
 
-fn serve(shared: &Arc<Shared>, stream: TcpStream) {
+fn serve(shared: &Arc<Shared>, stream: Socket) {
     let (shared, stream) = (Arc::clone(shared), Arc::new(stream));
     let visit = shared.door.enter(&stream);
     let thread = spawn("cdp-agent", move || {
@@ -138,15 +150,4 @@ fn join(thread: JoinHandle<()>) {
     if thread.join().is_err() {
         tracing::error!("a thread of the data plane panicked; report this as a bug");
     }
-}
-
-/// Ends a blocking accept by connecting to it.
-fn wake(address: SocketAddr) {
-    let ip = match address.ip() {
-        IpAddr::V4(ip) if ip.is_unspecified() => IpAddr::V4(Ipv4Addr::LOCALHOST),
-        IpAddr::V6(ip) if ip.is_unspecified() => IpAddr::V6(Ipv6Addr::LOCALHOST),
-        ip => ip,
-    };
-    // A failure means that the listener is gone already.
-    let _ = TcpStream::connect_timeout(&SocketAddr::new(ip, address.port()), Duration::from_secs(1));
 }

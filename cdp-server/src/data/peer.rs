@@ -4,7 +4,6 @@
 //! off, instead of holding up the others.
 
 use std::io::Write;
-use std::net::{Shutdown, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
@@ -13,6 +12,7 @@ use std::time::Duration;
 use journal_format::wire::{self, Control};
 
 use crate::data::plane::SessionId;
+use crate::data::socket::Socket;
 use crate::limits::OUTGOING_MESSAGES;
 
 /// One connected agent, to be sent to and to be closed.
@@ -22,17 +22,13 @@ pub(crate) struct Peer {
     /// Host name and address, for logs.
     pub(crate) label: String,
     out: SyncSender<Vec<u8>>,
-    stream: Arc<TcpStream>,
+    stream: Arc<Socket>,
     closed: AtomicBool,
 }
 
 impl Peer {
     /// The peer, and what its writer thread runs on.
-    pub(crate) fn new(
-        id: SessionId,
-        label: String,
-        stream: Arc<TcpStream>,
-    ) -> (Arc<Self>, Receiver<Vec<u8>>) {
+    pub(crate) fn new(id: SessionId, label: String, stream: Arc<Socket>) -> (Arc<Self>, Receiver<Vec<u8>>) {
         let (out, outgoing) = sync_channel(OUTGOING_MESSAGES);
         (Arc::new(Self { id, label, out, stream, closed: AtomicBool::new(false) }), outgoing)
     }
@@ -67,8 +63,7 @@ impl Peer {
         if !self.closed.swap(true, Ordering::Relaxed) {
             tracing::info!(agent = self.label, reason, "closing the connection");
         }
-        // It may be closed already by the other side; then there is nothing to do.
-        let _ = self.stream.shutdown(Shutdown::Both);
+        self.stream.cut();
     }
 
     pub(crate) fn is_closed(&self) -> bool {
@@ -81,7 +76,7 @@ impl Peer {
 pub(crate) fn write_loop(
     peer: &std::sync::Weak<Peer>,
     outgoing: &Receiver<Vec<u8>>,
-    stream: &TcpStream,
+    stream: &Socket,
     ping_every: Duration,
 ) {
     let mut ping = 0;

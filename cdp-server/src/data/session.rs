@@ -1,7 +1,6 @@
 //! One agent's connection, from its first byte to its last, on its own thread.
 
 use std::io::Write;
-use std::net::TcpStream;
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 use std::thread;
@@ -17,6 +16,7 @@ use crate::data::message::MessageReader;
 use crate::data::peer::{self, Peer};
 use crate::data::plane::{Host, Request};
 use crate::data::queue::Queue;
+use crate::data::socket::Socket;
 use crate::error::ServerError;
 use crate::limits::{MAX_AGENTS, MAX_INVENTORY_ITEMS, MAX_NAME_BYTES, MAX_REASON_BYTES, PING_EVERY, PINGS};
 use crate::model::{HostId, HostReport, cut};
@@ -28,9 +28,9 @@ pub(crate) fn run(
     queue: &Arc<Queue<Work>>,
     hashers: &Hashers,
     mut visit: Visit,
-    stream: Arc<TcpStream>,
+    stream: Arc<Socket>,
 ) {
-    let address = stream.peer_addr().map_or_else(|_| "unknown".to_owned(), |a| a.to_string());
+    let address = stream.peer();
     match Session::begin(core, queue, hashers, &mut visit, stream, &address) {
         Ok(mut session) => {
             let reason = match session.serve() {
@@ -62,13 +62,12 @@ impl<'a> Session<'a> {
         queue: &'a Arc<Queue<Work>>,
         hashers: &'a Hashers,
         visit: &mut Visit,
-        stream: Arc<TcpStream>,
+        stream: Arc<Socket>,
         address: &str,
     ) -> Result<Self, ServerError> {
         let io = |e| ServerError::io("set up", address, e);
-        stream.set_nodelay(true).map_err(io)?;
         let patience = core.patience;
-        stream.set_write_timeout(Some(patience.write)).map_err(io)?;
+        stream.set_up(patience.write).map_err(io)?;
         let mut reader = MessageReader::new(Arc::clone(&stream));
         let first = |kind: MessageType| (kind == MessageType::Hello).then(|| kind.max_body_bytes());
         let Some((_, body)) = reader.next(patience.hello, patience.hello, first)? else {

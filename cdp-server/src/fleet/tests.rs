@@ -1,6 +1,7 @@
 //! What the live state promises.
 
 use super::*;
+use crate::data::socket::Socket;
 use crate::limits::{HELD_RETRY, RECONCILE_RETRY, STATUS_FRESH};
 use crate::model::VmReport;
 use std::net::{TcpListener, TcpStream};
@@ -21,7 +22,7 @@ fn status(mode: &str, captured_lsn: u64, host_stamp: u64) -> DiskStatus {
 fn peer(fleet: &Fleet) -> (Arc<Peer>, std::sync::mpsc::Receiver<Vec<u8>>) {
     let listener = TcpListener::bind("127.0.0.1:0").expect("binds");
     let stream = TcpStream::connect(listener.local_addr().expect("bound")).expect("connects");
-    let (peer, outgoing) = Peer::new(fleet.next_session(), "host".to_owned(), Arc::new(stream));
+    let (peer, outgoing) = Peer::new(fleet.next_session(), "host".to_owned(), Arc::new(Socket::Tcp(stream)));
     fleet.connected(&peer);
     (peer, outgoing)
 }

@@ -1,7 +1,10 @@
-//! A fake agent: speaks the real wire protocol over real TCP, and captures a disk that exists only here.
+//! A fake agent: speaks the real wire protocol over a real socket, and captures a disk that exists only here.
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::time::Duration;
 
 use journal_format::frame::{self, Codec, FrameMeta};
@@ -34,7 +37,17 @@ impl Agent {
 
     /// Connects and says nothing.
     pub(crate) fn raw(server: SocketAddr) -> Self {
-        let stream = TcpStream::connect(server).expect("the server listens");
+        Self::over(TcpStream::connect(server).expect("the server listens"))
+    }
+
+    /// Connects to a Unix socket and says nothing. What is asked of the stream (read, write, timeouts) is the same for any
+    /// stream socket.
+    pub(crate) fn raw_unix(server: &Path) -> Self {
+        let stream = UnixStream::connect(server).expect("the server listens");
+        Self::over(TcpStream::from(OwnedFd::from(stream)))
+    }
+
+    fn over(stream: TcpStream) -> Self {
         stream.set_read_timeout(Some(Duration::from_secs(20))).expect("a socket option");
         Self { stream, epoch: 0 }
     }

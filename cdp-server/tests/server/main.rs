@@ -1,4 +1,4 @@
-//! The server as its peers see it: a fake agent over real TCP on one side, the REST client on the other, the real
+//! The server as its peers see it: a fake agent over real sockets on one side, the REST client on the other, the real
 //! store in between.
 
 #![allow(missing_docs, reason = "tests document themselves by their names")]
@@ -16,6 +16,7 @@ mod program;
 mod protection;
 mod rest;
 mod start;
+mod unix;
 
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 

@@ -20,7 +20,7 @@ fn said(output: &Output) -> String {
 }
 
 /// Runs it to its end, which is this code, and says what and what to do.
-fn assert_ends(mut command: Command, code: i32, what: &str, hint: &str) {
+pub(crate) fn assert_ends(mut command: Command, code: i32, what: &str, hint: &str) {
     let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("runs");
     let end = Instant::now() + Duration::from_secs(30);
     while child.try_wait().expect("a child").is_none() {
@@ -39,7 +39,7 @@ fn assert_ends(mut command: Command, code: i32, what: &str, hint: &str) {
     assert!(!said.contains("panicked"), "{said}");
 }
 
-fn with(store: &Path, more: &[&str]) -> Command {
+pub(crate) fn with(store: &Path, more: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_cdp-server"));
     command.arg("--store").arg(store).args(more);
     for default in ["--listen", "--http"] {

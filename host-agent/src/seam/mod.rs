@@ -2,7 +2,7 @@
 //! and io_uring.
 //!
 //! Nothing in here decides anything; it turns three facilities into safe types:
-//! [`memory`] (a memfd mapping with one writer, whose bytes the kernel sends from), [`uring`] (a TCP connection driven
+//! [`memory`] (a memfd mapping with one writer, whose bytes the kernel sends from), [`uring`] (a connection driven
 //! by io_uring), [`process`] (pidfd). The plain-call connection lives beside it in [`plain`], because a send straight
 //! from mapped memory needs a raw `iovec` there too.
 

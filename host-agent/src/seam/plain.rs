@@ -1,7 +1,6 @@
-//! A TCP connection driven by plain system calls, for kernels and containers that refuse io_uring.
+//! A connection (TCP or Unix) driven by plain system calls, for kernels and containers that refuse io_uring.
 
 use std::io::{self, Read};
-use std::net::TcpStream;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,11 +10,12 @@ use nix::sys::eventfd::EventFd;
 
 use super::batch::SendBatch;
 use crate::limits::RECV_BYTES;
+use crate::socket::Socket;
 
 /// The connection. One send at a time; receiving goes on always.
 #[derive(Debug)]
 pub struct PlainLink {
-    socket: TcpStream,
+    socket: Socket,
     wake: Arc<EventFd>,
     sending: Option<SendBatch>,
     buffer: Box<[u8]>,
@@ -26,7 +26,7 @@ impl PlainLink {
     ///
     /// # Errors
     /// When the socket cannot be made non-blocking.
-    pub fn new(socket: TcpStream, wake: Arc<EventFd>) -> io::Result<Self> {
+    pub fn new(socket: Socket, wake: Arc<EventFd>) -> io::Result<Self> {
         socket.set_nonblocking(true)?;
         Ok(Self { socket, wake, sending: None, buffer: vec![0; RECV_BYTES].into_boxed_slice() })
     }
@@ -78,7 +78,7 @@ impl PlainLink {
             }
             let message = batch.message();
             // SAFETY: `message` and everything it points to belong to `batch`, which outlives this call.
-            let sent = unsafe { libc::sendmsg(self.socket.as_raw_fd(), message, libc::MSG_NOSIGNAL) };
+            let sent = unsafe { libc::sendmsg(self.socket.as_fd().as_raw_fd(), message, libc::MSG_NOSIGNAL) };
             match usize::try_from(sent) {
                 Ok(count) => batch.advance(count),
                 Err(_) => match io::Error::last_os_error() {

@@ -1,12 +1,11 @@
-//! A TCP connection driven by io_uring: sends go out straight from the outbox's memory.
+//! A connection (TCP or Unix) driven by io_uring: sends go out straight from the outbox's memory.
 //!
 //! Three operations are in flight at most: one `sendmsg`, one `recv`, one poll of the wake descriptor. The kernel owns
 //! the send's batch and the receive buffer until their completions; dropping the link shuts the socket down and waits
 //! for them.
 
 use std::io;
-use std::net::{Shutdown, TcpStream};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -16,6 +15,7 @@ use nix::sys::eventfd::EventFd;
 
 use super::batch::SendBatch;
 use crate::limits::RECV_BYTES;
+use crate::socket::Socket;
 
 const SEND: u64 = 1;
 const RECV: u64 = 2;
@@ -27,7 +27,7 @@ const TEARDOWN: Duration = Duration::from_secs(5);
 /// The connection. One send at a time; receiving goes on always.
 pub struct UringLink {
     ring: IoUring,
-    socket: TcpStream,
+    socket: Socket,
     wake: Arc<EventFd>,
     /// Owned by the kernel while `send_in_flight`.
     sending: Option<SendBatch>,
@@ -44,7 +44,7 @@ impl UringLink {
     ///
     /// # Errors
     /// The socket, and why: `EPERM` or `ENOSYS` where io_uring is switched off, `ENOTSUP` on kernels before 5.11.
-    pub fn new(socket: TcpStream, wake: Arc<EventFd>) -> Result<Self, (TcpStream, io::Error)> {
+    pub fn new(socket: Socket, wake: Arc<EventFd>) -> Result<Self, (Socket, io::Error)> {
         let ring = match IoUring::new(8) {
             Ok(ring) if ring.params().is_feature_ext_arg() => ring,
             Ok(_) => return Err((socket, io::Error::from_raw_os_error(libc::ENOTSUP))),
@@ -91,7 +91,7 @@ impl UringLink {
     }
 
     fn arm(&mut self) -> io::Result<()> {
-        let fd = Fd(self.socket.as_raw_fd());
+        let fd = Fd(self.socket.as_fd().as_raw_fd());
         if !self.recv_in_flight {
             let len = u32::try_from(self.buffer.len()).unwrap_or(u32::MAX);
             let entry = opcode::Recv::new(fd, self.buffer.as_mut_ptr(), len).build().user_data(RECV);
@@ -186,7 +186,7 @@ impl UringLink {
 
 impl Drop for UringLink {
     fn drop(&mut self) {
-        let _ = self.socket.shutdown(Shutdown::Both);
+        self.socket.shutdown();
         let end = Instant::now() + TEARDOWN;
         let mut rest = Vec::new();
         while (self.send_in_flight || self.recv_in_flight) && Instant::now() < end {

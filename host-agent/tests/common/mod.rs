@@ -31,7 +31,7 @@ pub fn wait_for<T>(what: &str, mut done: impl FnMut() -> Option<T>) -> T {
 /// Settings for an agent in `dir` with small buffers.
 pub fn config(dir: &Path, server: &server::FakeServer, no_io_uring: bool) -> Config {
     Config {
-        server: server.address(),
+        server: server.address().parse().expect("an address"),
         socket: dir.join("run/agent.sock"),
         socket_mode: 0o600,
         socket_group: None,
@@ -60,9 +60,18 @@ impl Bench {
     }
 
     pub fn start_with(change: impl FnOnce(&mut Config)) -> Self {
-        let _ = tracing_subscriber::fmt().with_test_writer().with_max_level(tracing::Level::INFO).try_init();
+        Self::between(server::FakeServer::start(), tempfile::tempdir().expect("a folder"), change)
+    }
+
+    /// The same with a Unix socket between agent and server.
+    pub fn start_over_unix(no_io_uring: bool) -> Self {
         let dir = tempfile::tempdir().expect("a folder");
-        let server = server::FakeServer::start();
+        let server = server::FakeServer::start_at(&dir.path().join("server.sock"));
+        Self::between(server, dir, |config| config.no_io_uring = no_io_uring)
+    }
+
+    fn between(server: server::FakeServer, dir: tempfile::TempDir, change: impl FnOnce(&mut Config)) -> Self {
+        let _ = tracing_subscriber::fmt().with_test_writer().with_max_level(tracing::Level::INFO).try_init();
         let mut config = config(dir.path(), &server, false);
         change(&mut config);
         let agent = Agent::start(config).expect("an agent");

@@ -3,6 +3,9 @@
 use std::collections::HashMap;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use journal_format::chunk_hash::CHUNK_BYTES;
@@ -91,10 +94,24 @@ impl FakeServer {
     pub fn start() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
         let address = listener.local_addr().expect("an address").to_string();
+        Self::accept(address, move || listener.accept().ok().map(|(socket, _)| socket))
+    }
+
+    /// The same on a Unix socket at `path`.
+    pub fn start_at(path: &Path) -> Self {
+        let listener = UnixListener::bind(path).expect("a socket");
+        let address = format!("unix:{}", path.display());
+        // What is asked of the stream (read, write, shutdown, duplicate) is the same for any stream socket.
+        Self::accept(address, move || {
+            listener.accept().ok().map(|(socket, _)| TcpStream::from(OwnedFd::from(socket)))
+        })
+    }
+
+    fn accept(address: String, mut next: impl FnMut() -> Option<TcpStream> + Send + 'static) -> Self {
         let server = Self { state: Arc::default(), address };
         let acceptor = server.clone();
         std::thread::spawn(move || {
-            for socket in listener.incoming().flatten() {
+            while let Some(socket) = next() {
                 acceptor.serve(socket);
             }
         });

@@ -10,5 +10,6 @@ mod outages;
 mod policies;
 mod resync;
 mod toggle;
+mod unix;
 mod unseen;
 mod witness;

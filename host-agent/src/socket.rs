@@ -1,0 +1,184 @@
+//! Where the server is, and a socket that is connected to it: TCP, or a Unix socket where both are on one host.
+
+use std::fmt;
+use std::io::{self, Read};
+use std::net::{Shutdown, TcpStream, ToSocketAddrs};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+use crate::limits::MAX_SOCKET_PATH;
+
+/// What begins the address of a Unix socket.
+const UNIX: &str = "unix:";
+
+/// The server's address.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Address {
+    /// `HOST:PORT`; names are looked up anew for each connection.
+    Tcp(String),
+    /// The absolute path of a Unix socket, written `unix:/path`.
+    Unix(PathBuf),
+}
+
+impl FromStr for Address {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let Some(path) = text.strip_prefix(UNIX) else {
+            return match is_host_and_port(text) {
+                true => Ok(Self::Tcp(text.to_owned())),
+                false => Err(format!(
+                    "`{text}` is not HOST:PORT, such as backup1:7411, 10.0.0.2:7411 or [fd00::2]:7411, nor unix:/PATH"
+                )),
+            };
+        };
+        if !path.starts_with('/') {
+            return Err(format!("`{text}` is no absolute path: write unix:/run/qemu-cdp/server.sock"));
+        }
+        if path.len() > MAX_SOCKET_PATH {
+            let bytes = path.len();
+            return Err(format!(
+                "a socket's path has at most {MAX_SOCKET_PATH} bytes, not {bytes}: have the server listen at a shorter one"
+            ));
+        }
+        Ok(Self::Unix(path.into()))
+    }
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp(address) => f.write_str(address),
+            Self::Unix(path) => write!(f, "{UNIX}{}", path.display()),
+        }
+    }
+}
+
+impl Address {
+    /// Connects. Blocks for names that are looked up, for at most `timeout` with each address of a host, and on a Unix
+    /// socket for as long as a live server's queue of new connections is full.
+    ///
+    /// # Errors
+    /// The last address's, and what to do where that is known.
+    pub fn connect(&self, timeout: Duration) -> io::Result<Socket> {
+        match self {
+            Self::Tcp(address) => tcp(address, timeout).map(Socket::Tcp),
+            Self::Unix(path) => UnixStream::connect(path).map(Socket::Unix).map_err(|error| {
+                let hint = match error.kind() {
+                    io::ErrorKind::PermissionDenied => {
+                        "run the agent as root or as the server's user: the socket is for these alone"
+                    }
+                    io::ErrorKind::NotFound => "does the server have --listen-unix with this path?",
+                    _ => return error,
+                };
+                io::Error::new(error.kind(), format!("{error}; {hint}"))
+            }),
+        }
+    }
+}
+
+fn tcp(address: &str, timeout: Duration) -> io::Result<TcpStream> {
+    let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
+    for address in address.to_socket_addrs()? {
+        match TcpStream::connect_timeout(&address, timeout) {
+            Ok(socket) => {
+                socket.set_nodelay(true)?;
+                return Ok(socket);
+            }
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
+}
+
+fn is_host_and_port(text: &str) -> bool {
+    let Some((host, port)) = text.rsplit_once(':') else { return false };
+    let is_host = match host.strip_prefix('[').map(|host| host.strip_suffix(']')) {
+        Some(inside) => inside.is_some_and(|host| host.parse::<std::net::Ipv6Addr>().is_ok()),
+        None => !host.is_empty() && !host.contains([':', '/', ' ']),
+    };
+    is_host && port.parse::<u16>().is_ok_and(|port| port > 0)
+}
+
+/// A connected, blocking stream socket.
+#[derive(Debug)]
+pub enum Socket {
+    /// Over the network, sending at once what it is given.
+    Tcp(TcpStream),
+    /// On this host.
+    Unix(UnixStream),
+}
+
+impl Socket {
+    /// As [`TcpStream::set_nonblocking`].
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn set_nonblocking(&self, nonblocking: bool) -> io::Result<()> {
+        match self {
+            Self::Tcp(socket) => socket.set_nonblocking(nonblocking),
+            Self::Unix(socket) => socket.set_nonblocking(nonblocking),
+        }
+    }
+
+    /// Ends it both ways. One that the other side has ended stays so.
+    pub fn shutdown(&self) {
+        let _ = match self {
+            Self::Tcp(socket) => socket.shutdown(Shutdown::Both),
+            Self::Unix(socket) => socket.shutdown(Shutdown::Both),
+        };
+    }
+}
+
+impl AsFd for Socket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Tcp(socket) => socket.as_fd(),
+            Self::Unix(socket) => socket.as_fd(),
+        }
+    }
+}
+
+impl Read for Socket {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Self::Tcp(socket) => socket.read(buf),
+            Self::Unix(socket) => socket.read(buf),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_are_read_and_written_the_same_way() {
+        for text in ["a:1", "10.0.0.2:7411", "[fd00::2]:7411", "unix:/run/qemu-cdp/server.sock"] {
+            assert_eq!(text.parse::<Address>().unwrap().to_string(), text);
+        }
+        let long = format!("unix:/{}", "x".repeat(MAX_SOCKET_PATH));
+        for (text, hint) in [
+            ("nowhere", "HOST:PORT"),
+            ("/run/qemu-cdp/server.sock", "unix:/PATH"),
+            ("unix:server.sock", "unix:/run"),
+            ("unix:", "unix:/run"),
+            (&long, "107 bytes"),
+        ] {
+            let said = text.parse::<Address>().unwrap_err();
+            assert!(said.contains(hint), "{text}: {said}");
+        }
+    }
+
+    #[test]
+    fn a_missing_socket_says_which_flag_makes_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let address = Address::Unix(dir.path().join("missing"));
+        let error = address.connect(Duration::from_secs(1)).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::NotFound);
+        assert!(error.to_string().contains("--listen-unix"), "{error}");
+    }
+}
