@@ -3,6 +3,8 @@
 use std::collections::{HashMap, VecDeque};
 use std::io::{IoSlice, Read, Write};
 use std::net::TcpStream;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
 use std::time::Instant;
@@ -62,10 +64,17 @@ struct Flight {
 }
 
 impl Feed {
-    /// Connects and opens that many disks.
+    /// Connects, to `HOST:PORT` or `unix:/path`, and opens that many disks.
     pub(crate) fn connect(address: &str, disks: usize) -> Self {
-        let mut stream = TcpStream::connect(address).expect("a server");
-        stream.set_nodelay(true).expect("no delay");
+        let mut stream = match address.strip_prefix("unix:") {
+            // What is asked of the stream (read, write, a timeout, a duplicate) is the same for any stream socket.
+            Some(path) => TcpStream::from(OwnedFd::from(UnixStream::connect(path).expect("a server"))),
+            None => {
+                let stream = TcpStream::connect(address).expect("a server");
+                stream.set_nodelay(true).expect("no delay");
+                stream
+            }
+        };
         stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
         let hello = Hello {
             protocol: PROTOCOL_VERSION,

@@ -1,4 +1,5 @@
-//! How much one core of the server takes in, durably: frames over TCP from memory, beside servers that keep no history.
+//! How much one core of the server takes in, durably: frames from memory, over TCP and a Unix socket, beside servers that
+//! keep no history (on Unix sockets).
 //!
 //! The load's frames are packed before the clock starts. A row ends with the acknowledgement of its last frame, or with the
 //! peer's flush; peers flush every 16 MiB, as often as the server commits under load.
@@ -44,6 +45,23 @@ pub(crate) const LOADS: [Load; 4] = [
     Load { name: "database pages, 8 KiB", contents: Contents::Database, record_bytes: 8 << 10, depth: 64 },
 ];
 
+/// What is between the load and the server.
+#[derive(Clone, Copy)]
+enum Way {
+    Tcp,
+    Unix,
+}
+
+impl Way {
+    /// Those that are measured with a load: the kind of socket shows with data that costs little else.
+    fn of(load: &Load) -> &'static [(Self, &'static str)] {
+        match load.contents {
+            Contents::Random => &[(Self::Tcp, "qemu-cdp"), (Self::Unix, "qemu-cdp, Unix socket")],
+            _ => &[(Self::Tcp, "qemu-cdp")],
+        }
+    }
+}
+
 #[derive(Clone, Copy)]
 enum Peer {
     NbdkitFile,
@@ -63,8 +81,10 @@ pub(crate) fn run(effort: Effort, report: &mut Report) {
                 let row = Row::new("one core of the server", "disk", load.name, name, round);
                 report.add(of_peer(row, peer, directory.path(), load, bytes));
             }
-            let row = Row::new("one core of the server", "disk", load.name, "qemu-cdp", round);
-            report.add(ours(row, directory.path(), &frames, 1, bytes));
+            for &(way, name) in Way::of(load) {
+                let row = Row::new("one core of the server", "disk", load.name, name, round);
+                report.add(ours(row, directory.path(), way, &frames, 1, bytes));
+            }
         }
         parts::run(effort, report, load, &frames, directory.path());
     }
@@ -77,16 +97,23 @@ pub(crate) fn run(effort: Effort, report: &mut Report) {
             let name = format!("qemu-cdp, {disks} disks at once");
             let row =
                 Row::new("one core of the server", "disk", "many disks, random data, 4 KiB", &name, round);
-            report.add(ours(row, directory.path(), frames, disks, bytes));
+            report.add(ours(row, directory.path(), Way::Tcp, frames, disks, bytes));
         }
     }
 }
 
-fn ours(mut row: Row, directory: &Path, frames: &[Batch], disks: usize, bytes: u64) -> Row {
+fn ours(mut row: Row, directory: &Path, way: Way, frames: &[Batch], disks: usize, bytes: u64) -> Row {
     let store = directory.join("store");
-    let mut server = Server::start(directory, &store);
+    // A target directory may lie deeper than a socket's path is long.
+    let sockets = tempfile::tempdir().expect("a directory");
+    let socket = sockets.path().join("server.sock").display().to_string();
+    let mut server = Server::start_with(directory, &store, &["--listen-unix", &socket]);
     let pid = server.process.pid();
-    let mut feed = Feed::connect(&server.data, disks);
+    let address = match way {
+        Way::Tcp => server.data.clone(),
+        Way::Unix => format!("unix:{socket}"),
+    };
+    let mut feed = Feed::connect(&address, disks);
     let used = || {
         let of_thread = |name| machine::thread_seconds(pid, name);
         [machine::cpu_seconds(pid), of_thread("cdp-agent"), of_thread("cdp-commit")]

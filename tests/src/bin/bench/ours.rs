@@ -89,8 +89,14 @@ pub(crate) struct Server {
 impl Server {
     /// Starts one on a store, which is made if it is not there.
     pub(crate) fn start(directory: &Path, store: &Path) -> Self {
+        Self::start_with(directory, store, &[])
+    }
+
+    /// The same, with more arguments.
+    pub(crate) fn start_with(directory: &Path, store: &Path, arguments: &[&str]) -> Self {
         let mut command = machine::pinned(SINK_CORE, program("cdp-server"));
         command.arg("--store").arg(store).args(["--listen", "127.0.0.1:0", "--http", "127.0.0.1:0"]);
+        command.args(arguments);
         let mut process = Process::start(directory, "server", &mut command);
         let (data, http) = (process.ready("data"), process.ready("http"));
         let url = format!("http://{http}");

@@ -3,6 +3,7 @@
 use std::fs;
 use std::io::{BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::thread;
 
@@ -47,7 +48,11 @@ pub(crate) fn run(effort: Effort, report: &mut Report, load: &Load, batches: &[B
         }
         add("agent: compress (zstd 1)", packed);
         add("agent: records and checksums", heads);
-        add("server: receive (TCP)", received(&frames));
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let sender = TcpStream::connect(listener.local_addr().expect("its address")).expect("a connection");
+        add("server: receive (TCP)", received(&frames, sender, listener.accept().expect("a connection").0));
+        let (sender, receiver) = UnixStream::pair().expect("a pair");
+        add("server: receive (Unix socket)", received(&frames, sender, receiver));
         add("server: check a frame", timed(|| frames.iter().for_each(|frame| drop(Frame::parse(frame)))));
         let (append, commit) = stored(&frames, &directory.join("parts"));
         add("server: append", append);
@@ -63,13 +68,10 @@ fn timed(work: impl FnOnce()) -> f64 {
 }
 
 /// What it costs the reading end to take frames out of a socket.
-fn received(frames: &[Vec<u8>]) -> f64 {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
-    let address = listener.local_addr().expect("its address");
+fn received(frames: &[Vec<u8>], mut sender: impl Write, receiver: impl Read + Send + 'static) -> f64 {
     let lengths: Vec<usize> = frames.iter().map(Vec::len).collect();
     let reader = thread::spawn(move || {
-        let (stream, _) = listener.accept().expect("a connection");
-        let mut stream = BufReader::with_capacity(64 << 10, stream);
+        let mut stream = BufReader::with_capacity(64 << 10, receiver);
         timed(|| {
             for length in lengths {
                 let mut frame = vec![0; length];
@@ -77,8 +79,7 @@ fn received(frames: &[Vec<u8>]) -> f64 {
             }
         })
     });
-    let mut stream = TcpStream::connect(address).expect("a connection");
-    frames.iter().for_each(|frame| stream.write_all(frame).expect("it is taken"));
+    frames.iter().for_each(|frame| sender.write_all(frame).expect("it is taken"));
     reader.join().expect("the reader")
 }
 
