@@ -2,9 +2,12 @@
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Parser;
+use daemon::tls::{self, Identity};
+use rustls::ServerConfig;
 use serde::Deserialize;
 
 use crate::drill::Drill;
@@ -30,7 +33,7 @@ Exit codes:
 #[command(name = "cdp-server", version, after_help = AFTER_HELP)]
 pub struct Args {
     /// TOML file with the same settings (store, catalog, listen, listen_unix, http, token_file,
-    /// agent_timeout_s)
+    /// tls_cert, tls_key, tls_client_ca, agent_timeout_s)
     #[arg(long, env = "CDP_CONFIG", value_name = "FILE")]
     pub config: Option<PathBuf>,
     /// Directory of the journals; created when missing
@@ -51,6 +54,16 @@ pub struct Args {
     /// File with the token that agents must know; without it every agent that can connect is taken
     #[arg(long, env = "CDP_TOKEN_FILE", value_name = "FILE")]
     pub token_file: Option<PathBuf>,
+    /// PEM file with the certificate that the TCP listener shows agents, and those up to its authority's; from then on it
+    /// speaks TLS alone [default: no TLS]
+    #[arg(long, env = "CDP_TLS_CERT", value_name = "FILE")]
+    pub tls_cert: Option<PathBuf>,
+    /// PEM file with the key of --tls-cert
+    #[arg(long, env = "CDP_TLS_KEY", value_name = "FILE")]
+    pub tls_key: Option<PathBuf>,
+    /// PEM file with the authorities of which agents must show a certificate, over TLS [default: they need none]
+    #[arg(long, env = "CDP_TLS_CLIENT_CA", value_name = "FILE")]
+    pub tls_client_ca: Option<PathBuf>,
     /// Seconds without a byte from an agent after which it is taken for dead, and a disk that another host has too may
     /// go to that host; 5 to 3600 [default: 45]
     #[arg(long, env = "CDP_AGENT_TIMEOUT_S", value_name = "SECONDS")]
@@ -70,6 +83,9 @@ struct FileConfig {
     listen_unix: Option<PathBuf>,
     http: Option<SocketAddr>,
     token_file: Option<PathBuf>,
+    tls_cert: Option<PathBuf>,
+    tls_key: Option<PathBuf>,
+    tls_client_ca: Option<PathBuf>,
     agent_timeout_s: Option<u64>,
 }
 
@@ -88,6 +104,8 @@ pub struct Config {
     pub http: SocketAddr,
     /// Token that agents must know.
     pub token: Option<String>,
+    /// What the TCP listener shows agents and asks of them; `None` for no TLS.
+    pub tls: Option<Arc<ServerConfig>>,
     /// What fails on purpose. Never in the file: a drill is not to outlive its command line.
     pub drill: Option<Drill>,
     /// How long it waits for peers; of these a flag changes `idle` alone.
@@ -106,6 +124,7 @@ impl Config {
             listen_unix: None,
             http: any,
             token: None,
+            tls: None,
             drill: None,
             patience: Patience::DEFAULT,
         }
@@ -137,14 +156,35 @@ impl Config {
         let listen_unix = args.listen_unix.or(file.listen_unix);
         listen_unix.as_deref().map_or(Ok(()), check_socket)?;
         let token = args.token_file.or(file.token_file).map(|path| read_token(&path)).transpose()?;
+        let tls = tls_config(
+            args.tls_cert.or(file.tls_cert),
+            args.tls_key.or(file.tls_key),
+            args.tls_client_ca.or(file.tls_client_ca),
+        )?;
         let patience = patience(args.agent_timeout_s.or(file.agent_timeout_s))?;
-        Ok(Self { store, catalog, listen, listen_unix, http, token, drill: args.drill, patience })
+        Ok(Self { store, catalog, listen, listen_unix, http, token, tls, drill: args.drill, patience })
     }
 }
 
 /// Reads an address as a user gives it.
 fn parse_address(text: &str) -> Result<SocketAddr, String> {
     text.parse().map_err(|_| "give IP:PORT, such as 127.0.0.1:7411, 0.0.0.0:7411 or [::1]:7411".to_owned())
+}
+
+fn tls_config(
+    cert: Option<PathBuf>,
+    key: Option<PathBuf>,
+    client_ca: Option<PathBuf>,
+) -> Result<Option<Arc<ServerConfig>>, ServerError> {
+    match (&cert, &key, &client_ca) {
+        (Some(cert), Some(key), _) => {
+            tls::server(Identity { cert, key }, client_ca.as_deref()).map(Some).map_err(ServerError::Config)
+        }
+        (None, None, None) => Ok(None),
+        _ => Err(ServerError::Config(
+            "TLS needs both --tls-cert and --tls-key (--tls-client-ca alone switches nothing on)".to_owned(),
+        )),
+    }
 }
 
 fn check_socket(path: &Path) -> Result<(), ServerError> {

@@ -58,7 +58,7 @@ impl Server {
         let (http_stop, stopped) = oneshot::channel::<()>();
         let router = rest::router(Arc::clone(&core));
         let http_task = runtime.spawn(http::serve(listener, router, config.patience, stopped));
-        let data = DataPlane::start(Arc::clone(&core), config.listen, config.listen_unix.as_deref())?;
+        let data = DataPlane::start(Arc::clone(&core), &config)?;
         let (reconcile_stop, stop) = mpsc::channel();
         let reconcile = std::thread::Builder::new()
             .name("cdp-protect".to_owned())

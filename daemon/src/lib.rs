@@ -1,4 +1,5 @@
-//! What `cdp-server` and `cdp-agent` do first and last: logs, open files, exit codes; and how drills are ordered.
+//! What `cdp-server` and `cdp-agent` do first and last: logs, open files, exit codes; how drills are ordered, and what
+//! their TLS takes from files.
 //!
 //! *Owns* these habits, so that both programs have the same. *Must not know* what either program does.
 //!
@@ -7,6 +8,7 @@
 #![forbid(unsafe_code)]
 
 pub mod drill;
+pub mod tls;
 
 use std::error::Error;
 use std::io::{self, ErrorKind, IsTerminal, Write};

@@ -4,12 +4,14 @@ use core::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
 use clap::Parser;
+use daemon::tls::{self, Identity};
+use rustls::pki_types::ServerName;
 use serde::Deserialize;
 
 use crate::drill::Drill;
 use crate::error::AgentError;
 use crate::limits::{OUTBOX_MIB, RING_MIB, SPOOL_MIB};
-use crate::socket::Address;
+use crate::socket::{Address, Tls};
 use crate::spool::SpoolPlace;
 
 const AFTER_HELP: &str = "\
@@ -58,6 +60,19 @@ pub struct Args {
     /// File whose first line is the token that the server asks for [default: none].
     #[arg(long, value_name = "FILE")]
     pub token_file: Option<PathBuf>,
+    /// PEM file with the authorities that the server's certificate has to be of; makes the TCP connection TLS [default: no
+    /// TLS].
+    #[arg(long, value_name = "FILE")]
+    pub tls_ca: Option<PathBuf>,
+    /// Name that the server's certificate has to have [default: HOST of --server].
+    #[arg(long, value_name = "NAME")]
+    pub tls_server_name: Option<String>,
+    /// PEM file with the certificate that the agent shows a server that asks for one [default: none].
+    #[arg(long, value_name = "FILE")]
+    pub tls_cert: Option<PathBuf>,
+    /// PEM file with the key of --tls-cert.
+    #[arg(long, value_name = "FILE")]
+    pub tls_key: Option<PathBuf>,
     /// Use plain system calls even where the kernel offers io_uring.
     #[arg(long)]
     pub no_io_uring: bool,
@@ -82,6 +97,10 @@ struct File {
     host_name: Option<String>,
     machine_id: Option<PathBuf>,
     token_file: Option<PathBuf>,
+    tls_ca: Option<PathBuf>,
+    tls_server_name: Option<String>,
+    tls_cert: Option<PathBuf>,
+    tls_key: Option<PathBuf>,
     no_io_uring: Option<bool>,
 }
 
@@ -108,6 +127,8 @@ pub struct Config {
     pub machine_id: Option<PathBuf>,
     /// Token for the server, or empty.
     pub token: String,
+    /// Encrypts the connection; `None` for none. Only with TCP.
+    pub tls: Option<Tls>,
     /// Plain system calls only.
     pub no_io_uring: bool,
     /// What fails on purpose. Never in the file: a drill is not to outlive its command line.
@@ -127,8 +148,16 @@ impl Config {
         let spool_mib = args.spool_mib.or(file.spool_mib).unwrap_or(1024);
         let mode = args.socket_mode.or(file.socket_mode).unwrap_or_else(|| "660".into());
         let server = args.server.or(file.server).unwrap_or_else(|| "127.0.0.1:7411".into());
+        let server: Address = server.parse().map_err(|detail| bad("server", detail))?;
+        let tls = TlsFiles {
+            ca: args.tls_ca.or(file.tls_ca),
+            name: args.tls_server_name.or(file.tls_server_name),
+            cert: args.tls_cert.or(file.tls_cert),
+            key: args.tls_key.or(file.tls_key),
+        };
         Ok(Self {
-            server: server.parse().map_err(|detail| bad("server", detail))?,
+            tls: tls.load(&server)?,
+            server,
             socket: args.socket.or(file.socket).unwrap_or_else(|| "/run/qemu-cdp/agent.sock".into()),
             socket_mode: parse_mode(&mode)?,
             socket_group: args.socket_group.or(file.socket_group),
@@ -148,6 +177,42 @@ impl Config {
             no_io_uring: args.no_io_uring || file.no_io_uring.unwrap_or(false),
             drill: args.drill,
         })
+    }
+}
+
+/// What the settings say of TLS.
+struct TlsFiles {
+    ca: Option<PathBuf>,
+    name: Option<String>,
+    cert: Option<PathBuf>,
+    key: Option<PathBuf>,
+}
+
+impl TlsFiles {
+    fn load(self, server: &Address) -> Result<Option<Tls>, AgentError> {
+        let Some(ca) = self.ca else {
+            return match (self.name, self.cert, self.key) {
+                (None, None, None) => Ok(None),
+                _ => Err(bad(
+                    "tls_ca",
+                    "missing: the other settings of TLS do nothing without --tls-ca".to_owned(),
+                )),
+            };
+        };
+        let Some(host) = server.host() else {
+            return Err(bad("tls_ca", format!("TLS is for HOST:PORT; leave it out with {server}")));
+        };
+        let identity = match (&self.cert, &self.key) {
+            (Some(cert), Some(key)) => Some(Identity { cert, key }),
+            (None, None) => None,
+            _ => return Err(bad("tls_cert", "give both --tls-cert and --tls-key, or neither".to_owned())),
+        };
+        let config = tls::client(&ca, identity).map_err(|detail| bad("tls_ca", detail))?;
+        let name = self.name.unwrap_or_else(|| host.to_owned());
+        let name = ServerName::try_from(name.clone()).map_err(|error| {
+            bad("tls_server_name", format!("`{name}`: {error}; give a host's name or IP address"))
+        })?;
+        Ok(Some(Tls { config, name }))
     }
 }
 

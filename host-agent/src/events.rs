@@ -11,7 +11,7 @@ use crate::filters::FilterLink;
 use crate::limits::EVENT_QUEUE;
 use crate::live::Loaded;
 use crate::session::{Adopt, Event, FilterId, Holding, VmInfo};
-use crate::socket::Socket;
+use crate::socket::Connected;
 
 /// Something for the hub.
 #[derive(Debug)]
@@ -25,7 +25,7 @@ pub enum Input {
     /// What a filter holds was read, or why it cannot be used.
     Loaded(Adopt, Result<Box<Loaded>, AgentError>),
     /// The attempt to connect to the server with this number ended.
-    Connected(u64, std::io::Result<Socket>),
+    Connected(u64, std::io::Result<Connected>),
 }
 
 /// The hub is gone.

@@ -29,7 +29,7 @@ use crate::seam::plain::poll_timeout;
 use crate::session::{
     Action, Adopt, Attach, Ending, Event, FilterId, Holding, Identity, Session, ToServer, VmInfo,
 };
-use crate::socket::Socket;
+use crate::socket::Connected;
 use crate::spool;
 
 /// The driver of the session.
@@ -199,7 +199,7 @@ impl Hub {
         }
     }
 
-    fn connected(&mut self, attempt: u64, outcome: std::io::Result<Socket>) {
+    fn connected(&mut self, attempt: u64, outcome: std::io::Result<Connected>) {
         if attempt != self.attempt || self.link.is_some() {
             return;
         }
@@ -207,7 +207,7 @@ impl Hub {
             outcome.and_then(|socket| Link::new(socket, Arc::clone(&self.wake), self.config.no_io_uring));
         match link {
             Ok(link) => {
-                tracing::info!(server = %self.config.server, driver = link.driver(), "connected");
+                tracing::info!(server = %self.config.server, driver = link.driver(), tls = link.is_encrypted(), "connected");
                 self.link = Some(link);
                 self.failed_attempts = 0;
                 self.handle(Event::ServerConnected);
@@ -299,8 +299,9 @@ impl Hub {
             }
             self.session.shipped(next.disk, next.epoch, last.last_lsn);
         }
-        if !batch.is_done() {
-            link.start_send(batch);
+        let started = if batch.is_done() { Ok(()) } else { link.start_send(batch) };
+        if let Err(error) = started {
+            self.drop_link(&error.to_string(), true);
         }
     }
 
@@ -524,9 +525,10 @@ impl Hub {
         self.attempt += 1;
         let (attempt, address, sender) = (self.attempt, self.config.server.clone(), self.sender.clone());
         // Names and connects may take seconds; the hub must not.
+        let tls = self.config.tls.clone();
         let cut = self.config.drill.as_ref().and_then(Drill::cut);
         let spawned = std::thread::Builder::new().name("cdp-connect".into()).spawn(move || {
-            let outcome = cut.map_or_else(|| address.connect(CONNECT_TIMEOUT), Err);
+            let outcome = cut.map_or_else(|| address.connect(CONNECT_TIMEOUT, tls.as_ref()), Err);
             let _ = sender.send(Input::Connected(attempt, outcome));
         });
         if let Err(error) = spawned {

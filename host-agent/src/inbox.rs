@@ -19,6 +19,9 @@ use crate::compare::{Answer, Wanted};
 use crate::error::AgentError;
 use crate::session::{ServerMessage, Settings};
 
+/// How a server that speaks TLS answers what is none: an alert record.
+const TLS_ALERT: [u8; 2] = [0x15, 0x03];
+
 /// Bytes that came and are not whole messages yet. Holds at most one message and one receive.
 #[derive(Debug, Default)]
 pub struct Inbox {
@@ -45,6 +48,9 @@ impl Inbox {
     #[expect(clippy::should_implement_trait, reason = "an error ends the stream, an empty answer does not")]
     pub fn next(&mut self) -> Result<Option<ServerMessage>, AgentError> {
         let rest = self.bytes.get(self.used..).unwrap_or_default();
+        if rest.starts_with(&TLS_ALERT) {
+            return Err(AgentError::Protocol("it speaks TLS: give the agent --tls-ca".to_owned()));
+        }
         if rest.len() < MESSAGE_HEADER_BYTES {
             self.compact();
             return Ok(None);

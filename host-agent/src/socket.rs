@@ -7,7 +7,11 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::sync::Arc;
 use std::time::Duration;
+
+use rustls::pki_types::ServerName;
+use rustls::{ClientConfig, ClientConnection};
 
 use crate::limits::MAX_SOCKET_PATH;
 
@@ -57,25 +61,55 @@ impl fmt::Display for Address {
     }
 }
 
+/// How the server is to prove who it is, and what it is shown.
+#[derive(Clone, Debug)]
+pub struct Tls {
+    /// Authorities and own certificate.
+    pub config: Arc<ClientConfig>,
+    /// Whom the server's certificate has to name.
+    pub name: ServerName<'static>,
+}
+
+/// A connection to the server, after the handshake if there is one.
+#[derive(Debug)]
+pub struct Connected {
+    /// The socket.
+    pub socket: Socket,
+    /// The session of a connection that is encrypted. (Boxed: it is large.)
+    pub tls: Option<Box<ClientConnection>>,
+}
+
 impl Address {
-    /// Connects. Blocks for names that are looked up, for at most `timeout` with each address of a host, and on a Unix
+    /// The host's name or address; `None` for a Unix socket.
+    #[must_use]
+    pub fn host(&self) -> Option<&str> {
+        let Self::Tcp(address) = self else { return None };
+        let (host, _) = address.rsplit_once(':')?;
+        Some(host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host))
+    }
+
+    /// Connects. With `tls`, which is for TCP only, each step of the handshake may take `timeout` too. Blocks for names that are looked up, for at most `timeout` with each address of a host, and on a Unix
     /// socket for as long as a live server's queue of new connections is full.
     ///
     /// # Errors
     /// The last address's, and what to do where that is known.
-    pub fn connect(&self, timeout: Duration) -> io::Result<Socket> {
-        match self {
-            Self::Tcp(address) => tcp(address, timeout).map(Socket::Tcp),
-            Self::Unix(path) => UnixStream::connect(path).map(Socket::Unix).map_err(|error| {
-                let hint = match error.kind() {
-                    io::ErrorKind::PermissionDenied => {
-                        "run the agent as root or as the server's user: the socket is for these alone"
-                    }
-                    io::ErrorKind::NotFound => "does the server have --listen-unix with this path?",
-                    _ => return error,
-                };
-                io::Error::new(error.kind(), format!("{error}; {hint}"))
-            }),
+    pub fn connect(&self, timeout: Duration, tls: Option<&Tls>) -> io::Result<Connected> {
+        let plain = |socket| Connected { socket, tls: None };
+        match (self, tls) {
+            (Self::Tcp(address), Some(tls)) => encrypted(tcp(address, timeout)?, timeout, tls),
+            (Self::Tcp(address), None) => tcp(address, timeout).map(Socket::Tcp).map(plain),
+            (Self::Unix(path), _) => {
+                UnixStream::connect(path).map(Socket::Unix).map(plain).map_err(|error| {
+                    let hint = match error.kind() {
+                        io::ErrorKind::PermissionDenied => {
+                            "run the agent as root or as the server's user: the socket is for these alone"
+                        }
+                        io::ErrorKind::NotFound => "does the server have --listen-unix with this path?",
+                        _ => return error,
+                    };
+                    io::Error::new(error.kind(), format!("{error}; {hint}"))
+                })
+            }
         }
     }
 }
@@ -92,6 +126,35 @@ fn tcp(address: &str, timeout: Duration) -> io::Result<TcpStream> {
         }
     }
     Err(last)
+}
+
+fn encrypted(mut stream: TcpStream, timeout: Duration, tls: &Tls) -> io::Result<Connected> {
+    let session = ClientConnection::new(Arc::clone(&tls.config), tls.name.clone());
+    let mut session = session.map(Box::new).map_err(io::Error::other)?;
+    // What is written is at most one batch at a time.
+    session.set_buffer_limit(None);
+    stream.set_read_timeout(Some(timeout))?;
+    stream.set_write_timeout(Some(timeout))?;
+    session.complete_io(&mut stream).map_err(|error| handshake_error(&error))?;
+    stream.set_read_timeout(None)?;
+    stream.set_write_timeout(None)?;
+    Ok(Connected { socket: Socket::Tcp(stream), tls: Some(session) })
+}
+
+fn handshake_error(error: &io::Error) -> io::Error {
+    if let Some(error) = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
+        return daemon::tls::why_no_server(error);
+    }
+    let hint = match error.kind() {
+        io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset => {
+            "has the server --tls-cert and --tls-key? Its log may say more"
+        }
+        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
+            "the server does not answer: is it a cdp-server?"
+        }
+        _ => "the server's log may say more",
+    };
+    io::Error::new(error.kind(), format!("TLS handshake: {error}; {hint}"))
 }
 
 fn is_host_and_port(text: &str) -> bool {
@@ -177,7 +240,7 @@ mod tests {
     fn a_missing_socket_says_which_flag_makes_it() {
         let dir = tempfile::tempdir().unwrap();
         let address = Address::Unix(dir.path().join("missing"));
-        let error = address.connect(Duration::from_secs(1)).unwrap_err();
+        let error = address.connect(Duration::from_secs(1), None).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::NotFound);
         assert!(error.to_string().contains("--listen-unix"), "{error}");
     }

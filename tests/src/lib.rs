@@ -3,7 +3,7 @@
 //!
 //! *Owns* starting and stopping programs ([`process`], [`site`], [`host`], [`qemu`], [`guest`]), the independent witness ([`witness`]), loads
 //! ([`load`], [`nbd`], [`vhost`]), writers that remember what they wrote and when ([`ledger`]), a network that fails
-//! ([`network`]), and what `/proc` says of a process ([`procfs`]).
+//! ([`network`]), certificates ([`certificates`]), and what `/proc` says of a process ([`procfs`]).
 //!
 //! *Must not know* the insides of server, agent, filter or store: it uses the REST API, the command lines, and the
 //! documented formats.
@@ -13,6 +13,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod certificates;
 pub mod guest;
 pub mod host;
 pub mod journal;

@@ -82,6 +82,15 @@ impl Site {
         Self::start_with(|_| None, &[], arguments)
     }
 
+    /// The same, with more arguments for either.
+    ///
+    /// # Panics
+    /// When one does not come up.
+    #[must_use]
+    pub fn start_with_both(agent: &[&str], server: &[&str]) -> Self {
+        Self::start_with(|_| None, agent, server)
+    }
+
     /// The same, with a [`Network`] between agent and server.
     ///
     /// # Panics
@@ -229,6 +238,15 @@ impl Site {
     /// When it does not come up.
     pub fn restart_agent(&mut self) {
         self.agent = start_agent(self.directory.path(), &self.way, &self.agent_arguments);
+    }
+
+    /// The same, with these arguments instead of its former ones.
+    ///
+    /// # Panics
+    /// When it does not come up.
+    pub fn restart_agent_with(&mut self, arguments: &[&str]) {
+        self.agent_arguments = arguments.iter().map(|&word| word.to_owned()).collect();
+        self.restart_agent();
     }
 
     /// Waits until a disk of that VM is known, and that it can be written to (while QEMU sets up an export it cannot, for

@@ -1,4 +1,4 @@
-//! Where agents connect: a TCP port, and a Unix socket if one is asked for.
+//! Where agents connect: a TCP port, with TLS or without, and a Unix socket if one is asked for.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io;
@@ -7,28 +7,34 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket};
 use nix::sys::stat::{Mode, fchmod};
+use rustls::ServerConfig;
 
 use crate::data::socket::Socket;
+use crate::data::tls::TlsStream;
 use crate::error::{LISTEN, ServerError};
 
 /// Where agents connect.
 #[derive(Debug)]
 pub(crate) enum Listener {
-    Tcp(TcpListener),
+    Tcp { listener: TcpListener, tls: Option<Arc<ServerConfig>> },
     Unix { listener: UnixListener, _place: Place },
 }
 
 impl Listener {
-    /// Listens on an address; port 0 takes a free one.
-    pub(crate) fn tcp(address: SocketAddr) -> Result<(Self, SocketAddr), ServerError> {
+    /// Listens on an address, for TLS alone where that is set up; port 0 takes a free one.
+    pub(crate) fn tcp(
+        address: SocketAddr,
+        tls: Option<Arc<ServerConfig>>,
+    ) -> Result<(Self, SocketAddr), ServerError> {
         let io = |e| ServerError::io(LISTEN, address.to_string(), e);
         let listener = TcpListener::bind(address).map_err(io)?;
         let address = listener.local_addr().map_err(io)?;
-        Ok((Self::Tcp(listener), address))
+        Ok((Self::Tcp { listener, tls }, address))
     }
 
     /// Listens on a socket file, which only this process's user (and root) may use. One that a dead server left is
@@ -52,7 +58,13 @@ impl Listener {
     /// Waits for the next connection; an error when there is none to be had now, or after [`Listener::close`].
     pub(crate) fn accept(&self) -> io::Result<Socket> {
         match self {
-            Self::Tcp(listener) => listener.accept().map(|(stream, _)| Socket::Tcp(stream)),
+            Self::Tcp { listener, tls } => {
+                let (stream, _) = listener.accept()?;
+                match tls {
+                    Some(config) => TlsStream::new(stream, config).map(Box::new).map(Socket::Tls),
+                    None => Ok(Socket::Tcp(stream)),
+                }
+            }
             Self::Unix { listener, .. } => listener.accept().map(|(stream, _)| Socket::Unix(stream)),
         }
     }
@@ -66,7 +78,7 @@ impl Listener {
 impl AsFd for Listener {
     fn as_fd(&self) -> BorrowedFd<'_> {
         match self {
-            Self::Tcp(listener) => listener.as_fd(),
+            Self::Tcp { listener, .. } => listener.as_fd(),
             Self::Unix { listener, .. } => listener.as_fd(),
         }
     }
@@ -200,7 +212,7 @@ mod tests {
     #[test]
     fn a_closed_listener_wakes_who_waits_for_a_connection() {
         let dir = tempfile::tempdir().expect("a directory");
-        let (tcp, _) = Listener::tcp("127.0.0.1:0".parse().expect("an address")).expect("listens");
+        let (tcp, _) = Listener::tcp("127.0.0.1:0".parse().expect("an address"), None).expect("listens");
         for listener in [tcp, Listener::unix(&dir.path().join("server.sock")).expect("listens")] {
             std::thread::scope(|scope| {
                 let waiting = scope.spawn(|| listener.accept());

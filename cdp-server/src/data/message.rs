@@ -14,6 +14,8 @@ const BUFFER_BYTES: usize = 64 << 10;
 /// A body is filled by this much at a time, in bytes, as it arrives: the length field alone takes no memory, only
 /// addresses, and a body is never copied because it grows.
 const GROW_BYTES: usize = 256 << 10;
+/// How a TLS connection begins: a handshake record.
+const TLS_HANDSHAKE: [u8; 2] = [0x16, 0x03];
 
 /// A socket whose reads end at a deadline.
 #[derive(Debug)]
@@ -82,6 +84,12 @@ impl MessageReader {
         self.set_deadline(whole);
         let mut header = [0_u8; MESSAGE_HEADER_BYTES];
         self.stream.read_exact(&mut header).map_err(receive_error)?;
+        if header.starts_with(&TLS_HANDSHAKE) {
+            return Err(ServerError::Protocol(
+                "the agent speaks TLS and this server does not: give the server --tls-cert and --tls-key, or the agent no --tls-ca"
+                    .to_owned(),
+            ));
+        }
         let (kind, len) = MessageHeader::parse(&header)?;
         match accept(kind) {
             Some(most) if len <= most => Ok(Some((kind, self.body(len)?))),

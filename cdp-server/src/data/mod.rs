@@ -21,14 +21,15 @@ pub mod plane;
 pub(crate) mod queue;
 pub(crate) mod session;
 pub(crate) mod socket;
+pub(crate) mod tls;
 
 use std::net::SocketAddr;
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use crate::config::Config;
 use crate::core::Core;
 use crate::data::committer::Work;
 use crate::data::door::Door;
@@ -59,13 +60,9 @@ struct Shared {
 
 impl DataPlane {
     /// Starts listening, on a Unix socket too if there is a path for one, and committing.
-    pub(crate) fn start(
-        core: Arc<Core>,
-        listen: SocketAddr,
-        listen_unix: Option<&Path>,
-    ) -> Result<Self, ServerError> {
-        let (tcp, address) = Listener::tcp(listen)?;
-        let unix = listen_unix.map(Listener::unix).transpose()?;
+    pub(crate) fn start(core: Arc<Core>, config: &Config) -> Result<Self, ServerError> {
+        let (tcp, address) = Listener::tcp(config.listen, config.tls.clone())?;
+        let unix = config.listen_unix.as_deref().map(Listener::unix).transpose()?;
         let queue = Arc::new(Queue::new(INGEST_QUEUE_BYTES));
         let commit = spawn("cdp-commit", {
             let (core, queue) = (Arc::clone(&core), Arc::clone(&queue));

@@ -71,6 +71,22 @@ impl SendBatch {
         self.iovecs.get(self.sent..).map_or(0, |left| left.iter().map(|iovec| iovec.iov_len).sum())
     }
 
+    /// A copy of what is left, for whoever has to change it on its way.
+    #[must_use]
+    pub fn copy_out(&self) -> Vec<u8> {
+        let mut bytes = vec![0; self.left_bytes()];
+        let mut at = 0_usize;
+        for iovec in self.iovecs.get(self.sent..).unwrap_or_default() {
+            let to = bytes.get_mut(at..).unwrap_or_default();
+            let len = iovec.iov_len.min(to.len());
+            // SAFETY: `[iov_base, iov_base + iov_len)` lies in `owned` or in a mapping of `memories`, which live as long as
+            // the batch; frames that are to be sent are not written to. `to` is a fresh buffer with room for `len`.
+            unsafe { core::ptr::copy_nonoverlapping(iovec.iov_base.cast::<u8>(), to.as_mut_ptr(), len) };
+            at = at.saturating_add(len);
+        }
+        bytes
+    }
+
     /// Takes `count` bytes off the front: the kernel has them.
     pub(super) fn advance(&mut self, mut count: usize) {
         while let Some(iovec) = self.iovecs.get_mut(self.sent) {
@@ -108,6 +124,7 @@ mod tests {
         assert_eq!(batch.left_bytes(), 30);
         batch.advance(4);
         assert_eq!(batch.left_bytes(), 26);
+        assert_eq!(batch.copy_out(), [vec![1; 6], vec![2; 20]].concat());
         batch.advance(16);
         assert_eq!(batch.left_bytes(), 10);
         assert!(!batch.is_done());

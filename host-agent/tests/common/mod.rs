@@ -41,6 +41,7 @@ pub fn config(dir: &Path, server: &server::FakeServer, no_io_uring: bool) -> Con
         host_name: "testhost".into(),
         machine_id: None,
         token: "token".into(),
+        tls: None,
         no_io_uring,
         drill: None,
     }

@@ -9,6 +9,7 @@ mod interruptions;
 mod outages;
 mod policies;
 mod resync;
+mod tls;
 mod toggle;
 mod unix;
 mod unseen;
