@@ -1,4 +1,4 @@
-//! How much one core of the server takes in, durably: frames from memory, over TCP and a Unix socket, beside servers that
+//! How much one core of the server takes in, durably: frames from memory, over TCP, TLS and a Unix socket, beside servers that
 //! keep no history (on Unix sockets).
 //!
 //! The load's frames are packed before the clock starts. A row ends with the acknowledgement of its last frame, or with the
@@ -8,6 +8,7 @@ use std::fs;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
+use cdp_tests::certificates::Authority;
 use cdp_tests::process::Process;
 use cdp_tests::wait_for;
 
@@ -49,6 +50,7 @@ pub(crate) const LOADS: [Load; 4] = [
 #[derive(Clone, Copy)]
 enum Way {
     Tcp,
+    Tls,
     Unix,
 }
 
@@ -56,7 +58,11 @@ impl Way {
     /// Those that are measured with a load: the kind of socket shows with data that costs little else.
     fn of(load: &Load) -> &'static [(Self, &'static str)] {
         match load.contents {
-            Contents::Random => &[(Self::Tcp, "qemu-cdp"), (Self::Unix, "qemu-cdp, Unix socket")],
+            Contents::Random => &[
+                (Self::Tcp, "qemu-cdp"),
+                (Self::Tls, "qemu-cdp, TLS"),
+                (Self::Unix, "qemu-cdp, Unix socket"),
+            ],
             _ => &[(Self::Tcp, "qemu-cdp")],
         }
     }
@@ -107,13 +113,20 @@ fn ours(mut row: Row, directory: &Path, way: Way, frames: &[Batch], disks: usize
     // A target directory may lie deeper than a socket's path is long.
     let sockets = tempfile::tempdir().expect("a directory");
     let socket = sockets.path().join("server.sock").display().to_string();
-    let mut server = Server::start_with(directory, &store, &["--listen-unix", &socket]);
-    let pid = server.process.pid();
-    let address = match way {
-        Way::Tcp => server.data.clone(),
-        Way::Unix => format!("unix:{socket}"),
+    let authority = Authority::new();
+    let [cert, key] = authority.issue("127.0.0.1");
+    let arguments: &[&str] = match way {
+        Way::Tcp => &[],
+        Way::Tls => &["--tls-cert", &cert, "--tls-key", &key],
+        Way::Unix => &["--listen-unix", &socket],
     };
-    let mut feed = Feed::connect(&address, disks);
+    let mut server = Server::start_with(directory, &store, arguments);
+    let pid = server.process.pid();
+    let mut feed = match way {
+        Way::Tcp => Feed::connect(&server.data, disks),
+        Way::Tls => Feed::connect_tls(&server.data, &authority.ca(), disks),
+        Way::Unix => Feed::connect(&format!("unix:{socket}"), disks),
+    };
     let used = || {
         let of_thread = |name| machine::thread_seconds(pid, name);
         [machine::cpu_seconds(pid), of_thread("cdp-agent"), of_thread("cdp-commit")]
