@@ -12,7 +12,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use daemon::drill::{Count, Knob, Window, bytes, count, injected, no_space, read, window};
-use journal_store::io::{Access, Bytes, File, Lock, Storage};
+use journal_store::io::{Access, Bytes, File, Lock, Storage, Way};
 
 /// What shall fail. Text form: `knob=value` with commas in between.
 ///
@@ -159,6 +159,11 @@ impl File for DrilledFile {
     fn write_at(&self, bytes: &[u8], position: u64) -> io::Result<()> {
         self.fate.write(bytes.len() as u64)?;
         self.inner.write_at(bytes, position)
+    }
+
+    fn write_pages(&self, pages: &[u8], position: u64) -> io::Result<Way> {
+        self.fate.write(pages.len() as u64)?;
+        self.inner.write_pages(pages, position)
     }
 
     fn sync(&self) -> io::Result<()> {

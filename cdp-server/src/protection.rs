@@ -234,7 +234,7 @@ pub(crate) fn reconcile_loop(core: &Core, stop: &std::sync::mpsc::Receiver<()>, 
             tracing::error!(%error, "cannot compare wanted and real protection; trying again");
         }
         if forgot.elapsed() >= FORGET_EVERY {
-            core.store.forget_unused_frames();
+            core.store.forget_unused();
             forgot = Instant::now();
         }
     }

@@ -15,9 +15,11 @@ pub struct StoreConfig {
     pub cache_bytes: usize,
     /// Most threads that a commit uses to make files durable at the same time; with 1 the order of I/O is always the same.
     pub sync_threads: usize,
-    /// Bytes of small frames that wait in memory until they are written together, for each file of each disk; with 0 each frame
-    /// is written at once.
+    /// Bytes of small frames' heads that wait in memory until they are written together, for each disk; with 0 each head is
+    /// written at once.
     pub waiting_bytes: usize,
+    /// Bytes of data that are gathered in memory and written together, for each disk: whole pages, at least one.
+    pub piece_bytes: usize,
 }
 
 impl Default for StoreConfig {
@@ -29,6 +31,7 @@ impl Default for StoreConfig {
             cache_bytes: limits::CACHE_BYTES,
             sync_threads: limits::SYNC_THREADS,
             waiting_bytes: limits::WAITING_BYTES,
+            piece_bytes: limits::PIECE_BYTES,
         }
     }
 }

@@ -46,6 +46,7 @@ pub mod error;
 mod files;
 pub mod io;
 pub mod limits;
+mod pool;
 mod segment;
 mod store;
 mod timeline;
@@ -60,5 +61,6 @@ pub use journal_format::bookmarks::Bookmark;
 pub use journal_format::{
     EpochStart, Gap, History, Point, PointError, PointKind, PointSpec, RecoverableRange,
 };
+pub use pool::Pool;
 pub use store::Store;
 pub use view::{Extent, ExtentKind, View};

@@ -1,6 +1,7 @@
 //! Every limit of the store, and the relations between them.
 
 use journal_format::limits::{INDEX_CHUNK_BYTES, MAX_FRAME_BYTES, MAX_SEGMENT_BYTES};
+use journal_format::segment::PAGE_BYTES;
 
 /// A segment is sealed when its data file has grown to this, in bytes. Recovery reads at most one unsealed segment.
 pub const SEGMENT_DATA_BYTES: u64 = 256 << 20;
@@ -21,8 +22,19 @@ pub const KEPT_READ_BYTES: usize = 1 << 20;
 /// Data files of sealed segments that are kept open, per disk.
 pub const OPEN_DATA_FILES: usize = 32;
 
-/// Bytes of small frames that wait to be written together, for each file of each disk. What is larger is not worth a copy.
+/// Bytes of small frames' heads that wait to be written together, for each disk. What is larger is not worth a copy.
 pub const WAITING_BYTES: usize = 16 << 10;
+
+/// Data of a durability step is gathered in memory and written in pieces of this many bytes, past the page cache: the processor's time for a
+/// write of this size is a third of what the page cache takes. Until a step has brought so much, pieces are smaller and go through the
+/// cache: a write past it is waited for, and many disks that have little each would wait one after the other.
+pub const PIECE_BYTES: usize = 1 << 20;
+
+/// What is left over at the end of a large step goes past the page cache if it has at least this many bytes.
+pub const DIRECT_BYTES: usize = 128 << 10;
+
+/// Bytes of memory of pieces that were written and that are kept for the next, for the whole store.
+pub const FREE_PIECE_BYTES: usize = 16 << 20;
 
 /// Most threads that a commit uses to make files durable at the same time. File systems make the changes of many files
 /// durable in one go, and disks merge their flushes, if all are asked for at once: with 256 disks 16 threads take half the
@@ -37,4 +49,5 @@ pub const WINDOW_BYTES: u64 = 64 * INDEX_CHUNK_BYTES;
 
 // One commit may pass the threshold by everything it appended; that must stay far below the largest file.
 const _: () = assert!(SEGMENT_DATA_BYTES + 1024 * (MAX_FRAME_BYTES as u64) < MAX_SEGMENT_BYTES);
+const _: () = assert!(PIECE_BYTES.is_multiple_of(PAGE_BYTES as usize) && DIRECT_BYTES <= PIECE_BYTES);
 const _: () = assert!(WINDOW_BYTES.is_multiple_of(INDEX_CHUNK_BYTES));

@@ -12,6 +12,7 @@ use journal_format::{DiskId, Frame};
 
 use crate::cache::Cache;
 use crate::config::StoreConfig;
+use crate::disk::pages::PageWriting;
 use crate::disk::{Commit, DiskStore, Env, create, exists, open};
 use crate::error::StoreError;
 use crate::files;
@@ -92,7 +93,9 @@ impl Store {
         lock: Option<Box<dyn Lock>>,
     ) -> Result<Self, StoreError> {
         let data = Cache::new(config.cache_bytes);
-        let env = Arc::new(Env { root: root.to_owned(), storage, config, data, openings: AtomicU64::new(0) });
+        let pages = Arc::new(PageWriting::new(config.piece_bytes));
+        let (root_dir, openings) = (root.to_owned(), AtomicU64::new(0));
+        let env = Arc::new(Env { root: root_dir, storage, config, data, pages, openings });
         let store = Self {
             env,
             disks: RwLock::default(),
@@ -209,10 +212,19 @@ impl Store {
         failures
     }
 
-    /// Forgets decompressed data that nobody read since the last call. Whoever calls it now and then bounds for how long
-    /// reads that have ended keep memory.
-    pub fn forget_unused_frames(&self) {
+    /// Forgets decompressed data that nobody read since the last call, and memory for writing that nobody needed. Whoever
+    /// calls it now and then bounds for how long reads and loads that have ended keep memory.
+    pub fn forget_unused(&self) {
         self.env.data.forget_unused();
+        self.env.pages.free.forget_unused();
+    }
+
+    /// Whether data that should have been written past the page cache went through it, because the file system or the device
+    /// takes it no other way. That costs processor time and nothing else.
+    #[must_use]
+    pub fn writes_through_cache(&self) -> bool {
+        // ORDERING: nothing is published by it.
+        self.env.pages.cached.load(Relaxed)
     }
 
     fn changing(&self) -> MutexGuard<'_, ()> {

@@ -28,6 +28,7 @@ fn config() -> StoreConfig {
         cache_bytes: 1 << 20,
         sync_threads: 1,
         waiting_bytes: 4 << 10,
+        piece_bytes: 8 << 10,
     }
 }
 
@@ -367,4 +368,27 @@ fn neighbours_are_one_range_in_a_check() {
         assert!(pair[0].last_lsn.next() < pair[1].first_lsn, "neighbours: {pair:?}");
     }
     assert!(of_data.iter().all(|damage| damage.path == path && damage.offset >= 4096), "{of_data:?}");
+}
+
+/// As versions wrote it that did not fill the last page.
+#[test]
+fn a_data_file_that_ends_with_its_last_entry_is_as_good() {
+    let sample = Sample::new(7);
+    let path = files_of(&sample, "data").pop().expect("a data file");
+    let mut files = sample.files.clone();
+    let bytes = files.get_mut(&path).expect("a data file");
+    assert!(bytes.len().is_multiple_of(4096));
+    bytes.truncate(bytes.iter().rposition(|byte| *byte != 0).expect("data") + 1);
+    assert!(!bytes.len().is_multiple_of(4096));
+    for writable in [false, true] {
+        let (store, storage) = open(&files, writable);
+        let disk = store.disk(DISK).expect("disk");
+        assert_eq!((disk.durable_lsn(), disk.known_damage(), verify(&disk)), (sample.last(), vec![], vec![]));
+        let left = storage.files()[&path].len();
+        assert_eq!(
+            left.is_multiple_of(4096),
+            writable,
+            "opening for writing pads it, reading changes nothing"
+        );
+    }
 }

@@ -39,12 +39,14 @@ struct Committer<'a> {
     plane: Plane,
     peers: HashMap<SessionId, Arc<Peer>>,
     started: Instant,
+    /// Whether it was said that data goes through the page cache.
+    told: bool,
 }
 
 /// The committer's thread: until the queue is closed and empty.
 pub(crate) fn run(core: &Core, queue: &Queue<Work>) {
     let (plane, started) = (Plane::new(core.patience.idle), Instant::now());
-    let mut committer = Committer { core, plane, peers: HashMap::new(), started };
+    let mut committer = Committer { core, plane, peers: HashMap::new(), started, told: false };
     let on = Backing { store: &core.store, catalog: &core.catalog };
     while let Some(batch) = queue.take(BATCH_BYTES) {
         let mut bytes = committer.handle_all(on, batch);
@@ -56,6 +58,7 @@ pub(crate) fn run(core: &Core, queue: &Queue<Work>) {
         }
         committer.plane.commit(on);
         committer.perform();
+        committer.tell_of_the_cache();
     }
 }
 
@@ -68,6 +71,16 @@ impl Committer<'_> {
             self.handle(on, work);
         }
         bytes
+    }
+
+    /// Says once that the file system makes writing dearer than it need be.
+    fn tell_of_the_cache(&mut self) {
+        if !self.told && self.core.store.writes_through_cache() {
+            self.told = true;
+            tracing::info!(
+                "the store's file system or device takes no direct I/O; data goes through the page cache, which takes more of the processor's time"
+            );
+        }
     }
 
     /// Bytes that a commit should have, if so many wait.

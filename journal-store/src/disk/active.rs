@@ -49,10 +49,19 @@ impl Opener<'_> {
         };
         let found = self.source(live, None, &bytes).scan(&mut see)?;
         let unproven = found.unproven.clone();
-        let tails =
-            (Tail::new(data, data_path, found.data_end), Tail::new(meta, meta_path.clone(), found.meta_end));
-        self.state.stats.stored_data_bytes += found.data_end;
-        self.state.stats.stored_meta_bytes += found.meta_end;
+        let tails = (
+            self.env.data_tail(data, data_path, found.data_end),
+            self.env.meta_tail(meta, meta_path.clone(), found.meta_end),
+        );
+        self.state.stats.stored_data_bytes += tails.0.file_bytes();
+        self.state.stats.stored_meta_bytes += tails.1.file_bytes();
+        if unproven.is_empty()
+            && found.damage.is_none()
+            && let Some((offset, detail)) = rot_behind(&tails.0)?
+        {
+            let place = (&*tails.0.path, offset);
+            self.state.noted.push(self.damage(place, live.first_lsn, DamageKind::Unused, detail));
+        }
         let Some(index) = self.take_scanned(live, &meta_path, found) else { return Ok(None) };
         let usable = self.writable && self.state.damage.is_none();
         if usable {
@@ -128,14 +137,34 @@ fn write_behind_zeroes(tail: &Tail, from: u64, position: u64, bytes: &[u8]) -> R
     tail.file.write_at(&all, position - gap).map_err(StoreError::io("write", &tail.path))
 }
 
-/// Cuts what is behind the end off a file and makes it durable as it is, unless it is so and `proven` to be durable.
+/// The bytes between the end of the last entry and the end of the file as it should be: zeroes, as far as the file has them.
+fn padding(tail: &Tail) -> Result<Vec<u8>, StoreError> {
+    let length = tail.file_bytes().saturating_sub(tail.end());
+    files::read_some(&*tail.file, &tail.path, tail.end(), usize::try_from(length).unwrap_or_default())
+}
+
+/// Whether there is something in the padding behind entries all of which are known to have been durable, and so the padding too, which
+/// was written with the last of them; where, and what to say.
+fn rot_behind(tail: &Tail) -> Result<Option<(u64, &'static str)>, StoreError> {
+    let at = padding(tail)?.iter().position(|byte| *byte != 0);
+    Ok(at.map(|at| (tail.end().saturating_add(at as u64), "bytes behind the last entry are not zero")))
+}
+
+/// Gives a file the length that it should have, with zeroes behind the last entry, and makes it durable as it is, unless it is so and
+/// `proven` to be durable. The cut is never in the middle of a padded page: a power cut could leave anything in the rest.
 fn settle(tail: &Tail, proven: bool) -> Result<(), StoreError> {
     let length = tail.file.len().map_err(StoreError::io("read the length of", &tail.path))?;
-    if length == tail.end() && proven {
+    let padding = padding(tail)?;
+    let (fits, blank) = (length == tail.file_bytes(), padding.iter().all(|byte| *byte == 0));
+    if fits && blank && proven {
         return Ok(());
     }
-    if length != tail.end() {
-        tail.file.set_len(tail.end()).map_err(StoreError::io("cut", &tail.path))?;
+    if !fits {
+        tail.file.set_len(tail.file_bytes()).map_err(StoreError::io("cut", &tail.path))?;
+    }
+    if !blank {
+        let zeroes = vec![0; padding.len()];
+        tail.file.write_at(&zeroes, tail.end()).map_err(StoreError::io("write", &tail.path))?;
     }
     tail.file.sync().map_err(StoreError::io("sync", &tail.path))
 }

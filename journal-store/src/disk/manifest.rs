@@ -48,7 +48,7 @@ pub(crate) fn create(env: &Env, disk: DiskId, disk_bytes: u64) -> Result<(), Sto
     storage.create_dir(&dir).map_err(StoreError::io("create", &dir))?;
     let mut manifest = Manifest::new(disk, disk_bytes);
     let (segment, first_lsn) = (manifest.next_segment, Lsn::FIRST);
-    make_segment(storage, &dir, disk, segment, first_lsn)?;
+    make_segment(env, &dir, disk, segment, first_lsn)?;
     files::sync_dir(storage, &dir)?;
     manifest.segments.push(LiveSegment { segment, first_lsn, sealed: None });
     manifest.next_segment = segment.next();

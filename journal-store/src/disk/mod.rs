@@ -1,6 +1,6 @@
 //! One disk of a store.
 //!
-//! `open` recovers it (`manifest`, `active`, `bookmarks`, `mark`: its parts), `writer` appends and makes durable, `seal` turns the active segment into a sealed one, `lookup`
+//! `open` recovers it (`manifest`, `active`, `bookmarks`, `mark`: its parts), `writer` appends and makes durable (`tail`, `pages`), `seal` turns the active segment into a sealed one, `lookup`
 //! finds records and resolves points, `data` reads frames, `verify` reads everything.
 
 mod active;
@@ -10,6 +10,7 @@ mod lookup;
 mod manifest;
 mod mark;
 mod open;
+pub(crate) mod pages;
 mod scan;
 mod seal;
 mod tail;
@@ -41,6 +42,7 @@ use crate::timeline::Timeline;
 use crate::view::View;
 use journal_format::bookmarks::Bookmark;
 use journal_format::{History, Point, RecoverableRange};
+use pages::PageWriting;
 use writer::Writer;
 
 /// What all disks of a store share.
@@ -50,6 +52,7 @@ pub(crate) struct Env {
     pub(crate) storage: Arc<dyn Storage>,
     pub(crate) config: StoreConfig,
     pub(crate) data: DataCache,
+    pub(crate) pages: Arc<PageWriting>,
     /// Numbers the openings of disks, so that what one opening cached is never taken for another's.
     pub(crate) openings: AtomicU64,
 }

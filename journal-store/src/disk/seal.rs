@@ -10,7 +10,7 @@ use journal_format::{DiskId, Lsn, SegmentNumber};
 
 use super::tail::Tail;
 use super::writer::Writer;
-use super::{DiskStore, segment_path};
+use super::{DiskStore, Env, segment_path};
 use crate::error::StoreError;
 use crate::files;
 use crate::io::{Bytes, Storage};
@@ -18,7 +18,7 @@ use crate::segment::{Segment, SegmentIndex};
 
 /// Makes the two files of a new active segment, durable except for their names.
 pub(super) fn make_segment(
-    storage: &dyn Storage,
+    env: &Env,
     dir: &Path,
     disk: DiskId,
     segment: SegmentNumber,
@@ -26,13 +26,15 @@ pub(super) fn make_segment(
 ) -> Result<(Tail, Tail), StoreError> {
     let make = |kind| {
         let path = segment_path(dir, kind, segment);
-        let file = storage.create(&path).map_err(StoreError::io("create", &path))?;
+        let file = env.storage.create(&path).map_err(StoreError::io("create", &path))?;
         let page = SegmentMeta { kind, disk, segment, first_lsn }.encode();
         file.write_at(&page, 0).map_err(StoreError::io("write", &path))?;
         file.sync().map_err(StoreError::io("sync", &path))?;
-        Ok::<_, StoreError>(Tail::new(file, path, SEGMENT_HEADER_PAGE_BYTES as u64))
+        Ok::<_, StoreError>((file, path))
     };
-    Ok((make(SegmentKind::Data)?, make(SegmentKind::Meta)?))
+    let end = SEGMENT_HEADER_PAGE_BYTES as u64;
+    let ((data, data_path), (meta, meta_path)) = (make(SegmentKind::Data)?, make(SegmentKind::Meta)?);
+    Ok((env.data_tail(data, data_path, end), env.meta_tail(meta, meta_path, end)))
 }
 
 /// Writes a manifest; it is certain after the folder has been made durable.
@@ -70,7 +72,7 @@ impl DiskStore {
         let name = files::segment_file(SegmentKind::Index, number);
         files::put(storage, &self.dir, &name, &index)?;
         let first_lsn = writer.last.lsn.next();
-        let (data, meta) = make_segment(storage, &self.dir, self.id, next, first_lsn)?;
+        let (data, meta) = make_segment(&self.env, &self.dir, self.id, next, first_lsn)?;
         // The new names must be durable before the manifest can be seen that names them.
         files::sync_dir(storage, &self.dir)?;
 
@@ -112,8 +114,8 @@ impl DiskStore {
             last_lsn: shape.last_lsn(),
             first_stamp: shape.first_stamp(),
             last_stamp: shape.last_stamp(),
-            data_bytes: writer.data.end(),
-            meta_bytes: writer.meta.end(),
+            data_bytes: writer.data.file_bytes(),
+            meta_bytes: writer.meta.file_bytes(),
             index_bytes,
         };
         if let Some(active) = manifest.segments.last_mut() {

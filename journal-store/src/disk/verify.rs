@@ -13,7 +13,9 @@ use std::sync::Arc;
 use journal_format::durable_mark::MARK_POSITIONS;
 use journal_format::index::{IndexBuilder, IndexFrame, IndexShape};
 use journal_format::manifest::Sealed;
-use journal_format::segment::{DATA_ENTRY_BYTES, MetaEntry, Place, SEGMENT_HEADER_PAGE_BYTES, SegmentKind};
+use journal_format::segment::{
+    DATA_ENTRY_BYTES, MetaEntry, PAGE_BYTES, Place, SEGMENT_HEADER_PAGE_BYTES, SegmentKind, next_commit,
+};
 use journal_format::{Lsn, SegmentNumber, Stamp};
 
 use super::bookmarks::parse_bookmarks;
@@ -221,7 +223,7 @@ impl<'a> Check<'a> {
         }
         self.headers_and_lengths(segment, end.prev());
         self.records(segment, &frames);
-        self.data(&frames, watch)
+        self.data(segment, &frames, watch)
     }
 
     /// The header pages of both files, and of a sealed segment their lengths.
@@ -358,6 +360,7 @@ impl<'a> Check<'a> {
     /// The data of the segment's frames that are in the range, and the bytes between its entries.
     fn data(
         &mut self,
+        segment: &Segment,
         frames: &[IndexFrame],
         watch: &mut dyn FnMut(&VerifyProgress) -> ControlFlow<()>,
     ) -> ControlFlow<()> {
@@ -378,6 +381,16 @@ impl<'a> Check<'a> {
             self.progress.done_bytes = self.progress.done_bytes.saturating_add(u64::from(frame.data_bytes));
             end = data_end;
         }
+        // Each durability step fills its last page with zeroes. A reader beside a writer that has died may see a torn step there.
+        if let Some(last) = frames.last()
+            && last.last_lsn() <= self.last
+            && (self.sealed.contains_key(&segment.number) || self.store.writer.is_some())
+        {
+            let path = self.store.path(SegmentKind::Data, segment.number);
+            let lsns = (segment.first_lsn, last.last_lsn());
+            let detail = "bytes behind the last entry are not zero";
+            self.unused(&path, (end, next_commit(end)), lsns, detail);
+        }
         ControlFlow::Continue(())
     }
 
@@ -394,13 +407,20 @@ impl<'a> Check<'a> {
         }
         // Between two entries of one segment there is less than a page; merged segments take data from elsewhere.
         let unused = at.position.saturating_sub(unused_from);
-        if (1..journal_format::segment::PAGE_BYTES).contains(&unused)
-            && let Ok(file) = self.store.storage().open(&path, Access::Read)
-            && let Ok(bytes) = files::read_some(&*file, &path, unused_from, unused as usize)
-            && let Some(offset) = not_zero(&bytes, 0, unused)
+        if unused < PAGE_BYTES {
+            self.unused(&path, (unused_from, at.position), lsns, "bytes between two entries are not zero");
+        }
+    }
+
+    /// Bytes that should be zero, as far as the file has them.
+    fn unused(&mut self, path: &Path, (from, to): (u64, u64), lsns: (Lsn, Lsn), detail: &str) {
+        let length = to.saturating_sub(from);
+        if length > 0
+            && let Ok(file) = self.store.storage().open(path, Access::Read)
+            && let Ok(bytes) = files::read_some(&*file, path, from, length as usize)
+            && let Some(offset) = not_zero(&bytes, 0, length)
         {
-            let offset = unused_from.saturating_add(offset);
-            self.found(&path, offset, lsns, DamageKind::Unused, "bytes between two entries are not zero");
+            self.found(path, from.saturating_add(offset), lsns, DamageKind::Unused, detail);
         }
     }
 }

@@ -143,7 +143,7 @@ impl Writer {
     }
 
     /// Appends both halves of a frame and puts it into the index.
-    fn write(&mut self, frame: &Frame<'_>, durable: Lsn, most_waiting: usize) -> Result<(), StoreError> {
+    fn write(&mut self, frame: &Frame<'_>, durable: Lsn) -> Result<(), StoreError> {
         let header = frame.header();
         let (disk, segment) = (header.disk(), self.segment.number);
         let unwritable = StoreError::unwritable(disk);
@@ -153,9 +153,9 @@ impl Writer {
         let meta_head = MetaEntry::encode_header(&meta_at, frame, durable, data).map_err(&unwritable)?;
         if data.is_some() {
             let data_head = DataEntry::encode_header(&data_at, header).map_err(&unwritable)?;
-            self.data.append(&data_head, frame.data(), most_waiting)?;
+            self.data.append(&data_head, frame.data())?;
         }
-        self.meta.append(&meta_head, frame.head(), most_waiting)?;
+        self.meta.append(&meta_head, frame.head())?;
         match &mut *self.segment.index_mut() {
             SegmentIndex::Live(builder) => builder.push(frame, meta_at.position, data).map_err(&unwritable),
             SegmentIndex::Sealed(..) => Err(StoreError::invalid(disk, "the active segment is sealed")),
@@ -193,7 +193,7 @@ impl DiskStore {
             events.extend(bookmarks_of(frame.records(), &raw).into_iter().map(Event::Bookmark));
         }
         let durable = self.durable_lsn();
-        let written = writer.write(frame, durable, self.env.config.waiting_bytes);
+        let written = writer.write(frame, durable);
         writer.poison_on(written)?;
         writer.last = Last { lsn: header.last_lsn(), stamp: header.last_stamp(), epoch: header.epoch() };
         let records = u64::from(header.record_count());
@@ -301,9 +301,10 @@ impl DiskStore {
         state.stats.raw_bytes += pending.raw_bytes;
         state.stats.records += pending.records;
         let sealed = writer.manifest.segments.iter().filter_map(|live| live.sealed);
-        let (data, meta) = sealed.fold((writer.data.end(), writer.meta.end()), |(data, meta), sealed| {
-            (data + sealed.data_bytes, meta + sealed.meta_bytes + sealed.index_bytes)
-        });
+        let (data, meta) = sealed
+            .fold((writer.data.file_bytes(), writer.meta.file_bytes()), |(data, meta), sealed| {
+                (data + sealed.data_bytes, meta + sealed.meta_bytes + sealed.index_bytes)
+            });
         (state.stats.stored_data_bytes, state.stats.stored_meta_bytes) = (data, meta);
         let bookmarked = state.bookmarks.len() > bookmarks;
         *self.state_mut() = state;

@@ -5,7 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::{Access, Bytes, File, Lock, Storage};
+use super::{Access, Bytes, File, Lock, Storage, Way};
 
 /// What a call is about to do.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
@@ -28,7 +28,7 @@ pub enum CallKind {
     SyncDir,
     /// [`File::read_at`]
     Read,
-    /// [`File::write_at`]
+    /// [`File::write_at`], [`File::write_pages`]
     Write,
     /// [`File::sync`]
     Sync,
@@ -169,18 +169,17 @@ struct HookFile {
     inner: Arc<Inner>,
 }
 
-impl File for HookFile {
-    fn read_at(&self, buf: &mut [u8], position: u64) -> io::Result<()> {
-        match self.inner.ask(CallKind::Read, &self.path, buf.len()) {
-            Answer::Fail(error) => Err(error),
-            _ => self.file.read_at(buf, position),
-        }
-    }
-
-    fn write_at(&self, bytes: &[u8], position: u64) -> io::Result<()> {
+impl HookFile {
+    /// A write, which `now` makes.
+    fn write(
+        &self,
+        bytes: &[u8],
+        position: u64,
+        now: impl FnOnce(&dyn File) -> io::Result<()>,
+    ) -> io::Result<()> {
         match self.inner.ask(CallKind::Write, &self.path, bytes.len()) {
             Answer::Go => {
-                self.file.write_at(bytes, position)?;
+                now(&*self.file)?;
                 self.inner.catch_up()
             }
             Answer::Skip => Ok(()),
@@ -194,6 +193,29 @@ impl File for HookFile {
                 Err(error)
             }
         }
+    }
+}
+
+impl File for HookFile {
+    fn read_at(&self, buf: &mut [u8], position: u64) -> io::Result<()> {
+        match self.inner.ask(CallKind::Read, &self.path, buf.len()) {
+            Answer::Fail(error) => Err(error),
+            _ => self.file.read_at(buf, position),
+        }
+    }
+
+    fn write_at(&self, bytes: &[u8], position: u64) -> io::Result<()> {
+        self.write(bytes, position, |file| file.write_at(bytes, position))
+    }
+
+    fn write_pages(&self, pages: &[u8], position: u64) -> io::Result<Way> {
+        // Of a write that is put off or left out it does not matter which way it would have gone.
+        let mut way = Way::Direct;
+        self.write(pages, position, |file| {
+            way = file.write_pages(pages, position)?;
+            Ok(())
+        })?;
+        Ok(way)
     }
 
     fn sync(&self) -> io::Result<()> {

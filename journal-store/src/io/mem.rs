@@ -5,7 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::{Access, Bytes, File, Lock, Storage};
+use super::{Access, Bytes, File, Lock, Storage, Way, are_pages};
 
 /// Unit in which an unsynced write may be torn, in bytes: a sector.
 const SECTOR_BYTES: usize = 512;
@@ -276,6 +276,13 @@ impl File for MemFile {
         self.writable()?;
         let change = Change::Write { position: to_usize(position)?, bytes: bytes.to_vec() };
         self.storage.state().change(self.inode, change)
+    }
+
+    fn write_pages(&self, pages: &[u8], position: u64) -> io::Result<Way> {
+        if !are_pages(pages, position) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        self.write_at(pages, position).map(|()| Way::Direct)
     }
 
     fn sync(&self) -> io::Result<()> {

@@ -21,6 +21,8 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
+use journal_format::segment::PAGE_BYTES;
+
 /// An open file. All positions and lengths in bytes.
 #[expect(clippy::len_without_is_empty, reason = "nobody asks; and `len` may fail")]
 pub trait File: Send + Sync + Debug {
@@ -35,6 +37,13 @@ pub trait File: Send + Sync + Debug {
     /// # Errors
     /// What the operating system says; any part may have been written.
     fn write_at(&self, bytes: &[u8], position: u64) -> io::Result<()>;
+
+    /// As [`File::write_at`], of whole pages ([`PAGE_BYTES`]) at the begin of one, from memory that begins with one: past the system's
+    /// cache where that can be, without leaving a copy there. Which way it went.
+    ///
+    /// # Errors
+    /// As [`File::write_at`].
+    fn write_pages(&self, pages: &[u8], position: u64) -> io::Result<Way>;
 
     /// Makes contents and length durable.
     ///
@@ -53,6 +62,23 @@ pub trait File: Send + Sync + Debug {
     /// # Errors
     /// What the operating system says.
     fn set_len(&self, length: u64) -> io::Result<()>;
+}
+
+/// Which way pages were written.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Way {
+    /// Past the system's cache.
+    Direct,
+    /// Through the system's cache: the file system or the device takes it no other way.
+    Cached,
+}
+
+/// Whether these are whole pages at the begin of one, in memory too.
+fn are_pages(pages: &[u8], position: u64) -> bool {
+    let page = PAGE_BYTES as usize;
+    pages.len().is_multiple_of(page)
+        && position.is_multiple_of(PAGE_BYTES)
+        && pages.as_ptr().addr().is_multiple_of(page)
 }
 
 /// How a file is opened.

@@ -11,10 +11,10 @@ mod story;
 #[path = "../support/mod.rs"]
 mod support;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use explore::{Counts, Defect, Effort};
-use journal_store::io::{MemStorage, Tearing};
+use journal_store::io::{Answer, Call, CallKind, Hook, HookStorage, MemStorage, Tearing};
 use oracle::{DISK_BYTES, Known, Oracle};
 use support::{DISK, Random, append};
 
@@ -67,16 +67,37 @@ fn cut_off(memory: &MemStorage, which: usize, kept: usize) -> Option<MemStorage>
     found.then_some(image)
 }
 
+/// Keeps what a process leaves that dies before the first file is made durable.
+#[derive(Debug)]
+struct BeforeSync {
+    memory: MemStorage,
+    left: Mutex<Option<MemStorage>>,
+}
+
+impl Hook for BeforeSync {
+    fn before(&self, call: &Call<'_>) -> Answer {
+        if call.kind == CallKind::Sync {
+            self.left.lock().expect("lock").get_or_insert_with(|| self.memory.fork());
+        }
+        Answer::Go
+    }
+}
+
 #[test]
 fn an_append_that_is_cut_off_after_any_byte_is_cut_back_to_what_was_acknowledged() {
     let oracle = Oracle::new(1, 4);
     let memory = MemStorage::new();
-    let store = oracle::open(Arc::new(memory.clone())).expect("open");
+    let before_sync = Arc::new(BeforeSync { memory: memory.clone(), left: Mutex::default() });
+    let hooked = HookStorage::new(Arc::new(memory.clone()), Arc::clone(&before_sync) as Arc<dyn Hook>);
+    let store = oracle::open(Arc::new(hooked)).expect("open");
     let disk = store.open_or_create(DISK, DISK_BYTES).expect("disk");
     append(&store, &oracle.frames[0]).expect("append");
     assert!(store.commit().is_empty());
     let acknowledged = disk.durable_lsn();
     append(&store, &oracle.frames[1]).expect("append");
+    *before_sync.left.lock().expect("lock") = None;
+    assert!(store.commit().is_empty());
+    let memory = before_sync.left.lock().expect("lock").take().expect("the commit makes it durable");
     let known = Known { made: true, acknowledged, appended: oracle.frames[1].last, ..Known::default() };
     let (mut images, mut cut_back) = (0, 0);
     for which in 0.. {

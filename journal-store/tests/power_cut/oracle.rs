@@ -51,8 +51,9 @@ pub fn config() -> StoreConfig {
         segment_records: 30,
         cache_bytes: 1 << 20,
         sync_threads: 1,
-        // Each part of each frame may be lost by itself.
+        // Each head, and each page of data, may be lost by itself.
         waiting_bytes: 0,
+        piece_bytes: 4 << 10,
     }
 }
 

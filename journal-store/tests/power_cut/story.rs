@@ -107,7 +107,8 @@ fn commit_until_sealed(world: &mut World) -> Verdict {
 }
 
 fn die_with_a_tail(world: &mut World) -> Verdict {
-    world.append(2)?;
+    let left = world.leave_a_tail(2)?;
+    world.explorer.replace(left);
     world.reopen()
 }
 
@@ -124,10 +125,9 @@ fn die_while_sealing(world: &mut World) -> Verdict {
 }
 
 fn lose_a_tail(world: &mut World) -> Verdict {
-    world.append(3)?;
+    let left = world.leave_a_tail(3)?;
     let mut random = world.random.clone();
-    let left = world.explorer.memory().crash(Tearing::Torn, |n| random.below(n as u64) as usize);
-    world.store = None;
+    let left = left.crash(Tearing::Torn, |n| random.below(n as u64) as usize);
     world.explorer.replace(left);
     world.reopen()
 }
@@ -177,6 +177,16 @@ impl World {
             append(self.store()?, made).map_err(text)?;
         }
         Ok(())
+    }
+
+    /// The process dies in a commit of so many frames, when all is written and nothing durable: what it leaves.
+    fn leave_a_tail(&mut self, count: usize) -> Result<MemStorage, String> {
+        self.explorer.die_between("Write data-.seg", "Sync data-.seg");
+        self.commit(count)?;
+        self.store = None;
+        let (left, known) = self.explorer.left().ok_or("the process did not die")?;
+        self.explorer.learn(|now| *now = known);
+        Ok(left)
     }
 
     fn commit(&mut self, count: usize) -> Verdict {

@@ -299,6 +299,7 @@ pub fn config() -> StoreConfig {
         cache_bytes: 1 << 20,
         sync_threads: 1,
         waiting_bytes: 4 << 10,
+        piece_bytes: 8 << 10,
     }
 }
 

@@ -1,0 +1,200 @@
+//! Whole pages that are gathered in memory before they are written: what can go past the page cache.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use journal_format::segment::PAGE_BYTES;
+use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
+
+use crate::io::{File, Way};
+use crate::limits::{DIRECT_BYTES, FREE_PIECE_BYTES};
+use crate::pool::Pool;
+
+/// So many times smaller pieces are until a step is large.
+const SMALL_PIECES: usize = 16;
+
+const PAGE: usize = PAGE_BYTES as usize;
+
+/// A page of memory that begins where a page begins, as writing past the page cache needs it.
+#[derive(Clone, FromBytes, IntoBytes, Immutable, KnownLayout, Debug)]
+#[repr(C, align(4096))]
+pub(crate) struct Page([u8; PAGE]);
+
+const _: () = assert!(align_of::<Page>() == PAGE && size_of::<Page>() == PAGE);
+
+/// What the disks of a store share to write pages.
+#[derive(Debug)]
+pub(crate) struct PageWriting {
+    /// Pages that were gathered and written, for the next disk that needs some.
+    pub(crate) free: Pool<Vec<Page>>,
+    /// Whether pages that should have gone past the page cache went through it.
+    pub(crate) cached: AtomicBool,
+    pub(crate) piece_bytes: usize,
+}
+
+impl PageWriting {
+    pub(crate) const fn new(piece_bytes: usize) -> Self {
+        Self { free: Pool::new(FREE_PIECE_BYTES), cached: AtomicBool::new(false), piece_bytes }
+    }
+}
+
+/// Bytes that wait to be written, from the begin of a page on. It has memory only while something waits.
+#[derive(Debug)]
+pub(super) struct Gathered {
+    shared: Arc<PageWriting>,
+    /// Grows as it is filled: a disk that writes little holds little.
+    pages: Vec<Page>,
+    used_bytes: usize,
+    /// Bytes of this durability step that were written.
+    step_bytes: usize,
+}
+
+impl Gathered {
+    /// Nothing yet.
+    pub(super) fn new(shared: Arc<PageWriting>) -> Self {
+        Self { shared, pages: Vec::new(), used_bytes: 0, step_bytes: 0 }
+    }
+
+    /// Bytes that wait.
+    pub(super) const fn len(&self) -> usize {
+        self.used_bytes
+    }
+
+    /// Whether it is full: then it ends with a page.
+    pub(super) fn is_full(&self) -> bool {
+        self.used_bytes == self.most_pages() * PAGE
+    }
+
+    /// Whether this step has had a piece's worth already: then the next pieces are whole ones, past the page cache.
+    fn is_large(&self) -> bool {
+        self.step_bytes >= self.shared.piece_bytes
+    }
+
+    /// Pages that a piece may have now. Small ones until the step is large: one disk among many holds little.
+    fn most_pages(&self) -> usize {
+        let most = self.shared.piece_bytes / PAGE;
+        let most = if self.is_large() { most } else { most / SMALL_PIECES };
+        if most == 0 { 1 } else { most }
+    }
+
+    /// Takes as much of `bytes` as it has room for; what is left.
+    pub(super) fn fill<'a>(&mut self, bytes: &'a [u8]) -> &'a [u8] {
+        let room = (self.most_pages() * PAGE).saturating_sub(self.used_bytes);
+        let (now, later) = bytes.split_at(room.min(bytes.len()));
+        let end = self.used_bytes.saturating_add(now.len());
+        self.grow(end.div_ceil(PAGE));
+        if let Some(place) = self.pages.as_mut_bytes().get_mut(self.used_bytes..end) {
+            place.copy_from_slice(now);
+        }
+        self.used_bytes = end;
+        later
+    }
+
+    /// Writes what waits, with zeroes up to the end of the last page, at `position`: a full piece, or the rest of a step.
+    pub(super) fn write(&mut self, file: &dyn File, position: u64) -> io::Result<()> {
+        let shared = Arc::clone(&self.shared);
+        let direct = self.is_large() && (self.is_full() || self.used_bytes >= DIRECT_BYTES);
+        let pages = self.padded();
+        if !direct {
+            return file.write_at(pages, position);
+        }
+        if file.write_pages(pages, position)? == Way::Cached {
+            // ORDERING: nothing is published by it.
+            shared.cached.store(true, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    /// What waits, with zeroes up to the end of the last page.
+    fn padded(&mut self) -> &[u8] {
+        let end = self.used_bytes.next_multiple_of(PAGE);
+        let bytes = self.pages.as_mut_bytes();
+        if let Some(rest) = bytes.get_mut(self.used_bytes..end) {
+            rest.fill(0);
+        }
+        bytes.get(..end).unwrap_or_default()
+    }
+
+    /// Nothing waits any more, and more will come.
+    pub(super) const fn clear(&mut self) {
+        self.step_bytes = self.step_bytes.saturating_add(self.used_bytes);
+        self.used_bytes = 0;
+    }
+
+    /// The step ends, nothing waits any more; the memory is for others.
+    pub(super) fn give_back(&mut self) {
+        (self.used_bytes, self.step_bytes) = (0, 0);
+        let pages = std::mem::take(&mut self.pages);
+        let bytes = pages.capacity().saturating_mul(PAGE);
+        self.shared.free.put(pages, bytes);
+    }
+
+    /// Has memory for so many pages, at least. What it holds from before is never read before it is written.
+    fn grow(&mut self, pages: usize) {
+        if self.pages.is_empty() {
+            self.pages = self.shared.free.take().unwrap_or_default();
+        }
+        if self.pages.len() < pages {
+            let most = self.most_pages();
+            let more = if self.is_large() { most } else { pages.max(self.pages.len() * 2).min(most) };
+            self.pages.resize(more, Page::new_zeroed());
+        }
+    }
+}
+
+impl Drop for Gathered {
+    fn drop(&mut self) {
+        self.give_back();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_holds_what_it_was_given_and_memory_only_while_something_waits() {
+        let shared = Arc::new(PageWriting::new(4 * SMALL_PIECES * PAGE));
+        let mut gathered = Gathered::new(Arc::clone(&shared));
+        assert_eq!(gathered.fill(&[1; 5000]).len(), 0);
+        assert_eq!(gathered.fill(&[2; 100]).len(), 0);
+        let expected = [vec![1; 5000], vec![2; 100], vec![0; 2 * PAGE - 5100]].concat();
+        assert_eq!(gathered.len(), 5100);
+        assert_eq!(gathered.padded(), expected);
+        assert!(gathered.padded().as_ptr().cast::<Page>().is_aligned());
+        assert_eq!((gathered.fill(&[3; 4 * PAGE]).len(), gathered.is_full()), (5100, true));
+        gathered.give_back();
+        assert_eq!(gathered.len(), 0);
+        assert!((4 * PAGE..8 * PAGE).contains(&shared.free.bytes()), "{}", shared.free.bytes());
+        // What was there before shows nowhere.
+        let mut other = Gathered::new(Arc::clone(&shared));
+        other.fill(&[4; 10]);
+        assert_eq!(other.padded(), [vec![4; 10], vec![0; PAGE - 10]].concat());
+        assert_eq!(shared.free.bytes(), 0);
+        drop(other);
+        assert!(shared.free.bytes() > 0, "it is not lost with a disk");
+    }
+
+    #[test]
+    fn a_small_step_goes_through_the_cache_and_a_large_one_past_it() {
+        let storage = crate::io::MemStorage::new();
+        crate::io::Storage::create_dir(&storage, std::path::Path::new("/")).unwrap();
+        let file = crate::io::Storage::create(&storage, std::path::Path::new("/file")).unwrap();
+        let shared = Arc::new(PageWriting::new(SMALL_PIECES * PAGE));
+        let mut gathered = Gathered::new(Arc::clone(&shared));
+        let mut pieces = Vec::new();
+        for _ in 0..SMALL_PIECES + 2 {
+            gathered.fill(&vec![1; SMALL_PIECES * PAGE]);
+            assert!(gathered.is_full());
+            gathered.write(&*file, 0).unwrap();
+            pieces.push((gathered.len() / PAGE, gathered.is_large()));
+            gathered.clear();
+        }
+        assert_eq!(pieces[..SMALL_PIECES], [(1, false); SMALL_PIECES]);
+        assert_eq!(pieces[SMALL_PIECES..], [(SMALL_PIECES, true); 2]);
+        gathered.give_back();
+        gathered.fill(&[1; 2 * PAGE]);
+        assert_eq!((gathered.len(), gathered.is_large()), (PAGE, false), "the next step begins small again");
+    }
+}
