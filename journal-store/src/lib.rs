@@ -61,6 +61,5 @@ pub use journal_format::bookmarks::Bookmark;
 pub use journal_format::{
     EpochStart, Gap, History, Point, PointError, PointKind, PointSpec, RecoverableRange,
 };
-pub use pool::Pool;
 pub use store::Store;
 pub use view::{Extent, ExtentKind, View};

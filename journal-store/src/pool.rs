@@ -4,7 +4,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Keeps values for whoever needs one next, up to a bound. Of any number of threads.
 #[derive(Debug)]
-pub struct Pool<T> {
+pub(crate) struct Pool<T> {
     most_bytes: usize,
     inner: Mutex<Inner<T>>,
 }
@@ -20,30 +20,21 @@ struct Inner<T> {
 
 impl<T> Pool<T> {
     /// A pool that keeps at most so many bytes.
-    #[must_use]
-    pub const fn new(most_bytes: usize) -> Self {
+    pub(crate) const fn new(most_bytes: usize) -> Self {
         Self { most_bytes, inner: Mutex::new(Inner { free: Vec::new(), bytes: 0, fewest: 0 }) }
     }
 
     /// The value that was put in last, if there is one.
-    #[must_use]
-    pub fn take(&self) -> Option<T> {
-        self.take_one(|_| true)
-    }
-
-    /// As [`Pool::take`], of those that fit.
-    #[must_use]
-    pub fn take_one(&self, fits: impl Fn(&T) -> bool) -> Option<T> {
+    pub(crate) fn take(&self) -> Option<T> {
         let mut inner = self.lock();
-        let at = inner.free.iter().rposition(|(value, _)| fits(value))?;
-        let (value, bytes) = inner.free.remove(at);
+        let (value, bytes) = inner.free.pop()?;
         inner.bytes = inner.bytes.saturating_sub(bytes);
         inner.fewest = inner.fewest.min(inner.free.len());
         Some(value)
     }
 
     /// Gives a value of that size back. It is dropped if the pool is full.
-    pub fn put(&self, value: T, bytes: usize) {
+    pub(crate) fn put(&self, value: T, bytes: usize) {
         let mut inner = self.lock();
         if bytes > 0 && inner.bytes.saturating_add(bytes) <= self.most_bytes {
             inner.bytes = inner.bytes.saturating_add(bytes);
@@ -52,7 +43,7 @@ impl<T> Pool<T> {
     }
 
     /// Drops what nobody needed since the last call. Whoever calls it now and then gives memory back when a load ends.
-    pub fn forget_unused(&self) {
+    pub(crate) fn forget_unused(&self) {
         let mut inner = self.lock();
         let unused = inner.fewest.min(inner.free.len());
         let dropped: Vec<_> = inner.free.drain(..unused).collect();
@@ -62,8 +53,8 @@ impl<T> Pool<T> {
     }
 
     /// Bytes that it keeps now.
-    #[must_use]
-    pub fn bytes(&self) -> usize {
+    #[cfg(test)]
+    pub(crate) fn bytes(&self) -> usize {
         self.lock().bytes
     }
 
@@ -90,14 +81,6 @@ mod tests {
             [Some("c"), Some("b"), Some("a"), None]
         );
         assert_eq!(pool.bytes(), 0);
-    }
-
-    #[test]
-    fn one_that_fits_is_taken_from_among_the_others() {
-        let pool = Pool::new(10);
-        (1..4).for_each(|value| pool.put(value, 1));
-        assert_eq!((pool.take_one(|value| *value < 3), pool.take_one(|value| *value > 3)), (Some(2), None));
-        assert_eq!((pool.take(), pool.take(), pool.bytes()), (Some(3), Some(1), 0));
     }
 
     #[test]

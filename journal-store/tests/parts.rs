@@ -35,13 +35,29 @@ fn frame(model: &mut Model, lengths: &[u64], random: &mut Random) -> Made {
     model.frame(parts, random)
 }
 
-/// Frames of one part and of many, with records that lie across the borders of parts.
-fn sample(random: &mut Random) -> (MemStorage, Model) {
+/// A store with a disk whose epoch has begun.
+fn begun(random: &mut Random) -> (MemStorage, Store, Model) {
     let storage = MemStorage::new();
     let store = Store::open_with(ROOT, Arc::new(storage.clone()), config()).expect("open");
     store.open_or_create(DISK, DISK_BYTES).expect("disk");
     let mut model = Model::sized(DISK, DISK_BYTES, [300, 500, 700, 900]);
     append(&store, &model.begin_epoch(random)).expect("append");
+    (storage, store, model)
+}
+
+/// A frame that is one write, at the disk's start; durable.
+fn append_one(store: &Store, model: &mut Model, bytes: Vec<u8>, random: &mut Random) {
+    let range = ByteRange::new(0, bytes.len() as u64).expect("on the disk");
+    let data = DataSpan { pos: 0, len: bytes.len() as u32 };
+    let write =
+        (Op::Write { range, data, fill: false, fua: false }, Change::Write(range.offset(), bytes), None);
+    append(store, &model.frame(vec![write], random)).expect("append");
+    assert!(store.commit().is_empty());
+}
+
+/// Frames of one part and of many, with records that lie across the borders of parts.
+fn sample(random: &mut Random) -> (MemStorage, Model) {
+    let (storage, store, mut model) = begun(random);
     let lengths: [&[u64]; 6] = [
         &[PART - 1],
         &[PART, 1],
@@ -107,18 +123,9 @@ impl Hook for Reads {
 #[test]
 fn a_block_costs_a_part_and_a_table_not_a_frame() {
     let random = &mut Random::new(6);
-    let storage = MemStorage::new();
-    let store = Store::open_with(ROOT, Arc::new(storage.clone()), config()).expect("open");
-    store.open_or_create(DISK, DISK_BYTES).expect("disk");
-    let mut model = Model::sized(DISK, DISK_BYTES, [300, 500, 700, 900]);
-    append(&store, &model.begin_epoch(random)).expect("append");
+    let (storage, store, mut model) = begun(random);
     let bytes = contents(512 << 10, true, random);
-    let range = ByteRange::new(0, bytes.len() as u64).expect("on the disk");
-    let data = DataSpan { pos: 0, len: bytes.len() as u32 };
-    let write =
-        (Op::Write { range, data, fill: false, fua: false }, Change::Write(range.offset(), bytes), None);
-    append(&store, &model.frame(vec![write], random)).expect("append");
-    assert!(store.commit().is_empty());
+    append_one(&store, &mut model, bytes, random);
     drop(store);
     let reads = Arc::new(Reads::default());
     let hooked = HookStorage::new(Arc::new(storage), Arc::clone(&reads) as Arc<dyn Hook>);
@@ -143,19 +150,10 @@ fn a_block_costs_a_part_and_a_table_not_a_frame() {
 #[test]
 fn a_part_that_rots_costs_what_lies_in_it() {
     let random = &mut Random::new(7);
-    let storage = MemStorage::new();
-    let store = Store::open_with(ROOT, Arc::new(storage.clone()), config()).expect("open");
-    store.open_or_create(DISK, DISK_BYTES).expect("disk");
-    let mut model = Model::sized(DISK, DISK_BYTES, [300, 500, 700, 900]);
-    append(&store, &model.begin_epoch(random)).expect("append");
+    let (storage, store, mut model) = begun(random);
     let bytes = contents(8 * PART, true, random);
-    let range = ByteRange::new(0, bytes.len() as u64).expect("on the disk");
-    let data = DataSpan { pos: 0, len: bytes.len() as u32 };
     let needle = bytes[3 * PART as usize..][..64].to_vec();
-    let write =
-        (Op::Write { range, data, fill: false, fua: false }, Change::Write(range.offset(), bytes), None);
-    append(&store, &model.frame(vec![write], random)).expect("append");
-    assert!(store.commit().is_empty());
+    append_one(&store, &mut model, bytes, random);
     // Later history, so that the frame is known to have been durable.
     for _ in 0..2 {
         append(&store, &frame(&mut model, &[10], random)).expect("append");

@@ -1,5 +1,6 @@
 //! Random mixes of requests: as commands for `qemu-io`, and as the image that they make.
 
+use crate::wait_for;
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
@@ -222,6 +223,12 @@ impl Busy {
     pub fn sent(&self) -> u64 {
         // ORDERING: Relaxed; the counter stands alone.
         self.sent.load(Ordering::Relaxed)
+    }
+
+    /// Waits until so many more were given to it.
+    pub fn let_through(&self, requests: u64) {
+        let goal = self.sent().saturating_add(requests);
+        wait_for("requests under way", || (self.sent() >= goal).then_some(()));
     }
 
     /// Ends the load, waits for everything in flight, and returns how many requests there were.

@@ -52,17 +52,13 @@ fn what_is_written_is_restored(no_io_uring: bool) {
     let mut site = site(&authority, if no_io_uring { &["--no-io-uring"] } else { &[] });
     let (qemu, disk, image) = protected(&site, "encrypted");
     let busy = Busy::start(Load::new(5, DISK_BYTES, 512, site.directory()), &qemu.nbd_url());
-    let let_some_through = || {
-        let goal = busy.sent() + 200;
-        wait_for("requests under way", || (busy.sent() >= goal).then_some(()));
-    };
-    let_some_through();
+    busy.let_through(200);
     site.server.kill();
     site.restart_server();
-    let_some_through();
+    busy.let_through(200);
     site.agent.kill();
     site.restart_agent();
-    let_some_through();
+    busy.let_through(200);
     busy.finish();
     let driver = if no_io_uring { "driver=\"plain\" tls=true" } else { "driver=\"io_uring\" tls=true" };
     assert!(site.agent.log().contains(driver), "{}", site.agent.log());

@@ -19,15 +19,11 @@ const SLACK_BYTES: u64 = 8 << 20;
 
 /// Toggles `count` times while requests flow; each time some are let through in either state.
 fn toggle(site: &Site, disk: &str, busy: &Busy, count: usize) {
-    let let_some_through = || {
-        let goal = busy.sent() + 20;
-        wait_for("requests under way", || (busy.sent() >= goal).then_some(()));
-    };
     for _ in 0..count {
         site.switch(disk, true);
-        let_some_through();
+        busy.let_through(20);
         site.switch(disk, false);
-        let_some_through();
+        busy.let_through(20);
     }
 }
 

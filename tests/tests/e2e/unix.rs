@@ -6,7 +6,6 @@ use cdp_api::PointSpec;
 use cdp_tests::load::{Busy, Load};
 use cdp_tests::qemu::{Qemu, raw_file};
 use cdp_tests::site::{Site, Via};
-use cdp_tests::wait_for;
 
 const DISK_BYTES: u64 = 16 << 20;
 
@@ -20,21 +19,17 @@ fn what_went_over_a_unix_socket_is_restored_whoever_was_restarted_meanwhile() {
     site.protect(&disk);
 
     let busy = Busy::start(Load::new(3, DISK_BYTES, 512, site.directory()), &qemu.nbd_url());
-    let let_some_through = || {
-        let goal = busy.sent() + 200;
-        wait_for("requests under way", || (busy.sent() >= goal).then_some(()));
-    };
-    let_some_through();
+    busy.let_through(200);
     // A kill leaves the socket's file behind, a clean stop does not; either way agents find the next server there.
     site.server.kill();
     site.restart_server();
-    let_some_through();
+    busy.let_through(200);
     site.server.terminate();
-    let_some_through();
+    busy.let_through(200);
     site.restart_server();
     site.agent.kill();
     site.restart_agent();
-    let_some_through();
+    busy.let_through(200);
     busy.finish();
 
     let connected = site.agent.log();
