@@ -25,9 +25,9 @@ pub const MIN_ARENA_BYTES: u64 = 2 * SLAB_BYTES;
 /// Largest arena in bytes. Unit numbers stay far below 32 bits.
 pub const MAX_ARENA_BYTES: u64 = 64 << 30;
 
-/// Bytes of the arena that are mapped before the first request. Slabs are used last freed first, so an agent that keeps up
-/// leaves all others untouched; and an idle disk's ring takes little memory.
-pub const WARM_BYTES: u64 = 4 << 20;
+/// Bytes of a ring that are provided before the first request, at most: all of one of the default size, and no more of a
+/// huge one than takes a tenth of a second.
+pub const WARM_BYTES: u64 = 256 << 20;
 
 /// Default number of record slots.
 pub const DEFAULT_SLOTS: u32 = 1 << 16;

@@ -90,6 +90,8 @@ impl Live {
             ..RingConfig::new(order.disk, order.epoch, order.first_lsn, order.disk_bytes)
         };
         let (ring, ring_fd) = Ring::create(&config).map_err(ring_error)?;
+        // Here rather than in QEMU: a limit of the VM's memory does not count the ring then.
+        ring.warm();
         ring.set_policy(order.settings.policy);
         ring.set_durable_lsn(order.first_lsn.prev());
         let bell = Bell::create().map_err(ring_error)?;

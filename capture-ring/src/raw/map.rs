@@ -132,7 +132,7 @@ impl Memory {
         let memory = Self { mapping, geometry };
         // A host gives them where `transparent_hugepage/shmem_enabled` says `advise`; then a copy of 1 MiB needs one page
         // translation instead of 256, and a direct write of it a few segments. Without them everything works as well.
-        memory.advise(u64::MAX, MmapAdvise::MADV_HUGEPAGE);
+        memory.advise(memory.geometry.arena_at, u64::MAX, MmapAdvise::MADV_HUGEPAGE);
         Ok(memory)
     }
 
@@ -205,16 +205,16 @@ impl Memory {
         true
     }
 
-    /// Has the kernel map the first `bytes` of the arena for writing, as far as it can: older ones than Linux 5.14 cannot, and
-    /// then each page costs its first writer a fault.
+    /// Has the kernel provide and map `bytes` behind the dirty bitmap (tables, then the arena), as far as it can: older ones
+    /// than Linux 5.14 cannot, and then each page costs its first writer a fault.
     pub(crate) fn warm(&self, bytes: u64) {
-        self.advise(bytes, MmapAdvise::MADV_POPULATE_WRITE);
+        self.advise(self.geometry.slots_at, bytes, MmapAdvise::MADV_POPULATE_WRITE);
     }
 
-    /// Gives the kernel an advice about the first `bytes` of the arena, or all that there are. It may refuse.
-    fn advise(&self, bytes: u64, advice: MmapAdvise) {
-        let bytes = bytes.min(self.geometry.units.saturating_mul(u64::from(UNIT_BYTES)));
-        let Some((at, length)) = self.mapping.inside::<u8>(self.geometry.arena_at, bytes) else { return };
+    /// Gives the kernel an advice about `bytes` from an offset on, or all that there are. It may refuse.
+    fn advise(&self, offset: u64, bytes: u64, advice: MmapAdvise) {
+        let bytes = bytes.min(self.geometry.total_bytes.saturating_sub(offset));
+        let Some((at, length)) = self.mapping.inside::<u8>(offset, bytes) else { return };
         // SAFETY: `inside` proved that the range lies in the mapping.
         let start = unsafe { self.mapping.base.add(at) }.cast();
         // SAFETY: the range is mapped; both advices that are given change no byte of it.
