@@ -15,7 +15,7 @@ use crate::Effort;
 use crate::machine::{self, GUEST_CORE, SINK_CORE};
 use crate::ours::Ours;
 use crate::report::{Report, Row};
-use crate::variants::{DISK_BYTES, Medium, PATTERNS, Pattern, Variant};
+use crate::variants::{DISK_BYTES, Medium, PATTERNS, Pattern, Variant, fill};
 
 /// A storage daemon with one variant's nodes, and the server that drops what it gets, where the variant needs one.
 pub(crate) struct Export {
@@ -27,13 +27,6 @@ pub(crate) struct Export {
 impl Export {
     /// Starts them, the other end on that core, protects the disk or starts the job, and waits until writes are captured.
     pub(crate) fn start(ours: &Ours, variant: Variant, directory: &Path, vm: &str, sink_core: &str) -> Self {
-        for (name, bytes) in [("disk", DISK_BYTES), ("log", 16 * DISK_BYTES), ("second", DISK_BYTES)] {
-            let path = directory.join(format!("{name}.raw"));
-            // The log is written from its beginning each time: what it has grown to stays allocated.
-            if !path.exists() {
-                File::create(&path).expect("a file").set_len(bytes).expect("its size");
-            }
-        }
         let path = |name: &str| directory.join(name);
         let (socket, monitor, sink_socket) = (path("nbd"), path("qmp"), path("sink"));
         for old in [&socket, &monitor, &sink_socket] {
@@ -46,7 +39,10 @@ impl Export {
             command.args(["--object", "throttle-group,id=none"]);
         }
         // On tmpfs too, they are files.
-        let local = |name: &str| Medium::Disk.node(directory, name, DISK_BYTES);
+        let local = |name: &str| {
+            provide(directory, name);
+            Medium::Disk.node(directory, name, DISK_BYTES)
+        };
         for node in variant.nodes(local, &sink_socket) {
             command.args(["--blockdev", &node.to_string()]);
         }
@@ -85,6 +81,20 @@ impl Export {
             command.arg(format!("--rate_iops={}", rate.max(1.0) as u64));
         }
         command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().expect("fio runs")
+    }
+}
+
+/// Makes a file of an export unless it is there. All its blocks are there then, also those of a log for what one load writes:
+/// it is written from its beginning each time.
+fn provide(directory: &Path, name: &str) {
+    let path = directory.join(format!("{name}.raw"));
+    if path.exists() {
+        return;
+    }
+    fill(&path, DISK_BYTES);
+    if name == "log" {
+        let file = File::options().write(true).open(&path).expect("the log");
+        file.set_len(16 * DISK_BYTES).expect("its size");
     }
 }
 

@@ -74,6 +74,15 @@ struct Flight {
     waits_ms: Vec<f64>,
 }
 
+/// The client's end of a TLS connection to 127.0.0.1, which shows a certificate of the authority in that file.
+pub(crate) fn tls_session(ca: &str) -> ClientConnection {
+    let mut roots = RootCertStore::empty();
+    roots.add(CertificateDer::from_pem_file(ca).expect("a certificate")).expect("an authority");
+    let config = ClientConfig::builder().with_root_certificates(roots).with_no_client_auth();
+    let name = ServerName::try_from("127.0.0.1").expect("an address");
+    ClientConnection::new(Arc::new(config), name).expect("a session")
+}
+
 impl Feed {
     /// Connects, to `HOST:PORT` or `unix:/path`, and opens that many disks.
     pub(crate) fn connect(address: &str, disks: usize) -> Self {
@@ -84,11 +93,7 @@ impl Feed {
 
     /// The same through TLS, to a server at 127.0.0.1 whose certificate is of the authority in that file.
     pub(crate) fn connect_tls(address: &str, ca: &str, disks: usize) -> Self {
-        let mut roots = RootCertStore::empty();
-        roots.add(CertificateDer::from_pem_file(ca).expect("a certificate")).expect("an authority");
-        let config = ClientConfig::builder().with_root_certificates(roots).with_no_client_auth();
-        let name = ServerName::try_from("127.0.0.1").expect("an address");
-        let mut session = ClientConnection::new(Arc::new(config), name).expect("a session");
+        let mut session = tls_session(ca);
         session.set_buffer_limit(None);
         let mut stream = StreamOwned::new(session, Self::socket(address));
         let journals = open(&mut stream, disks);

@@ -1,12 +1,14 @@
 //! What a long history costs: opening it, the first byte and random reads of a past point, differences, a restart, memory;
 //! beside qcow2 chains, which are the other way to keep points.
 
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Instant;
 
 use cdp_tests::random::Random;
 use journal_format::Lsn;
+use journal_store::View;
 
 use crate::Effort;
 use crate::contents::{Contents, batches};
@@ -27,6 +29,10 @@ const FULL_HISTORIES: &[u64] = &[100_000, 1_000_000, 10_000_000, 100_000_000];
 const QUICK_HISTORIES: &[u64] = &[1_000, 100_000];
 const FULL_CHAINS: &[usize] = &[1, 10, 50, 200];
 const QUICK_CHAINS: &[usize] = &[1, 10];
+/// Bytes of the disk that are read at both points to find out what changed without the history's help, and at once.
+const SCAN_BYTES: u64 = 64 << 20;
+const SCAN_STEP_BYTES: usize = 1 << 20;
+const READERS: NonZeroUsize = NonZeroUsize::new(2).expect("not 0");
 /// Bytes that a server takes in before it is killed.
 const TAIL_BYTES: u64 = 64 << 20;
 
@@ -158,7 +164,23 @@ fn differences(name: &str, round: usize, stored: &Stored, report: &mut Report) {
         row.set(what, ms(began));
         assert!(changed > 0 || records == 0, "{records} records changed nothing");
     }
+    let older = disk.view(Lsn(stored.last.0 - tenth)).expect("a point");
+    row.set("scan_ms", scan_ms(&newer, &older, stored.disk_bytes));
     report.add(row);
+}
+
+/// How long reading and comparing both points would take: measured on a part of the disk, and that many times it.
+fn scan_ms(newer: &View, older: &View, disk_bytes: u64) -> f64 {
+    let part = SCAN_BYTES.min(disk_bytes);
+    let [mut new, mut old] = [(); 2].map(|()| vec![0; SCAN_STEP_BYTES]);
+    let (began, mut differs) = (Instant::now(), false);
+    for offset in (0..part).step_by(SCAN_STEP_BYTES) {
+        newer.read_with(READERS, offset, &mut new).expect("a stretch");
+        older.read_with(READERS, offset, &mut old).expect("a stretch");
+        differs |= new != old;
+    }
+    assert!(differs, "a tenth of the records changed nothing");
+    ms(began) * (disk_bytes as f64 / part as f64)
 }
 
 /// A chain of images, each with a few clusters of its own; its newest.

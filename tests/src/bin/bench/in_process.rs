@@ -4,7 +4,6 @@
 //! programs named `qemu-img` alone, so a copy under another name is run.
 
 use std::fs::{self, File};
-use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -17,12 +16,10 @@ use crate::Effort;
 use crate::machine::{self, GUEST_CORE, SINK_CORE};
 use crate::ours::Ours;
 use crate::report::{Report, Row};
-use crate::variants::{Medium, PATTERNS, Pattern, Variant};
+use crate::variants::{CONTENTS, Medium, PATTERNS, Pattern, Variant, fill};
 
 /// Bytes of the disk, and of a second copy.
 const DISK_BYTES: u64 = 256 << 20;
-/// What files hold before: not zeroes, and allocated.
-const CONTENTS: u8 = 0xa5;
 /// From one write to the next, in writes: scattered, and every place once in a turn (it is odd).
 const STRIDE: u64 = 1021;
 /// Writes, or bytes if these are fewer, by which it is found out how many a run has.
@@ -174,15 +171,6 @@ impl Place {
     fn bytes(&self, name: &str) -> u64 {
         if name == "log" { 2 * self.most + (16 << 20) } else { DISK_BYTES }
     }
-}
-
-fn fill(path: &Path, bytes: u64) {
-    let block = vec![CONTENTS; 1 << 20];
-    let mut file = File::create(path).expect("a file");
-    for _ in 0..bytes / block.len() as u64 {
-        file.write_all(&block).expect("room for the file");
-    }
-    file.sync_all().expect("durable");
 }
 
 impl Bench {

@@ -5,13 +5,19 @@ use std::io::{BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::Arc;
 use std::thread;
 
+use cdp_tests::certificates::Authority;
 use journal_format::{DiskId, Epoch, Frame, codec};
 use journal_store::Store;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::{ServerConfig, ServerConnection, StreamOwned};
 
 use crate::Effort;
 use crate::contents::{Batch, DISK_BYTES, Journal, ZSTD_LEVEL};
+use crate::feed::tls_session;
 use crate::ingest::Load;
 use crate::machine;
 use crate::report::{Report, Row};
@@ -48,9 +54,15 @@ pub(crate) fn run(effort: Effort, report: &mut Report, load: &Load, batches: &[B
         }
         add("agent: compress (zstd 1)", packed);
         add("agent: records and checksums", heads);
-        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
-        let sender = TcpStream::connect(listener.local_addr().expect("its address")).expect("a connection");
-        add("server: receive (TCP)", received(&frames, sender, listener.accept().expect("a connection").0));
+        let (sender, receiver) = tcp_pair();
+        add("server: receive (TCP)", received(&frames, sender, receiver));
+        let (sender, receiver) = tcp_pair();
+        let authority = Authority::new();
+        let sender = StreamOwned::new(tls_session(&authority.ca()), sender);
+        add(
+            "server: receive (TLS)",
+            received(&frames, sender, StreamOwned::new(accept(&authority), receiver)),
+        );
         let (sender, receiver) = UnixStream::pair().expect("a pair");
         add("server: receive (Unix socket)", received(&frames, sender, receiver));
         add("server: check a frame", timed(|| frames.iter().for_each(|frame| drop(Frame::parse(frame)))));
@@ -58,6 +70,22 @@ pub(crate) fn run(effort: Effort, report: &mut Report, load: &Load, batches: &[B
         add("server: append", append);
         add("server: make durable", commit);
     }
+}
+
+/// The two ends of a TCP connection.
+fn tcp_pair() -> (TcpStream, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let sender = TcpStream::connect(listener.local_addr().expect("its address")).expect("a connection");
+    (sender, listener.accept().expect("a connection").0)
+}
+
+/// The server's end of a TLS connection.
+fn accept(authority: &Authority) -> ServerConnection {
+    let [cert, key] = authority.issue("127.0.0.1");
+    let cert = CertificateDer::from_pem_file(cert).expect("a certificate");
+    let key = PrivateKeyDer::from_pem_file(key).expect("a key");
+    let config = ServerConfig::builder().with_no_client_auth().with_single_cert(vec![cert], key);
+    ServerConnection::new(Arc::new(config.expect("a certificate and its key"))).expect("a session")
 }
 
 /// Processor time of the calling thread in `work`.
@@ -80,6 +108,7 @@ fn received(frames: &[Vec<u8>], mut sender: impl Write, receiver: impl Read + Se
         })
     });
     frames.iter().for_each(|frame| sender.write_all(frame).expect("it is taken"));
+    sender.flush().expect("it is taken");
     reader.join().expect("the reader")
 }
 

@@ -1,6 +1,8 @@
 //! Who takes part: the plain disk, ours, and everything that QEMU itself can capture writes with. Each peer has its best
 //! settings: direct I/O, native or io_uring submission as the disk has, log sectors of 4 KiB.
 
+use std::fs::File;
+use std::io::Write as _;
 use std::path::Path;
 
 use cdp_tests::process::Process;
@@ -11,6 +13,19 @@ use crate::machine;
 
 /// Bytes of the disk, and of each peer's second copy.
 pub(crate) const DISK_BYTES: u64 = 1 << 30;
+
+/// What files hold before: not zeroes, and allocated.
+pub(crate) const CONTENTS: u8 = 0xa5;
+
+/// Makes a file of that size with all its blocks: nobody's first write of a block is dearer than the next.
+pub(crate) fn fill(path: &Path, bytes: u64) {
+    let block = vec![CONTENTS; 1 << 20];
+    let mut file = File::create(path).expect("a file");
+    for _ in 0..bytes / block.len() as u64 {
+        file.write_all(&block).expect("room for the file");
+    }
+    file.sync_all().expect("durable");
+}
 
 /// What the disk is on.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
