@@ -1,5 +1,6 @@
 //! A blocking client of the API.
 
+use std::io::{self, Read};
 use std::time::Duration;
 
 use jiff::Zoned;
@@ -14,7 +15,8 @@ use crate::types::{
     Verification,
 };
 
-/// Longest wait for an answer. Switching protection may wait for the agent, which has its own, shorter limit.
+/// Longest wait for an answer; of a disk's contents, for the answer's begin and then for more of it. Switching protection may
+/// wait for the agent, which has its own, shorter limit.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(90);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -91,9 +93,12 @@ impl Client {
     /// # Errors
     /// `Address` when `base` is none; `Transport` when the HTTP client cannot be set up.
     pub fn new(base: &str) -> Result<Self, ClientError> {
+        Self::waiting(base, REQUEST_TIMEOUT)
+    }
+
+    fn waiting(base: &str, timeout: Duration) -> Result<Self, ClientError> {
         let base = parse_server(base).map_err(ClientError::Address)?;
-        let http =
-            Http::builder().timeout(REQUEST_TIMEOUT).connect_timeout(CONNECT_TIMEOUT).no_proxy().build();
+        let http = Http::builder().timeout(timeout).connect_timeout(CONNECT_TIMEOUT).no_proxy().build();
         let http = http.map_err(|source| ClientError::Transport { url: base.clone(), source })?;
         Ok(Self { http, base })
     }
@@ -205,11 +210,14 @@ impl Client {
     pub fn data(&self, disk: &str, lsn: u64, offset: u64, length: u64) -> Result<Vec<u8>, ClientError> {
         let query = [("lsn", lsn), ("offset", offset), ("length", length)];
         let response = self.send(self.http.get(self.disk_url(disk, "/data")).query(&query))?;
-        let bytes = response.bytes().map_err(|source| self.transport(source))?;
+        let mut bytes = Vec::new();
+        // Read by read, each of which may take the whole timeout: over a slow link so much takes minutes.
+        let read = response.take(length.saturating_add(1)).read_to_end(&mut bytes);
+        read.map_err(|error| self.broken(error))?;
         if bytes.len() as u64 != length {
             return Err(self.answer("data", "another number of bytes than was asked for"));
         }
-        Ok(bytes.into())
+        Ok(bytes)
     }
 
     fn disk_url(&self, disk: &str, rest: &str) -> String {
@@ -237,6 +245,14 @@ impl Client {
 
     fn transport(&self, source: reqwest::Error) -> ClientError {
         ClientError::Transport { url: self.base.clone(), source: source.without_url() }
+    }
+
+    /// An answer that ended in the middle. The HTTP client's errors are inside the system's when a body is read.
+    fn broken(&self, error: io::Error) -> ClientError {
+        match error.downcast::<reqwest::Error>() {
+            Ok(source) => self.transport(source),
+            Err(other) => self.answer("data", &other.to_string()),
+        }
     }
 
     fn answer(&self, what: &str, detail: &str) -> ClientError {
@@ -311,7 +327,44 @@ fn encode_segment(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+    use std::net::{TcpListener, TcpStream};
+    use std::thread;
+
     use super::*;
+
+    /// A server that answers each request with 8 bytes, one after each pause; `pause` of the request's number.
+    fn trickling(pause: fn(usize) -> Duration) -> String {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+        let address = listener.local_addr().expect("bound");
+        let answer = move |mut stream: TcpStream, number| {
+            let mut request = [0; 4096];
+            let _ = stream.read(&mut request)?;
+            stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 8\r\nConnection: close\r\n\r\n")?;
+            for byte in 0..8 {
+                thread::sleep(pause(number));
+                stream.write_all(&[byte])?;
+            }
+            Ok::<_, io::Error>(())
+        };
+        thread::spawn(move || {
+            for (number, stream) in listener.incoming().enumerate() {
+                // Who waits no longer has closed it.
+                let _ = answer(stream.expect("a client"), number);
+            }
+        });
+        format!("http://{address}")
+    }
+
+    #[test]
+    fn contents_may_take_longer_than_any_wait_for_some_of_them() {
+        let waits = Duration::from_secs(2);
+        let server = trickling(|number| Duration::from_millis(if number == 0 { 400 } else { 5000 }));
+        let client = Client::waiting(&server, waits).expect("a client");
+        assert_eq!(client.data("d", 1, 0, 8).expect("3.2 s in all"), [0, 1, 2, 3, 4, 5, 6, 7]);
+        let error = client.data("d", 1, 0, 8).expect_err("silent for longer than it waits");
+        assert_eq!(error.kind(), "server-not-reached", "{error}");
+    }
 
     #[test]
     fn what_is_no_address_says_what_to_write() {
