@@ -2,7 +2,7 @@
 
 use std::io;
 use std::path::Path;
-use std::sync::mpsc::{self, Receiver, SyncSender};
+use std::sync::mpsc::{self, Receiver, Sender, SyncSender};
 use std::thread;
 
 use blake3::Hash;
@@ -81,35 +81,59 @@ pub(crate) fn copy(
             // Sent to a receiver that is still here.
             let _ = free.send(Buffer::default());
         }
-        scope.spawn(move || read_all(image, &buffers, &read));
-        let mut position = 0;
-        while position < disk_bytes {
-            match stretches.recv().unwrap_or_else(|_| Err(reader_panicked()))? {
-                Stretch::Zeroes(end) => {
-                    output.zero(position, end - position).map_err(pass.failed("zeroing", position))?;
-                    position = end;
-                    pass.reached(position)?;
-                }
-                Stretch::Data(buffer, length) => {
-                    for bytes in buffer[..length].chunks(BLOCK_BYTES as usize) {
-                        let data = write_sparse(output, position, bytes);
-                        written.data_bytes += data.map_err(pass.failed("writing", position))?;
-                        let (length, hash) = (bytes.len() as u64, blake3::hash(bytes));
-                        written.blocks.push(Block { offset: position, length, hash });
-                        position += length;
-                        pass.reached(position)?;
-                    }
-                    // Not only at the end: the disk works while the next stretch is read and decompressed.
-                    output.sync().map_err(pass.failed("making durable", position))?;
-                    // A reader that has read everything takes no buffer back.
-                    let _ = free.send(buffer);
-                }
-            }
-        }
-        Ok(())
+        let reader = thread::Builder::new().spawn_scoped(scope, move || read_all(image, &buffers, &read));
+        let reader = reader.map_err(|error| no_reader(&error))?;
+        let ended = write_all(stretches, &free, output, &mut written, pass);
+        drop(free);
+        // That it panicked is what `ended` says then.
+        let _ = reader.join();
+        ended
     })?;
     output.sync().map_err(pass.failed("making durable", 0))?;
     Ok(written)
+}
+
+/// Writes the stretches that come until the disk is whole, and gives their buffers back.
+fn write_all(
+    stretches: Receiver<Result<Stretch, RestoreError>>,
+    free: &Sender<Buffer>,
+    output: &mut dyn Output,
+    written: &mut Written,
+    pass: &Pass,
+) -> Result<(), RestoreError> {
+    let mut position = 0;
+    while position < written.disk_bytes {
+        match stretches.recv().unwrap_or_else(|_| Err(reader_panicked()))? {
+            Stretch::Zeroes(end) => {
+                output.zero(position, end - position).map_err(pass.failed("zeroing", position))?;
+                position = end;
+                pass.reached(position)?;
+            }
+            Stretch::Data(buffer, length) => {
+                for bytes in buffer[..length].chunks(BLOCK_BYTES as usize) {
+                    let data = write_sparse(output, position, bytes);
+                    written.data_bytes += data.map_err(pass.failed("writing", position))?;
+                    let (length, hash) = (bytes.len() as u64, blake3::hash(bytes));
+                    written.blocks.push(Block { offset: position, length, hash });
+                    position += length;
+                    pass.reached(position)?;
+                }
+                // Not only at the end: the disk works while the next stretch is read and decompressed.
+                output.sync().map_err(pass.failed("making durable", position))?;
+                // A reader that has read everything takes no buffer back.
+                let _ = free.send(buffer);
+            }
+        }
+    }
+    Ok(())
+}
+
+fn no_reader(error: &io::Error) -> RestoreError {
+    RestoreError::Source {
+        what: "the journal".to_owned(),
+        detail: format!("no thread can be started to read it: {error}"),
+        hint: "raise the limit of processes (ulimit -u, or that of the container or service)".to_owned(),
+    }
 }
 
 fn reader_panicked() -> RestoreError {
@@ -400,6 +424,34 @@ mod tests {
         let pass = Pass { path: Path::new("target"), stop: &stop, progress: &|_| () };
         let mut target = Target::of(example().bytes.len());
         assert!(matches!(copy(&mut example(), &mut target, &pass), Err(RestoreError::Interrupted)));
+    }
+
+    /// An image that cannot be read without a panic.
+    struct Panics(Memory);
+
+    impl Image for Panics {
+        fn disk(&self) -> &DiskName {
+            self.0.disk()
+        }
+        fn point(&self) -> &ResolvedPoint {
+            self.0.point()
+        }
+        fn disk_bytes(&self) -> u64 {
+            self.0.disk_bytes()
+        }
+        fn next_data(&mut self, from: u64) -> Result<Option<Range<u64>>, RestoreError> {
+            self.0.next_data(from)
+        }
+        fn read(&mut self, _offset: u64, _into: &mut [u8]) -> Result<(), RestoreError> {
+            panic!("on purpose")
+        }
+    }
+
+    #[test]
+    fn a_reader_that_panics_is_an_error_of_the_restore() {
+        let mut target = Target::of(example().bytes.len());
+        let error = quietly(|pass| copy(&mut Panics(example()), &mut target, pass)).expect_err("no image");
+        assert!(error.hint().contains("report this"), "{error}: {}", error.hint());
     }
 
     fn qemu_img(arguments: &[&str], files: &[&Path]) {

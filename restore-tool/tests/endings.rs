@@ -256,6 +256,47 @@ fn a_limit_of_file_sizes_is_an_error_that_leaves_nothing() {
     }
 }
 
+/// A restore in a user namespace of its own in which there may be that many threads.
+fn with_threads(journal: &Journal, most: u32, target: &Path) -> Output {
+    // Who gives up being root needs a program and a journal that others may read.
+    let folder = journal.directory.path();
+    let program_copy = folder.join("cdp-restore");
+    fs::copy(program(), &program_copy).expect("a copy");
+    let inner = command(journal, target);
+    let opened = Command::new("chmod").args(["-R", "a+rwX"]).arg(folder).status().expect("chmod runs");
+    assert!(opened.success());
+    let words: &[&str] = if nix::unistd::geteuid().is_root() {
+        // The limit is not for root.
+        &["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+    } else {
+        &["env"]
+    };
+    let mut command = Command::new(words[0]);
+    command.args(&words[1..]).args(["unshare", "--user", "--map-root-user", "prlimit"]);
+    command.arg(format!("--nproc={most}")).arg(program_copy).args(inner.get_args());
+    command.env_remove("CDP_SERVER").output().expect("runs")
+}
+
+/// A thread that could not be started was a panic.
+#[test]
+fn a_limit_of_threads_costs_time_or_is_an_error_that_leaves_nothing() {
+    let mut journal = Journal::new();
+    // More pieces than one thread reads where there may be others.
+    let last = (0..300).map(|number| journal.write(number * 8192, &[7; 512])).last().expect("some");
+    let folder = journal.path("out");
+    fs::create_dir(&folder).expect("a folder");
+    let target = folder.join("image");
+    // This one, the one for signals, and the one that reads ahead.
+    let output = with_threads(&journal, 3, &target);
+    assert!(output.status.success(), "{:?}: {}", output.status, stderr(&output));
+    assert!(fs::read(&target).expect("image") == journal.versions[last as usize]);
+    fs::remove_file(&target).expect("remove");
+    let output = with_threads(&journal, 2, &target);
+    assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+    assert!(stderr(&output).contains("ulimit -u"), "{}", stderr(&output));
+    assert_eq!(names_in(&folder), [""; 0]);
+}
+
 /// A server on a journal, and between it and its clients a relay that holds back what answers requests for contents.
 struct Held {
     server: Option<Server>,

@@ -7,8 +7,9 @@
 mod diff;
 mod plan;
 
+use std::iter;
 use std::num::NonZeroUsize;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
 use journal_format::{ByteRange, Lsn};
@@ -91,7 +92,8 @@ impl View {
         self.read_with(NonZeroUsize::MIN, offset, buf)
     }
 
-    /// As [`View::read`], by so many threads, this one included: for many MiB, while nobody else needs the processors.
+    /// As [`View::read`], by so many threads, this one included, or fewer where the system has no more: for many MiB, while
+    /// nobody else needs the processors.
     ///
     /// # Errors
     /// As [`View::read`].
@@ -111,11 +113,16 @@ impl View {
         }
         jobs.sort_unstable_by_key(|job| (job.segment, job.frame, job.pos));
         let share = jobs.len().div_ceil(threads.get()).max(JOBS_PER_THREAD);
-        let mut shares = jobs.chunks_mut(share);
-        let own = shares.next().unwrap_or_default();
+        let others = jobs.len().div_ceil(share).saturating_sub(1);
+        let shares = Mutex::new(jobs.chunks_mut(share));
+        let next = || shares.lock().unwrap_or_else(PoisonError::into_inner).next();
+        let work = || iter::from_fn(next).try_for_each(|share| self.copy(share, keeps));
         thread::scope(|scope| {
-            let others: Vec<_> = shares.map(|share| scope.spawn(move || self.copy(share, keeps))).collect();
-            let own = self.copy(own, keeps);
+            // Where no more threads are to be had, those there are do it all.
+            let others: Vec<_> = (0..others)
+                .map_while(|_| thread::Builder::new().name(READER.to_owned()).spawn_scoped(scope, work).ok())
+                .collect();
+            let own = work();
             let panicked = || StoreError::invalid(self.disk.id(), "a reading thread panicked; report this");
             let ended = others.into_iter().map(|other| other.join().unwrap_or_else(|_| Err(panicked())));
             ended.fold(own, Result::and)
@@ -175,6 +182,9 @@ struct Job<'a> {
     into: &'a mut [u8],
 }
 
+/// What the threads of a large read are called.
+const READER: &str = "cdp-read";
+
 /// Fewer than these are not worth a thread's start.
 const JOBS_PER_THREAD: usize = 64;
 
@@ -210,7 +220,7 @@ impl Iterator for Windows {
 
 /// Merges neighbours of the same kind.
 struct Merged<I: Iterator<Item = Extent>> {
-    inner: std::iter::Peekable<I>,
+    inner: iter::Peekable<I>,
 }
 
 impl<I: Iterator<Item = Extent>> Merged<I> {

@@ -196,18 +196,21 @@ impl Image for ServerImage {
         rest.fill(0);
         let this = &*self;
         let (left, failure) = (Mutex::new(requests.into_iter()), Mutex::new(None));
-        thread::scope(|scope| {
-            for _ in 0..SERVER_REQUESTS {
-                scope.spawn(|| {
-                    while let Some((offset, into)) = next(&left) {
-                        if let Err(error) = this.request(offset, into) {
-                            failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
-                            // The others finish what they have.
-                            while next(&left).is_some() {}
-                        }
-                    }
-                });
+        let work = || {
+            while let Some((offset, into)) = next(&left) {
+                if let Err(error) = this.request(offset, into) {
+                    failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+                    // The others finish what they have.
+                    while next(&left).is_some() {}
+                }
             }
+        };
+        thread::scope(|scope| {
+            for _ in 1..SERVER_REQUESTS {
+                // Without another thread this one asks for all.
+                let _ = thread::Builder::new().spawn_scoped(scope, work);
+            }
+            work();
         });
         failure.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
     }
