@@ -4,7 +4,7 @@ use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -52,7 +52,7 @@ impl Listener {
             };
             fail(format!("cannot listen: {error}; {advice}"))
         })?;
-        Ok(Self::Unix { listener, _place: Place { path: path.to_owned(), _lock: lock } })
+        Ok(Self::Unix { listener, _place: Place { path: path.to_owned(), inode: inode(path), _lock: lock } })
     }
 
     /// Waits for the next connection; an error when there is none to be had now, or after [`Listener::close`].
@@ -88,13 +88,15 @@ impl AsFd for Listener {
 #[derive(Debug)]
 pub(crate) struct Place {
     path: PathBuf,
+    /// Which file it is: meanwhile somebody may have taken it away and put another there.
+    inode: Option<(u64, u64)>,
     /// Held while this server lives, however it ends.
     _lock: File,
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        if is_socket(&self.path) {
+        if self.inode.is_some() && inode(&self.path) == self.inode {
             let _ = fs::remove_file(&self.path);
         }
     }
@@ -123,6 +125,11 @@ fn lock(socket: &Path) -> Result<File, String> {
         }
         Err(TryLockError::Error(error)) => Err(cannot(error)),
     }
+}
+
+/// Device and number of what has that name.
+fn inode(path: &Path) -> Option<(u64, u64)> {
+    fs::symlink_metadata(path).ok().map(|found| (found.dev(), found.ino()))
 }
 
 fn is_socket(path: &Path) -> bool {
@@ -207,6 +214,17 @@ mod tests {
         std::os::unix::fs::symlink(dir.path().join("elsewhere"), &path).expect("a link");
         assert!(refused(&path).contains("no socket"), "a dangling link is not ours either");
         assert!(refused(&dir.path().join("missing/server.sock")).contains("make its folder"));
+    }
+
+    #[test]
+    fn a_socket_that_took_the_place_of_ours_stays_when_we_end() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("server.sock");
+        let listener = Listener::unix(&path).expect("listens");
+        fs::remove_file(&path).expect("somebody tidies up");
+        let _other = UnixListener::bind(&path).expect("and another program listens there");
+        drop(listener);
+        assert!(path.exists());
     }
 
     #[test]
