@@ -20,6 +20,7 @@ use crate::cache::Cache;
 use crate::error::StoreError;
 use crate::files::{self, Header};
 use crate::io::{Access, File};
+use crate::limits::CACHED_ENTRY_BYTES;
 use crate::segment::Segment;
 
 /// Data of frames: which opening of which disk, segment of the data volume, position there, and which part.
@@ -34,6 +35,17 @@ pub(crate) enum CachedData {
     Raw(Arc<Vec<u8>>),
     /// Where its parts are.
     Table(Arc<Vec<Part>>),
+}
+
+impl CachedData {
+    /// Bytes that keeping it takes: of a table most are the cache's own.
+    fn weight(&self) -> usize {
+        let bytes = match self {
+            Self::Raw(raw) => raw.len(),
+            Self::Table(parts) => size_of_val(parts.as_slice()),
+        };
+        bytes.saturating_add(CACHED_ENTRY_BYTES)
+    }
 }
 
 /// What a read needs of memory, and has just read: the next piece often comes from the same part.
@@ -98,10 +110,7 @@ impl DiskStore {
     }
 
     fn keep(&self, at: DataPlace, part: u32, data: CachedData) {
-        let weight = match &data {
-            CachedData::Raw(raw) => raw.len(),
-            CachedData::Table(parts) => size_of_val(parts.as_slice()),
-        };
+        let weight = data.weight();
         self.env.data.put((self.opening, at.segment, at.position, part), data, weight);
     }
 
@@ -289,4 +298,24 @@ pub(super) fn with_head<T>(
         return Err(damaged("the records are another frame's".into()));
     }
     Ok(use_it(&entry.frame))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tables_of_small_frames_stay_within_the_budget_with_what_the_cache_needs_for_each() {
+        let (budget, many) = (1 << 20, 40_000);
+        let cache = DataCache::new(budget);
+        let mut stored = vec![1; PART_RAW_BYTES as usize + 1];
+        parts::push_table(&mut stored, &[PART_RAW_BYTES, 1]);
+        let table = CachedData::Table(Arc::new(parts::parts_of(&stored, PART_RAW_BYTES + 1).unwrap()));
+        let key = |position| (1, SegmentNumber(1), position, TABLE);
+        (0..many).for_each(|position| cache.put(key(position), table.clone(), table.weight()));
+        let kept = (0..many).filter(|&position| cache.get(key(position)).is_some()).count();
+        // A key and a value in two maps, and two allocations: no less than this.
+        let least = 2 * size_of::<DataKey>() + size_of::<CachedData>() + 2 * size_of::<Part>() + 64;
+        assert!((1000..budget / least).contains(&kept), "{kept} tables in {budget} bytes");
+    }
 }
