@@ -24,7 +24,8 @@ Exit codes:
   3    the point cannot be restored; the nearest points that can are shown
   4    the target was refused, untouched: not empty (see --force), in use, too small, or it cannot be written
   5    the target reads back differently from what was written
-  130  stopped by SIGINT, SIGTERM or SIGHUP; a second one does not wait for the block that is under way
+  130  stopped by SIGINT, SIGTERM or SIGHUP; the block that is under way is waited for 5 s,
+       or until a second one
   141  the reader of standard output went away; a target with its name is complete and verified
 
 A file appears under its name only when it is complete and verified; until then it has a temporary name beside it, and

@@ -1,6 +1,7 @@
 //! Every limit of the tool, and the relations between them.
 
 use std::num::NonZeroUsize;
+use std::time::Duration;
 
 /// A restore hashes, writes and verifies the disk in blocks of this many bytes.
 pub const BLOCK_BYTES: u64 = 4 << 20;
@@ -20,6 +21,10 @@ pub const REQUEST_BYTES: u64 = cdp_api::limits::MAX_DATA_BYTES;
 
 /// A hole in the data of up to this many bytes is asked for as if it were data: a request costs more than these zeroes.
 pub const SMALL_HOLE_BYTES: u64 = 256 << 10;
+
+/// How long a restore that was asked to stop may take for that. What is read at once comes in minutes over a slow link, and a
+/// service manager that has waited long enough kills, which leaves the temporary file.
+pub const STOP_GRACE: Duration = Duration::from_secs(5);
 
 /// Zeroes are looked for in steps of this many bytes: the block size of common filesystems, so that a smaller hole would
 /// save nothing.

@@ -6,12 +6,14 @@ mod cli;
 mod show;
 
 use std::process::ExitCode;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
 
 use cdp_api::client::parse_server;
 use cdp_api::program;
 use clap::error::ErrorKind;
 use nix::sys::signal::{SigSet, Signal};
+use restore_tool::limits::STOP_GRACE;
 use restore_tool::restore::{Failure, Stop};
 use restore_tool::{Order, RestoreError, ServerSource, Source, StoreSource, restore};
 use serde_json::json;
@@ -124,20 +126,22 @@ fn source(common: &Common) -> Result<Box<dyn Source>, End> {
     Ok(Box::new(ServerSource::new(&url)?))
 }
 
-/// The first SIGINT, SIGTERM or SIGHUP asks the restore to stop, which it does at the next block. A second one does not
-/// wait for that: a server or a disk may take minutes to answer.
+/// The first SIGINT, SIGTERM or SIGHUP asks the restore to stop, which it does at the next block. It is not waited for when a
+/// second one comes, or after [`STOP_GRACE`]: a server or a disk may take minutes to answer.
 fn stop_on_signals(format: OutputFormat) -> Arc<Stop> {
     let stop = Arc::new(Stop::default());
     let asked = Arc::clone(&stop);
     let handler = move || {
-        if asked.ask() {
+        if !asked.ask() {
+            leave(&asked, format);
             return;
         }
-        if let Some(left) = asked.abandon() {
-            let failure = Failure { error: RestoreError::Interrupted, left };
-            report(&failure, format);
-            std::process::exit(failure.error.exit_code().into());
-        }
+        let asked = Arc::clone(&asked);
+        // Without another thread there is still the second signal.
+        let _ = thread::Builder::new().spawn(move || {
+            thread::sleep(STOP_GRACE);
+            leave(&asked, format);
+        });
     };
     if let Err(error) = ctrlc::set_handler(handler) {
         program::say(&format!(
@@ -145,4 +149,16 @@ fn stop_on_signals(format: OutputFormat) -> Arc<Stop> {
         ));
     }
     stop
+}
+
+/// Ends the process without waiting for the restore, unless that is complete.
+fn leave(stop: &Stop, format: OutputFormat) {
+    // One report, whoever comes first.
+    static LEAVING: Mutex<()> = Mutex::new(());
+    let _leaving = LEAVING.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(left) = stop.abandon() {
+        let failure = Failure { error: RestoreError::Interrupted, left };
+        report(&failure, format);
+        std::process::exit(failure.error.exit_code().into());
+    }
 }

@@ -441,6 +441,22 @@ fn a_second_signal_does_not_wait_for_a_server_that_does_not_answer() {
     assert_eq!(json(&output)["error"]["kind"], "interrupted");
 }
 
+/// The first signal is enough, only later.
+#[test]
+fn a_signal_does_not_wait_for_ever_for_a_server_that_does_not_answer() {
+    let held = Held::new();
+    let (mut child, target) = held.restoring(&["--output-format", "json"]);
+    signal_and_wait(&child, Signal::SIGTERM);
+    let begin = Instant::now();
+    while child.try_wait().expect("a child").is_none() {
+        assert!(begin.elapsed() < PATIENCE, "it waits for the server");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let output = child.wait_with_output().expect("ends");
+    assert_stopped(&output, &target);
+    assert_eq!(json(&output)["error"]["kind"], "interrupted");
+}
+
 #[test]
 fn a_reader_that_leaves_in_the_middle_gets_its_image_all_the_same() {
     let held = Held::new();
