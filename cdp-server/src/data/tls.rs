@@ -29,6 +29,8 @@ struct Incoming {
     bytes: Vec<u8>,
     used: usize,
     end: usize,
+    /// Whether the other side said that nothing more comes, although its connection may stay.
+    closed: bool,
 }
 
 impl TlsStream {
@@ -60,7 +62,7 @@ impl TlsStream {
 
     fn read_with(&self, incoming: &mut Incoming, buf: &mut [u8]) -> io::Result<usize> {
         let count = self.decrypt(incoming, buf)?;
-        if count > 0 {
+        if count > 0 || incoming.closed {
             return Ok(count);
         }
         incoming.bytes.resize(RECEIVE_BYTES, 0);
@@ -71,7 +73,7 @@ impl TlsStream {
         }
         (incoming.used, incoming.end) = (0, received);
         match self.decrypt(incoming, buf)? {
-            0 => Err(io::ErrorKind::Interrupted.into()),
+            0 if !incoming.closed => Err(io::ErrorKind::Interrupted.into()),
             count => Ok(count),
         }
     }
@@ -92,8 +94,9 @@ impl TlsStream {
             }
             let taken = session.read_tls(&mut rest)?;
             incoming.used += taken;
-            if let Err(error) = session.process_new_packets() {
-                break Some(error);
+            match session.process_new_packets() {
+                Ok(state) => incoming.closed = state.peer_has_closed(),
+                Err(error) => break Some(error),
             }
             if taken == 0 {
                 break None;

@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::process::Command;
+use std::sync::Arc;
 
 use cdp_api::{PointSpec, ProtectionPhase};
 use cdp_tests::certificates::Authority;
@@ -13,6 +14,9 @@ use cdp_tests::programs::program;
 use cdp_tests::qemu::{Qemu, raw_file};
 use cdp_tests::site::{Site, Via};
 use cdp_tests::wait_for;
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject;
+use rustls::{ClientConfig, ClientConnection, RootCertStore};
 
 const DISK_BYTES: u64 = 16 << 20;
 const HOST: &str = "127.0.0.1";
@@ -147,6 +151,26 @@ fn silence_and_garbage_on_a_tls_port_keep_no_agent_out() {
     site.restart_agent();
     says(&site.agent, before, "tls=true");
     drop(silent);
+}
+
+/// As one that closes its connection: not somebody who has fallen silent, and is waited for.
+#[test]
+fn a_session_that_is_closed_inside_an_open_connection_has_ended() {
+    let authority = Authority::new();
+    let [cert, key] = authority.issue(HOST);
+    let site =
+        Site::start_with_both(&["--tls-ca", &authority.ca()], &["--tls-cert", &cert, "--tls-key", &key]);
+    let mut roots = RootCertStore::empty();
+    roots.add(CertificateDer::from_pem_file(authority.ca()).expect("a file")).expect("an authority");
+    let config = ClientConfig::builder().with_root_certificates(roots).with_no_client_auth();
+    let name = HOST.try_into().expect("a name");
+    let mut session = ClientConnection::new(Arc::new(config), name).expect("a session");
+    let mut stream = TcpStream::connect(site.data()).expect("a connection");
+    session.complete_io(&mut stream).expect("shakes hands");
+    let before = site.server.log().len();
+    session.send_close_notify();
+    session.complete_io(&mut stream).expect("sends");
+    says(&site.server, before, "closed before it said anything");
 }
 
 #[test]
