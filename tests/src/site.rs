@@ -55,15 +55,6 @@ impl Site {
         Self::start_with(|_| None, &[], &[])
     }
 
-    /// The same, with its files, the store among them, in a directory below that one.
-    ///
-    /// # Panics
-    /// When one does not come up.
-    #[must_use]
-    pub fn start_below(parent: &Path) -> Self {
-        Self::start_at(private_directory(parent), |_| None, &[], &[])
-    }
-
     /// The same, with more arguments for the agent.
     ///
     /// # Panics
@@ -124,7 +115,16 @@ impl Site {
     /// When one does not come up.
     #[must_use]
     pub fn start_over_unix() -> Self {
-        let directory = private_directory(&std::env::temp_dir());
+        Self::start_over_unix_below(&std::env::temp_dir())
+    }
+
+    /// The same, with all of its files in a directory below `parent`.
+    ///
+    /// # Panics
+    /// When one does not come up.
+    #[must_use]
+    pub fn start_over_unix_below(parent: &Path) -> Self {
+        let directory = private_directory(parent);
         let socket = directory.path().join(SERVER_SOCKET).display().to_string();
         Self::start_at(directory, |_| None, &[], &["--listen-unix", &socket])
     }

@@ -20,9 +20,10 @@ pub(crate) struct Ours {
 }
 
 impl Ours {
-    /// Starts them, with the store and all other files of theirs below that directory.
+    /// Starts them, with the store and all other files of theirs below that directory, and a Unix socket between them, as the
+    /// peers have to their other end.
     pub(crate) fn start_below(parent: &Path) -> Self {
-        Self::pinned(Site::start_below(parent))
+        Self::pinned(Site::start_over_unix_below(parent))
     }
 
     /// The same, with a network between them that can stand still.
