@@ -31,9 +31,10 @@ impl Waited {
             std::thread::yield_now();
         }
         replica.drain();
+        // Before the thread looks: a change of policy wakes who waits.
+        replica.ring().set_policy(policy);
         let served = Arc::clone(&capture);
         let thread = std::thread::spawn(move || served.serve_waiters(must_go));
-        replica.ring().set_policy(policy);
         Self { capture, replica, thread: Some(thread) }
     }
 
