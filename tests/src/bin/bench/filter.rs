@@ -4,8 +4,8 @@
 
 use std::hint::black_box;
 use std::os::fd::AsFd as _;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Barrier, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -27,6 +27,8 @@ const STRIDE: u64 = 1021;
 /// How long a burst lasts, and the pause behind it, in which the consumer catches up.
 const BURST: Duration = Duration::from_millis(1);
 const PAUSE: Duration = Duration::from_millis(8);
+/// Memory that is written in one burst and read by the other core in the pause: what an agent that keeps up leaves in use.
+const ACROSS_BYTES: u64 = 1 << 20;
 /// Writes between two looks at the clock.
 const WRITES_PER_LOOK: u64 = 8;
 /// As the agent: its pause between two looks at the ring, and its memory for a frame.
@@ -44,34 +46,34 @@ enum Step {
     Write,
 }
 
-impl Step {
-    const ALL: [Self; 3] = [Self::Copy, Self::Engine, Self::Write];
-
-    const fn name(self) -> &'static str {
-        match self {
-            Self::Copy => "a copy within the cache",
-            Self::Engine => "qemu-cdp, a request without data",
-            Self::Write => "qemu-cdp, a write",
-        }
-    }
-}
+/// What is measured, by its name; `None` for the copy alone into memory that the other core has read: what no tee can do without
+/// whose other end is there.
+const STEPS: [(&str, Option<Step>); 4] = [
+    ("a copy within the cache", Some(Step::Copy)),
+    ("a copy to what the other core has read", None),
+    ("qemu-cdp, a request without data", Some(Step::Engine)),
+    ("qemu-cdp, a write", Some(Step::Write)),
+];
 
 pub(crate) fn run(effort: Effort, report: &mut Report) {
     let bursts = if effort.patient { 100 } else { 20 };
     for pattern in &PATTERNS[..3] {
         for round in 0..effort.rounds {
             report.begin_round(effort);
-            for step in Step::ALL {
+            for (name, step) in STEPS {
                 // A thread of its own, which is all that is pinned.
                 let measured = thread::scope(|scope| {
                     scope
                         .spawn(|| {
                             machine::pin_thread(GUEST_CORE);
-                            measure(step, *pattern, bursts)
+                            match step {
+                                Some(step) => measure(step, *pattern, bursts),
+                                None => across(*pattern, bursts),
+                            }
                         })
                         .join()
                 });
-                let mut row = Row::new("the filter alone", "memory", pattern.name, step.name(), round);
+                let mut row = Row::new("the filter alone", "memory", pattern.name, name, round);
                 row.set("ns_per_write", measured.expect("a measurement"));
                 report.add(row);
             }
@@ -102,6 +104,42 @@ fn measure(step: Step, pattern: Pattern, bursts: usize) -> f64 {
             })
             .collect();
         assert_eq!(capture.mode(), Mode::Capturing, "a burst is far smaller than the ring");
+        times.sort_by(f64::total_cmp);
+        times[times.len() / 2]
+    })
+}
+
+/// The copy alone, into memory that a thread of the other core reads in each pause; the median of the bursts, in ns a write.
+fn across(pattern: Pattern, bursts: usize) -> f64 {
+    let memory = Mutex::new(Buffer::new(ACROSS_BYTES, 0));
+    let (is_written, is_read) = (Barrier::new(2), Barrier::new(2));
+    let data = Buffer::new(pattern.bytes, 1);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            machine::pin_thread(SINK_CORE);
+            for _ in 0..bursts {
+                is_written.wait();
+                black_box(
+                    memory.lock().expect("a lock").bytes().iter().map(|&byte| u64::from(byte)).sum::<u64>(),
+                );
+                is_read.wait();
+            }
+        });
+        let burst = || {
+            let mut memory = memory.lock().expect("a lock");
+            let began = Instant::now();
+            memory.bytes_mut().chunks_exact_mut(pattern.bytes as usize).for_each(|to| {
+                to.copy_from_slice(black_box(data.bytes()));
+            });
+            began.elapsed().as_secs_f64() * 1e9 / (ACROSS_BYTES / pattern.bytes) as f64
+        };
+        let mut times: Vec<f64> = (0..bursts)
+            .map(|_| {
+                is_written.wait();
+                is_read.wait();
+                burst()
+            })
+            .collect();
         times.sort_by(f64::total_cmp);
         times[times.len() / 2]
     })
