@@ -11,8 +11,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use crate::engine::Piece;
 
 /// From how many contiguous bytes on a copy is streamed, where that is faster.
+#[cfg(target_arch = "x86_64")]
 const STREAM_BYTES: usize = 16 << 10;
 /// The same for this machine, once somebody has asked; 0 before.
+#[cfg(target_arch = "x86_64")]
 static STREAMED_FROM: AtomicUsize = AtomicUsize::new(0);
 
 /// Copies the caller's data, from its byte `skip` on, into the pieces until these are full. Returns the bytes
@@ -48,6 +50,7 @@ pub unsafe fn copy_in(pieces: &[Piece], iov: *const libc::iovec, iovcnt: usize, 
 }
 
 /// [`STREAM_BYTES`], or more than any copy has.
+#[cfg(target_arch = "x86_64")]
 fn streamed_from() -> usize {
     // ORDERING: Relaxed: the number stands alone, and all who ask the processor hear the same.
     match STREAMED_FROM.load(Ordering::Relaxed) {
@@ -62,14 +65,16 @@ fn streamed_from() -> usize {
 }
 
 /// Whether the processor says that it is AMD's.
+#[cfg(target_arch = "x86_64")]
 fn is_amd() -> bool {
-    #[cfg(target_arch = "x86_64")]
-    {
-        let names = std::arch::x86_64::__cpuid(0);
-        [names.ebx, names.edx, names.ecx].map(u32::to_le_bytes).concat() == b"AuthenticAMD"
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    false
+    vendor() == *b"AuthenticAMD"
+}
+
+/// The name of the processor's maker, as it says it itself.
+#[cfg(target_arch = "x86_64")]
+fn vendor() -> Vec<u8> {
+    let names = std::arch::x86_64::__cpuid(0);
+    [names.ebx, names.edx, names.ecx].map(u32::to_le_bytes).concat()
 }
 
 /// Copies `len` bytes that do not overlap, past the caches where they are many.
@@ -224,6 +229,16 @@ mod tests {
     }
 
     #[test]
+    #[cfg(target_arch = "x86_64")]
+    fn whose_processor_it_is_the_system_says_too() {
+        let said = std::fs::read_to_string("/proc/cpuinfo").expect("the processors");
+        let vendor = String::from_utf8(vendor()).expect("a name");
+        assert!(said.contains(&vendor), "{vendor}");
+        assert_eq!(is_amd(), said.contains("AuthenticAMD"));
+    }
+
+    #[test]
+    #[cfg(target_arch = "x86_64")]
     fn long_copies_are_right_at_every_alignment_whatever_the_processor() {
         for from in [STREAM_BYTES, usize::MAX] {
             // ORDERING: Relaxed: this thread's own copies see it; others are right either way.
@@ -234,6 +249,7 @@ mod tests {
         STREAMED_FROM.store(0, Ordering::Relaxed);
     }
 
+    #[cfg(target_arch = "x86_64")]
     fn long_copies_are_right_at_every_alignment() {
         let data: Vec<u8> = (0..STREAM_BYTES + 300).map(|at| (at * 7 / 3) as u8).collect();
         for (skip, shift, len) in
