@@ -28,7 +28,8 @@ pub const DESCRIPTION_BYTES: usize = 192;
 pub const HEADER_BYTES: u64 = 8192;
 /// Bytes of the clock memfd.
 pub const CLOCK_BYTES: u64 = 4096;
-const PAGE_BYTES: u64 = 4096;
+/// Everything that is mapped begins and ends on a multiple of this.
+pub const PAGE_BYTES: u64 = 4096;
 
 /// The description: written by the creator before anyone else has the descriptor, checked by the opener, and then
 /// never read again, because the other process can change it.

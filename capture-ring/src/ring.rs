@@ -90,9 +90,16 @@ mod shared {
             Ok(Arc::new(Self { memory: Memory::map(fd, geometry)?, config }))
         }
 
-        /// Has the kernel provide the ring's memory and map it here ([`WARM_BYTES`] of it), so that no guest's write pays for the
-        /// first touch of a page, and pages that are neighbours lie together: a direct write from them needs few segments. For
-        /// each side, before the first request. The first one takes some 20 ms for 64 MiB, the other one 5.
+        /// Has the kernel provide a new ring's memory ([`WARM_BYTES`] of it): in huge pages where it can, so that a copy needs few
+        /// translations of pages, and a direct write from the ring few segments. Takes some 20 ms for 64 MiB, and may take a
+        /// few tenths of a second where memory has to be made to lie together.
+        pub fn provide(&self) {
+            self.memory.provide(WARM_BYTES);
+            self.memory.warm(WARM_BYTES);
+        }
+
+        /// Maps the ring's memory here ([`WARM_BYTES`] of it), so that no guest's write pays for the first touch of a page. For
+        /// each side, before the first request; [`Ring::provide`] does it as well.
         pub fn warm(&self) {
             self.memory.warm(WARM_BYTES);
         }

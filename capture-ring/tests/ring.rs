@@ -307,19 +307,17 @@ fn stamps_never_run_backwards_and_follow_the_wall() {
     assert!(before.0 > 1_700_000_000_000_000_000, "nanoseconds since 1970");
 }
 
-/// Page faults of this thread while it fills a new ring with `count` writes of 64 KiB.
-fn faults_of_writes(count: u64, is_warm: bool) -> i64 {
-    let arena_bytes = count * (64 << 10);
-    let (_ring, fd) = Ring::create(&RingConfig { slots: 1024, arena_bytes, ..config() }).expect("create");
+/// Page faults of this thread while it fills a new ring with 200 writes of 64 KiB, after both sides have prepared.
+fn faults_of_writes(prepare: impl FnOnce(&Ring, &Ring)) -> i64 {
+    let arena_bytes = 200 * (64 << 10);
+    let (near, fd) = Ring::create(&RingConfig { slots: 1024, arena_bytes, ..config() }).expect("create");
     let (clock, _clock_fd) = HostClock::create().expect("clock");
     let far = Ring::open(fd.as_fd()).expect("open");
-    if is_warm {
-        far.warm();
-    }
+    prepare(&near, &far);
     let producer = Producer::new(far, clock, Bell::create().expect("bell"));
     let faults = || getrusage(UsageWho::RUSAGE_THREAD).expect("usage").minor_page_faults();
     let before = faults();
-    for number in 0..count {
+    for number in 0..200 {
         write(&producer, number << 16, &[1; 64 << 10]);
     }
     faults() - before
@@ -327,7 +325,17 @@ fn faults_of_writes(count: u64, is_warm: bool) -> i64 {
 
 #[test]
 fn a_warm_rings_first_writes_touch_no_new_page() {
-    let (cold, warm) = (faults_of_writes(200, false), faults_of_writes(200, true));
+    let (cold, warm) = (faults_of_writes(|_, _| ()), faults_of_writes(|_, far| far.warm()));
     // 3200 pages are written, some of the tables; under a sanitizer each has others beside it, warm or not.
     assert!(cold - warm > 3000, "{warm} page faults, {cold} without warming");
+}
+
+#[test]
+fn a_ring_whose_memory_was_provided_is_mapped_in_huge_pages() {
+    // The other side maps an extent of 2 MiB with the first fault in it, if it is one page.
+    let (cold, huge) = (faults_of_writes(|_, _| ()), faults_of_writes(|near, _| near.provide()));
+    assert!(
+        cold - huge > 2500,
+        "{huge} page faults, {cold} before; needs Linux 6.1 and memory for huge pages"
+    );
 }

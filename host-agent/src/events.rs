@@ -10,7 +10,7 @@ use crate::error::AgentError;
 use crate::filters::FilterLink;
 use crate::limits::EVENT_QUEUE;
 use crate::live::Loaded;
-use crate::session::{Adopt, Event, FilterId, Holding, VmInfo};
+use crate::session::{Adopt, Attach, Event, FilterId, Holding, VmInfo};
 use crate::socket::Connected;
 
 /// Something for the hub.
@@ -24,6 +24,8 @@ pub enum Input {
     Held(FilterId, Holding, CaptureFds),
     /// What a filter holds was read, or why it cannot be used.
     Loaded(Adopt, Result<Box<Loaded>, AgentError>),
+    /// A new ring's memory is there; what the filter is asked, and the descriptors that it gets.
+    Provided(Attach, CaptureFds),
     /// The attempt to connect to the server with this number ended.
     Connected(u64, std::io::Result<Connected>),
 }

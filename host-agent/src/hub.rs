@@ -137,6 +137,7 @@ impl Hub {
                 Input::Filter(filter, link, info) => self.filter_joined(filter, link, info),
                 Input::Held(filter, holding, fds) => self.filter_holds(filter, holding, fds),
                 Input::Loaded(order, outcome) => self.loaded(&order, outcome),
+                Input::Provided(order, fds) => self.provided(&order, &fds),
                 Input::Connected(attempt, outcome) => self.connected(attempt, outcome),
             }
         }
@@ -373,7 +374,7 @@ impl Hub {
             Action::Connect => self.connect(),
             Action::Disconnect(reason) => self.drop_link(&reason, false),
             Action::Send(message) => self.enqueue(&message),
-            Action::Attach(order) => self.attach(&order),
+            Action::Attach(order) => self.attach(order),
             Action::Detach(filter, request, device) => {
                 self.ask(filter, request, |link| link.detach(request, &device));
             }
@@ -497,21 +498,20 @@ impl Hub {
         }
     }
 
-    fn attach(&mut self, order: &Attach) {
+    fn attach(&mut self, order: Attach) {
         let (clock, clock_fd) =
             self.clocks.get(&order.filter).map_or((&self.clock, &self.clock_fd), |(clock, fd)| (clock, fd));
         let made = clock_fd
             .try_clone()
             .map_err(AgentError::os("cannot duplicate the clock"))
-            .and_then(|fd| Live::start(order, (clock, fd), &self.config, &self.sender));
+            .and_then(|fd| Live::start(&order, (clock, fd), &self.config, &self.sender));
         match made {
             Ok((live, fds)) => {
                 tracing::info!(disk = %order.disk, device = order.device, epoch = order.epoch.0,
                     first_lsn = order.first_lsn.0, "capture starts");
+                let provider = live.provider();
                 self.rings.insert(order.disk, live);
-                self.ask(order.filter, order.request, |link| {
-                    link.attach(order.request, &order.device, order.closed_image, &fds)
-                });
+                self.provide(order, fds, provider);
             }
             Err(error) => {
                 tracing::error!(disk = %order.disk, %error, "cannot make a ring and an outbox");
@@ -519,6 +519,27 @@ impl Hub {
                 self.queue.push_back(Event::FilterResult(order.filter, order.request, refused));
             }
         }
+    }
+
+    /// Has a new ring's memory provided, beside the hub, before the filter is asked to attach. The session waits for that answer
+    /// whatever else happens to the disk, so it is asked in any case.
+    fn provide(&mut self, order: Attach, fds: CaptureFds, provider: impl FnOnce() + Send + 'static) {
+        let sender = self.sender.clone();
+        let (filter, request) = (order.filter, order.request);
+        let spawned = std::thread::Builder::new().name("cdp-provide".into()).spawn(move || {
+            provider();
+            let _ = sender.send(Input::Provided(order, fds));
+        });
+        if let Err(error) = spawned {
+            let why = format!("cannot start a thread: {error}");
+            self.queue.push_back(Event::FilterResult(filter, request, why));
+        }
+    }
+
+    fn provided(&mut self, order: &Attach, fds: &CaptureFds) {
+        self.ask(order.filter, order.request, |link| {
+            link.attach(order.request, &order.device, order.closed_image, fds)
+        });
     }
 
     fn connect(&mut self) {

@@ -90,8 +90,6 @@ impl Live {
             ..RingConfig::new(order.disk, order.epoch, order.first_lsn, order.disk_bytes)
         };
         let (ring, ring_fd) = Ring::create(&config).map_err(ring_error)?;
-        // Here rather than in QEMU: a limit of the VM's memory does not count the ring then.
-        ring.warm();
         ring.set_policy(order.settings.policy);
         ring.set_durable_lsn(order.first_lsn.prev());
         let bell = Bell::create().map_err(ring_error)?;
@@ -110,6 +108,18 @@ impl Live {
         let shared = Shared { ring, clock: clock.clone() };
         let live = Self::running(worker, Some((shared, bell)), outbox, settings, events)?;
         Ok((live, CaptureFds { ring: ring_fd, clock: clock_fd, bell: bell_fd, outbox: outbox_fd }))
+    }
+
+    /// Has the kernel provide the ring's memory, before the filter gets it. May take a few tenths of a second: not for the hub.
+    ///
+    /// Here rather than in QEMU: a limit of the VM's memory does not count the ring then.
+    pub fn provider(&self) -> impl FnOnce() + Send + use<> {
+        let ring = self.ring.as_ref().map(|shared| Arc::clone(&shared.ring));
+        move || {
+            if let Some(ring) = ring {
+                ring.provide();
+            }
+        }
     }
 
     fn running(

@@ -1,20 +1,28 @@
 //! Mappings of real memfds.
 
+use core::num::NonZeroUsize;
 use core::ptr::NonNull;
 use core::sync::atomic::AtomicU64;
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, munmap};
+use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 
 use crate::error::{RingError, RingErrorKind};
 use crate::layout::{
-    Block, CLOCK_BYTES, DESCRIPTION_BYTES, Description, Geometry, HEADER_BYTES, Slab, Slot, Words,
+    Block, CLOCK_BYTES, DESCRIPTION_BYTES, Description, Geometry, HEADER_BYTES, PAGE_BYTES, Slab, Slot, Words,
 };
 use crate::limits::{SLAB_UNITS, UNIT_BYTES};
 
 const SEALS: SealFlag = SealFlag::F_SEAL_SHRINK.union(SealFlag::F_SEAL_GROW).union(SealFlag::F_SEAL_SEAL);
+
+/// From Linux's `include/uapi/asm-generic/mman-common.h`, since 6.1; neither libc nor nix names it.
+const MADV_COLLAPSE: libc::c_int = 25;
+
+/// What one entry of the page table's second level maps on x86-64, and on aarch64 with pages of 4 KiB. Where it is another size
+/// nothing is collapsed.
+const HUGE_BYTES: usize = 2 << 20;
 
 /// A new memfd of that size, which nobody can resize any more.
 pub(crate) fn create_sealed(name: &std::ffi::CStr, bytes: u64) -> Result<OwnedFd, RingError> {
@@ -84,13 +92,43 @@ unsafe impl Sync for Mapping {}
 impl Mapping {
     fn new(fd: BorrowedFd<'_>, bytes: u64) -> Result<Self, RingError> {
         let limits = || RingError::new(RingErrorKind::Limits, "the ring does not fit the address space");
-        let bytes = usize::try_from(bytes).map_err(|_| limits())?;
-        let length = bytes.try_into().map_err(|_| limits())?;
+        let bytes = usize::try_from(bytes).ok().and_then(NonZeroUsize::new).ok_or_else(limits)?;
+        let refused = |e| RingError::os("cannot map the memfd", e);
         let prot = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        let mapped = if bytes.get() < HUGE_BYTES {
+            // SAFETY: a fresh mapping at an address of the kernel's choice aliases no Rust object.
+            unsafe { mmap(None, bytes, prot, MapFlags::MAP_SHARED, fd, 0) }
+        } else {
+            let base = Self::reserve(bytes).map_err(refused)?;
+            let flags = MapFlags::MAP_SHARED | MapFlags::MAP_FIXED;
+            // SAFETY: these addresses were just reserved, and nobody else has seen them.
+            let mapped = unsafe { mmap(Some(base.addr()), bytes, prot, flags, fd, 0) };
+            if mapped.is_err() {
+                // SAFETY: the reservation is still what it was.
+                let _ = unsafe { munmap(base.cast(), bytes.get()) };
+            }
+            mapped
+        };
+        Ok(Self { base: mapped.map_err(refused)?.cast(), bytes: bytes.get() })
+    }
+
+    /// Addresses for `bytes` where huge pages of a file can be mapped as such. The kernel chooses such by itself only on hosts
+    /// that give huge pages to all shared memory: reserve more, and give the edges back.
+    fn reserve(bytes: NonZeroUsize) -> nix::Result<NonNull<u8>> {
+        let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
+        let all = bytes.saturating_add(HUGE_BYTES);
         // SAFETY: a fresh mapping at an address of the kernel's choice aliases no Rust object.
-        let mapped = unsafe { mmap(None, length, prot, MapFlags::MAP_SHARED, fd, 0) };
-        let base = mapped.map_err(|e| RingError::os("cannot map the memfd", e))?.cast();
-        Ok(Self { base, bytes })
+        let start: NonNull<u8> = unsafe { mmap_anonymous(None, all, ProtFlags::PROT_NONE, flags) }?.cast();
+        let before = start.as_ptr().align_offset(HUGE_BYTES).min(HUGE_BYTES);
+        // SAFETY: `before` is within what was reserved.
+        let base = unsafe { start.add(before) };
+        // SAFETY: so is this: `before` is at most `HUGE_BYTES`.
+        let after = unsafe { base.add(bytes.get()) };
+        for (edge, bytes) in [(start, before), (after, HUGE_BYTES.saturating_sub(before))] {
+            // SAFETY: the reservation's edges, to which nothing refers. Nothing is unmapped where there is none.
+            let _ = unsafe { munmap(edge.cast(), bytes) };
+        }
+        Ok(base)
     }
 
     /// `count` values of `T` at byte offset `at`; `T` consists of `AtomicU64` only. Empty when that is not inside.
@@ -129,11 +167,7 @@ impl Memory {
     /// Maps a ring whose file has exactly `geometry.total_bytes`.
     pub(crate) fn map(fd: BorrowedFd<'_>, geometry: Geometry) -> Result<Self, RingError> {
         let mapping = Mapping::new(fd.as_fd(), geometry.total_bytes)?;
-        let memory = Self { mapping, geometry };
-        // A host gives them where `transparent_hugepage/shmem_enabled` says `advise`; then a copy of 1 MiB needs one page
-        // translation instead of 256, and a direct write of it a few segments. Without them everything works as well.
-        memory.advise(memory.geometry.arena_at, u64::MAX, MmapAdvise::MADV_HUGEPAGE);
-        Ok(memory)
+        Ok(Self { mapping, geometry })
     }
 
     pub(crate) const fn geometry(&self) -> &Geometry {
@@ -205,20 +239,32 @@ impl Memory {
         true
     }
 
+    /// Has the kernel provide `bytes` behind the dirty bitmap in huge pages, where it can (Linux 6.1; enough memory that lies
+    /// together), whatever `transparent_hugepage/shmem_enabled` says but `deny`.
+    pub(crate) fn provide(&self, bytes: u64) {
+        let from = self.geometry.slots_at.next_multiple_of(HUGE_BYTES as u64);
+        let to = self.geometry.slots_at.saturating_add(bytes).min(self.geometry.total_bytes);
+        for extent in (from..to).step_by(HUGE_BYTES) {
+            // One with nothing in it is taken for a hole.
+            self.advise(extent, PAGE_BYTES, libc::MADV_POPULATE_WRITE);
+        }
+        self.advise(from, to.saturating_sub(from), MADV_COLLAPSE);
+    }
+
     /// Has the kernel provide and map `bytes` behind the dirty bitmap (tables, then the arena), as far as it can: older ones
     /// than Linux 5.14 cannot, and then each page costs its first writer a fault.
     pub(crate) fn warm(&self, bytes: u64) {
-        self.advise(self.geometry.slots_at, bytes, MmapAdvise::MADV_POPULATE_WRITE);
+        self.advise(self.geometry.slots_at, bytes, libc::MADV_POPULATE_WRITE);
     }
 
     /// Gives the kernel an advice about `bytes` from an offset on, or all that there are. It may refuse.
-    fn advise(&self, offset: u64, bytes: u64, advice: MmapAdvise) {
+    fn advise(&self, offset: u64, bytes: u64, advice: libc::c_int) {
         let bytes = bytes.min(self.geometry.total_bytes.saturating_sub(offset));
         let Some((at, length)) = self.mapping.inside::<u8>(offset, bytes) else { return };
         // SAFETY: `inside` proved that the range lies in the mapping.
-        let start = unsafe { self.mapping.base.add(at) }.cast();
-        // SAFETY: the range is mapped; both advices that are given change no byte of it.
-        let _refused = unsafe { madvise(start, length, advice) };
+        let start = unsafe { self.mapping.base.add(at) };
+        // SAFETY: the range is mapped; none of the advices that are given changes a byte of it.
+        let _refused = unsafe { libc::madvise(start.as_ptr().cast(), length, advice) };
     }
 
     /// Asks the processor to fetch a slot that is about to be written.
