@@ -18,8 +18,9 @@ const PROBED_FROM_BYTES: usize = 256 << 10;
 const STRIPE_BYTES: usize = 16 << 10;
 /// Bytes of a sample.
 const SAMPLE_BYTES: usize = 1 << 10;
-/// Samples of so many bytes in all are compressed together: one that shrinks must show beside the others.
-const PROBE_BYTES: usize = 8 << 10;
+/// A group of stripes whose samples are compressed together, and which is compressed or not as a whole: a stripe in it that
+/// shrinks must show beside the others. Whole parts.
+const GROUP_BYTES: usize = 128 << 10;
 /// How far a sample is moved in its stripe against the one before, around it: what repeats every 4, 8 or 64 KiB (pages that
 /// begin or end alike) shows all its parts.
 const SAMPLE_STEP_BYTES: usize = 9_497;
@@ -30,9 +31,9 @@ const BLOCK_BYTES: usize = 4 << 10;
 /// bytes back costs nothing. More than [`PART_RAW_BYTES`] are stored in parts, for each of which that is decided anew.
 /// What `out` held is gone; what `raw` holds afterwards is of no use. The memory of both is used again.
 ///
-/// Large frames are probed first, because most of what does not compress does so nowhere (films, archives, whatever is
-/// encrypted), and a whole pass over it costs more than all the rest that is done with a frame. The probe is a sixteenth
-/// of the frame, at the same level: it misses what pays in so few places that hardly a sample hits them.
+/// Large frames are probed first, 128 KiB at a time, because most of what does not compress does so nowhere (films, archives,
+/// whatever is encrypted), and a whole pass over it costs more than all the rest that is done with a frame. The probe is a
+/// sixteenth of the frame, at the same level: it misses what pays in so few places that hardly a sample hits them.
 #[must_use]
 pub fn compress(raw: &mut Vec<u8>, level: i32, out: &mut Vec<u8>) -> Codec {
     out.clear();
@@ -40,8 +41,11 @@ pub fn compress(raw: &mut Vec<u8>, level: i32, out: &mut Vec<u8>) -> Codec {
     let mut lengths = Vec::new();
     // Without a context there is no memory for one: then it stays raw.
     if let Ok(mut context) = COMPRESSORS.take(|| Compressor::new(level)) {
-        if context.set_compression_level(level).is_ok() && may_pay(&mut context, raw) {
-            lengths = store(&mut context, raw, out);
+        if context.set_compression_level(level).is_ok() {
+            let pays = worth(&mut context, raw);
+            if pays.contains(&true) {
+                lengths = store(&mut context, raw, &pays, out);
+            }
         }
         COMPRESSORS.give_back(context);
     }
@@ -59,12 +63,19 @@ pub fn compress(raw: &mut Vec<u8>, level: i32, out: &mut Vec<u8>) -> Codec {
     }
 }
 
-/// Appends what is stored of each part of `raw` to `out`; the bytes of each.
-fn store(context: &mut Compressor<'_>, raw: &[u8], out: &mut Vec<u8>) -> Vec<u32> {
+/// Appends what is stored of each part of `raw` to `out`, compressed in those groups where it may pay; the bytes of each.
+fn store(context: &mut Compressor<'_>, raw: &[u8], pays: &[bool], out: &mut Vec<u8>) -> Vec<u32> {
     out.reserve(raw.len().saturating_add(compress_bound(PART_RAW_BYTES as usize)));
-    let parts = raw.chunks(PART_RAW_BYTES as usize).map(|part| {
+    let groups = raw.chunks(GROUP_BYTES).zip(pays);
+    let parts =
+        groups.flat_map(|(group, pays)| group.chunks(PART_RAW_BYTES as usize).map(move |part| (part, pays)));
+    let parts = parts.map(|(part, pays)| {
+        if !pays {
+            out.extend_from_slice(part);
+            return bytes_of(part);
+        }
         let start = out.len();
-        let most = part.len().saturating_sub(part.len() / 16);
+        let most = most_stored(part.len());
         let mut end = Cursor::new(&mut *out);
         end.set_position(start as u64);
         let packed = context.compress_to_buffer(part, &mut end);
@@ -75,6 +86,11 @@ fn store(context: &mut Compressor<'_>, raw: &[u8], out: &mut Vec<u8>) -> Vec<u32
         u32::try_from(out.len().saturating_sub(start)).unwrap_or(u32::MAX)
     });
     parts.collect()
+}
+
+/// What is stored of so many bytes is less than this, or the bytes themselves.
+const fn most_stored(raw_bytes: usize) -> usize {
+    raw_bytes.saturating_sub(raw_bytes / 16)
 }
 
 fn bytes_of(part: &[u8]) -> u32 {
@@ -109,23 +125,36 @@ impl<T> Idle<T> {
     }
 }
 
-/// Whether there is reason to compress so much, or it is so little that trying costs nothing.
-fn may_pay(context: &mut Compressor<'_>, raw: &[u8]) -> bool {
-    if raw.len() < PROBED_FROM_BYTES || raw.chunks(PART_RAW_BYTES as usize).any(repeats) {
-        return true;
+/// Of each group, whether there is reason to compress it, or it is in so small a frame that trying costs nothing: the samples of
+/// the whole frame shrink by 1/16, or those of the group or one beside it (what pays may begin in a group and end in the next).
+fn worth(context: &mut Compressor<'_>, raw: &[u8]) -> Vec<bool> {
+    let groups = raw.chunks(GROUP_BYTES);
+    if raw.len() < PROBED_FROM_BYTES {
+        return groups.map(|_| true).collect();
     }
-    let mut out = Vec::with_capacity(compress_bound(PROBE_BYTES));
-    // zstd gives up a block that saves less than 1/64: the least that it says counts.
-    let mut pays =
-        |part: &[u8]| context.compress_to_buffer(part, &mut out).is_ok_and(|bytes| bytes < part.len());
-    sample_of(raw).chunks(PROBE_BYTES).any(&mut pays)
+    let mut out = Vec::with_capacity(compress_bound(GROUP_BYTES / STRIPE_BYTES * SAMPLE_BYTES));
+    let (mut sampled, mut left) = (0_usize, 0_usize);
+    let mut pays = Vec::with_capacity(groups.len());
+    for (number, group) in groups.enumerate() {
+        let sample = sample_of(group, number.saturating_mul(GROUP_BYTES / STRIPE_BYTES));
+        let packed = context.compress_to_buffer(&sample, &mut out).unwrap_or(sample.len());
+        sampled = sampled.saturating_add(sample.len());
+        left = left.saturating_add(packed.min(sample.len()));
+        pays.push(packed < most_stored(sample.len()) || group.chunks(PART_RAW_BYTES as usize).any(repeats));
+    }
+    if left < most_stored(sampled) {
+        pays.fill(true);
+    }
+    let beside = |at: usize| pays.get(at).copied().unwrap_or(false);
+    (0..pays.len())
+        .map(|at| beside(at) || beside(at.wrapping_sub(1)) || beside(at.saturating_add(1)))
+        .collect()
 }
 
-/// A piece of each stripe, one behind the other.
-fn sample_of(raw: &[u8]) -> Vec<u8> {
-    let stripes = raw.chunks(STRIPE_BYTES);
-    let mut sample = Vec::with_capacity(stripes.len().saturating_mul(SAMPLE_BYTES));
-    for (number, stripe) in stripes.enumerate() {
+/// A piece of each stripe of a group, one behind the other; `first` is the number of its first stripe in the frame.
+fn sample_of(group: &[u8], first: usize) -> Vec<u8> {
+    let mut sample = Vec::with_capacity(GROUP_BYTES / STRIPE_BYTES * SAMPLE_BYTES);
+    for (number, stripe) in (first..).zip(group.chunks(STRIPE_BYTES)) {
         let places = stripe.len().saturating_sub(SAMPLE_BYTES).saturating_add(1);
         let at = number.wrapping_mul(SAMPLE_STEP_BYTES).checked_rem(places).unwrap_or_default();
         sample.extend(stripe.iter().skip(at).take(SAMPLE_BYTES));
@@ -242,7 +271,7 @@ mod tests {
     fn what_compresses_nowhere_is_not_compressed_as_a_whole() {
         for bytes in [PROBED_FROM_BYTES, FRAME, FRAME + 1, 4 << 20] {
             let mut context = Compressor::new(1).unwrap();
-            assert!(!may_pay(&mut context, &noise(bytes)), "{bytes} bytes");
+            assert!(!worth(&mut context, &noise(bytes)).contains(&true), "{bytes} bytes");
             assert_eq!(stored(&noise(bytes)), bytes);
         }
         assert_eq!(stored(&[]), 0);
@@ -263,6 +292,24 @@ mod tests {
                 assert_eq!(stored(&raw), without_probe(&raw), "{part} of {bytes} bytes, from {begin} on");
             }
         }
+    }
+
+    #[test]
+    fn only_the_groups_around_what_pays_are_compressed() {
+        let mut context = Compressor::new(1).unwrap();
+        let mut raw = noise(2 << 20);
+        raw[5 * GROUP_BYTES..6 * GROUP_BYTES].fill(0);
+        let chosen = worth(&mut context, &raw);
+        assert_eq!(chosen, (0..16).map(|group| (4..=6).contains(&group)).collect::<Vec<_>>());
+        // One byte in 16 is always zero: some 4 % less, after which it would be kept raw.
+        let mut weak = noise(2 << 20);
+        weak.iter_mut().step_by(16).for_each(|byte| *byte = 0);
+        let packed = zstd::bulk::compress(&weak[..PART_RAW_BYTES as usize], 1).unwrap().len();
+        assert!(
+            (most_stored(PART_RAW_BYTES as usize)..PART_RAW_BYTES as usize).contains(&packed),
+            "{packed}"
+        );
+        assert_eq!(worth(&mut context, &weak), [false; 16]);
     }
 
     /// Pages that have a header, or room at one of their places, and are noise otherwise.
