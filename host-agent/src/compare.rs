@@ -127,6 +127,9 @@ pub struct Comparer {
     base: Lsn,
     /// Generation of the open gap.
     gap: Option<u64>,
+    /// In it there may be much that the journal has. Not where it began because the ring was full: what is read back then is
+    /// what the guest has just written.
+    compares: bool,
     /// Size of the disk after the last record.
     disk_bytes: u64,
     /// One bit for each chunk that the disk had when the ring was made; what lies behind is never compared.
@@ -158,6 +161,7 @@ impl Comparer {
         let mut comparer = Self {
             base,
             gap: Some(0),
+            compares: true,
             disk_bytes,
             touched: vec![0; words],
             hashes: HashMap::new(),
@@ -261,11 +265,16 @@ impl Comparer {
     }
 
     fn gap_begins(&mut self, lsn: Lsn, reason: GapReason, generation: u64) {
+        let compares = reason != GapReason::Overflow;
         if let Some(open) = &mut self.gap {
             *open = generation.max(*open);
+            if compares && !self.compares {
+                (self.compares, self.asked_to) = (true, self.position / CHUNK);
+                self.want_ahead();
+            }
             return;
         }
-        self.gap = Some(generation);
+        (self.gap, self.compares) = (Some(generation), compares);
         self.base = lsn;
         self.touched.fill(0);
         self.hashes.clear();
@@ -322,7 +331,7 @@ impl Comparer {
 
     fn want(&mut self, from: u64, to: u64) {
         let Ok(chunks) = u32::try_from(to.saturating_sub(from)) else { return };
-        if self.base > Lsn::ZERO && chunks > 0 {
+        if self.compares && self.base > Lsn::ZERO && chunks > 0 {
             self.wanted.push_back(Wanted {
                 lsn: self.base,
                 first_chunk: from,
