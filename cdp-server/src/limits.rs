@@ -18,6 +18,12 @@ pub const MAX_SOCKET_PATH: usize = 107;
 /// holds the agents back.
 pub const INGEST_QUEUE_BYTES: usize = 64 << 20;
 
+/// Bytes of buffers that are kept for the frames to come, over all agents: some of those of a batch.
+pub const SPARE_BYTES: usize = 16 << 20;
+
+/// Smaller buffers are not kept: the allocator has them at hand.
+pub const MIN_SPARE_BYTES: usize = 64 << 10;
+
 /// The committer makes a batch durable once it holds this many bytes, or sooner when nothing more waits.
 pub const BATCH_BYTES: usize = 16 << 20;
 

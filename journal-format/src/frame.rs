@@ -394,6 +394,12 @@ impl CheckedFrame {
         Frame { header: self.header, head, data }
     }
 
+    /// The bytes that it was made of, for their memory.
+    #[must_use]
+    pub fn into_bytes(self) -> Vec<u8> {
+        self.bytes
+    }
+
     /// Bytes of memory that it holds.
     #[must_use]
     pub const fn bytes_held(&self) -> usize {

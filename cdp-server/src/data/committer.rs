@@ -13,6 +13,7 @@ use crate::core::Core;
 use crate::data::peer::Peer;
 use crate::data::plane::{Backing, Effect, Plane, Reply, Request, SessionId};
 use crate::data::queue::{Queue, Weighty};
+use crate::data::spares::Spares;
 use crate::error::ServerError;
 use crate::limits::{BATCH_BYTES, DISK_BATCH_BYTES, MAX_BATCH_BYTES};
 
@@ -36,6 +37,7 @@ impl Weighty for Work {
 /// The plane's driver.
 struct Committer<'a> {
     core: &'a Core,
+    spares: &'a Spares,
     plane: Plane,
     peers: HashMap<SessionId, Arc<Peer>>,
     started: Instant,
@@ -44,9 +46,9 @@ struct Committer<'a> {
 }
 
 /// The committer's thread: until the queue is closed and empty.
-pub(crate) fn run(core: &Core, queue: &Queue<Work>) {
+pub(crate) fn run(core: &Core, queue: &Queue<Work>, spares: &Spares) {
     let (plane, started) = (Plane::new(core.patience.idle), Instant::now());
-    let mut committer = Committer { core, plane, peers: HashMap::new(), started, told: false };
+    let mut committer = Committer { core, spares, plane, peers: HashMap::new(), started, told: false };
     let on = Backing { store: &core.store, catalog: &core.catalog };
     while let Some(batch) = queue.take(BATCH_BYTES) {
         let mut bytes = committer.handle_all(on, batch);
@@ -94,7 +96,10 @@ impl Committer<'_> {
             Request::Gone(_) => drop(self.peers.remove(&session)),
             _ => drop(self.peers.insert(session, peer)),
         }
-        self.plane.handle(on, self.started.elapsed(), session, request);
+        self.plane.handle(on, self.started.elapsed(), session, &request);
+        if let Request::Frame(frame) = request {
+            self.spares.give_back(frame.into_bytes());
+        }
         self.perform();
     }
 

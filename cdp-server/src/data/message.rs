@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use journal_format::wire::{MESSAGE_HEADER_BYTES, MessageHeader, MessageType};
 
 use crate::data::socket::Socket;
+use crate::data::spares::Spares;
 use crate::error::ServerError;
 
 const BUFFER_BYTES: usize = 64 << 10;
@@ -54,13 +55,14 @@ impl Read for TimedStream {
 #[derive(Debug)]
 pub(crate) struct MessageReader {
     stream: BufReader<TimedStream>,
+    spares: Arc<Spares>,
 }
 
 impl MessageReader {
-    pub(crate) fn new(stream: Arc<Socket>) -> Self {
+    pub(crate) fn new(stream: Arc<Socket>, spares: Arc<Spares>) -> Self {
         let now = Instant::now();
         let stream = TimedStream { stream, deadline: now, pause: Duration::ZERO, heard: now };
-        Self { stream: BufReader::with_capacity(BUFFER_BYTES, stream) }
+        Self { stream: BufReader::with_capacity(BUFFER_BYTES, stream), spares }
     }
 
     /// When the last byte came.
@@ -99,12 +101,16 @@ impl MessageReader {
     }
 
     fn body(&mut self, len: usize) -> Result<Vec<u8>, ServerError> {
-        let mut body = Vec::with_capacity(len);
-        while body.len() < len {
-            let start = body.len();
-            body.resize(len.min(start.saturating_add(GROW_BYTES)), 0);
-            let fresh = body.get_mut(start..).unwrap_or_default();
-            self.stream.read_exact(fresh).map_err(receive_error)?;
+        let mut body = self.spares.take(len);
+        let mut done = 0;
+        while done < len {
+            let end = len.min(done.saturating_add(GROW_BYTES));
+            if body.len() < end {
+                body.resize(end, 0);
+            }
+            let next = body.get_mut(done..end).unwrap_or_default();
+            self.stream.read_exact(next).map_err(receive_error)?;
+            done = end;
         }
         Ok(body)
     }

@@ -21,6 +21,7 @@ pub mod plane;
 pub(crate) mod queue;
 pub(crate) mod session;
 pub(crate) mod socket;
+pub(crate) mod spares;
 pub(crate) mod tls;
 
 use std::net::SocketAddr;
@@ -37,6 +38,7 @@ use crate::data::hashes::Hashers;
 use crate::data::listener::Listener;
 use crate::data::queue::Queue;
 use crate::data::socket::Socket;
+use crate::data::spares::Spares;
 use crate::error::ServerError;
 use crate::limits::{INGEST_QUEUE_BYTES, MAX_AGENTS, MAX_STRANGERS, STOP_TIMEOUT};
 
@@ -53,6 +55,7 @@ pub(crate) struct DataPlane {
 struct Shared {
     core: Arc<Core>,
     queue: Arc<Queue<Work>>,
+    spares: Arc<Spares>,
     hashers: Hashers,
     stopping: AtomicBool,
     door: Arc<Door>,
@@ -64,14 +67,16 @@ impl DataPlane {
         let (tcp, address) = Listener::tcp(config.listen, config.tls.clone())?;
         let unix = config.listen_unix.as_deref().map(Listener::unix).transpose()?;
         let queue = Arc::new(Queue::new(INGEST_QUEUE_BYTES));
+        let spares = Arc::new(Spares::default());
         let commit = spawn("cdp-commit", {
-            let (core, queue) = (Arc::clone(&core), Arc::clone(&queue));
-            move || committer::run(&core, &queue)
+            let (core, queue, spares) = (Arc::clone(&core), Arc::clone(&queue), Arc::clone(&spares));
+            move || committer::run(&core, &queue, &spares)
         })?;
         let hashers = Hashers::start(&core)?;
         let shared = Arc::new(Shared {
             core,
             queue,
+            spares,
             hashers,
             stopping: AtomicBool::new(false),
             door: Door::new(MAX_STRANGERS, MAX_AGENTS),
@@ -131,7 +136,7 @@ fn serve(shared: &Arc<Shared>, stream: Socket) {
     let (shared, stream) = (Arc::clone(shared), Arc::new(stream));
     let visit = shared.door.enter(&stream);
     let thread = spawn("cdp-agent", move || {
-        session::run(&shared.core, &shared.queue, &shared.hashers, visit, stream);
+        session::run(&shared.core, &shared.queue, &shared.spares, &shared.hashers, visit, stream);
     });
     if let Err(error) = thread {
         tracing::warn!(%error, "turned a connection away");

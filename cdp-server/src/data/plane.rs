@@ -153,17 +153,17 @@ impl Plane {
     }
 
     /// Takes a request, at a time since the server's start; [`Plane::take_effects`] says what follows from it.
-    pub fn handle(&mut self, on: Backing<'_>, now: Duration, session: SessionId, request: Request) {
+    pub fn handle(&mut self, on: Backing<'_>, now: Duration, session: SessionId, request: &Request) {
         self.now = now;
         if self.closing.contains(&session) && !matches!(request, Request::Gone(_)) {
             return;
         }
         match request {
-            Request::Open(host, request) => self.open(on, session, &host, &request),
+            Request::Open(host, request) => self.open(on, session, host, request),
             Request::Frame(frame) => self.frame(on, session, &frame.frame()),
-            Request::Close(request) => self.give_up(on, session, &request),
+            Request::Close(request) => self.give_up(on, session, request),
             Request::Gone(silent) => {
-                self.owners.leave(session, now.saturating_sub(silent));
+                self.owners.leave(session, now.saturating_sub(*silent));
                 self.closing.remove(&session);
             }
         }

@@ -17,6 +17,7 @@ use crate::data::peer::{self, Peer};
 use crate::data::plane::{Host, Request};
 use crate::data::queue::Queue;
 use crate::data::socket::Socket;
+use crate::data::spares::Spares;
 use crate::error::ServerError;
 use crate::limits::{MAX_AGENTS, MAX_INVENTORY_ITEMS, MAX_NAME_BYTES, MAX_REASON_BYTES, PING_EVERY, PINGS};
 use crate::model::{HostId, HostReport, cut};
@@ -26,12 +27,13 @@ use crate::protection;
 pub(crate) fn run(
     core: &Arc<Core>,
     queue: &Arc<Queue<Work>>,
+    spares: &Arc<Spares>,
     hashers: &Hashers,
     mut visit: Visit,
     stream: Arc<Socket>,
 ) {
     let address = stream.peer();
-    match Session::begin(core, queue, hashers, &mut visit, stream, &address) {
+    match Session::begin(core, queue, spares, hashers, &mut visit, stream, &address) {
         Ok(mut session) => {
             let reason = match session.serve() {
                 Ok(()) => "the agent closed it".to_owned(),
@@ -60,6 +62,7 @@ impl<'a> Session<'a> {
     fn begin(
         core: &'a Arc<Core>,
         queue: &'a Arc<Queue<Work>>,
+        spares: &Arc<Spares>,
         hashers: &'a Hashers,
         visit: &mut Visit,
         stream: Arc<Socket>,
@@ -68,7 +71,7 @@ impl<'a> Session<'a> {
         let io = |e| ServerError::io("set up", address, e);
         let patience = core.patience;
         stream.set_up(patience.write).map_err(io)?;
-        let mut reader = MessageReader::new(Arc::clone(&stream));
+        let mut reader = MessageReader::new(Arc::clone(&stream), Arc::clone(spares));
         let first = |kind: MessageType| (kind == MessageType::Hello).then(|| kind.max_body_bytes());
         let Some((_, body)) = reader.next(patience.hello, patience.hello, first)? else {
             return Err(ServerError::Protocol("closed before it said anything".to_owned()));

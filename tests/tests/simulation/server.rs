@@ -193,7 +193,7 @@ impl Server {
                         let pong = wire::encode_as(MessageType::Pong, &ping).expect("it encodes");
                         conn.down.send(&pong);
                     }
-                    Taken::Request(request) => running.plane.handle(on, now, SessionId(*id), request),
+                    Taken::Request(request) => running.plane.handle(on, now, SessionId(*id), &request),
                     Taken::Hashes(request) => {
                         // The hashing threads may have too much to do.
                         let known = if random.chance(10) {
@@ -220,7 +220,7 @@ impl Server {
             }
             if conn.up.is_over() && running.inboxes.remove(id).is_some() {
                 running.welcomed.remove(id);
-                running.plane.handle(on, now, SessionId(*id), Request::Gone(Duration::ZERO));
+                running.plane.handle(on, now, SessionId(*id), &Request::Gone(Duration::ZERO));
             }
         }
         running.plane.commit(on);

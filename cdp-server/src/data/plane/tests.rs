@@ -77,7 +77,7 @@ impl World {
 
     fn ask(&mut self, session: SessionId, request: Request) -> Vec<Effect> {
         let on = Backing { store: &self.store, catalog: &self.catalog };
-        self.plane.handle(on, self.now, session, request);
+        self.plane.handle(on, self.now, session, &request);
         self.plane.take_effects()
     }
 
