@@ -9,7 +9,7 @@ use blake3::Hash;
 
 use crate::buffer::Buffer;
 use crate::error::RestoreError;
-use crate::limits::{BLOCK_BYTES, GRAIN_BYTES, STRETCH_BYTES};
+use crate::limits::{BLOCK_BYTES, GRAIN_BYTES, STRETCH_BYTES, ZERO_BYTES};
 use crate::output::Output;
 use crate::restore::Stop;
 use crate::source::Image;
@@ -105,9 +105,12 @@ fn write_all(
     while position < written.disk_bytes {
         match stretches.recv().unwrap_or_else(|_| Err(reader_panicked()))? {
             Stretch::Zeroes(end) => {
-                output.zero(position, end - position).map_err(pass.failed("zeroing", position))?;
-                position = end;
-                pass.reached(position)?;
+                while position < end {
+                    let length = (end - position).min(ZERO_BYTES);
+                    output.zero(position, length).map_err(pass.failed("zeroing", position))?;
+                    position += length;
+                    pass.reached(position)?;
+                }
             }
             Stretch::Data(buffer, length) => {
                 for bytes in buffer[..length].chunks(BLOCK_BYTES as usize) {
@@ -415,6 +418,45 @@ mod tests {
         target.full_at = Some(3);
         let error = restore(&mut example(), &mut target).expect_err("it is full");
         assert!(error.hint().contains("free some space"), "{error}: {}", error.hint());
+    }
+
+    /// Does nothing, and gets a signal when it is asked to zero.
+    struct Signalled<'a> {
+        stop: &'a Stop,
+        zeroed: u64,
+    }
+
+    impl Output for Signalled<'_> {
+        fn write(&mut self, _offset: u64, _data: &[u8]) -> io::Result<()> {
+            Ok(())
+        }
+        fn zero(&mut self, _offset: u64, length: u64) -> io::Result<()> {
+            let _ = self.stop.ask();
+            self.zeroed += length;
+            Ok(())
+        }
+        fn sync(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+        fn next_stored(&mut self, from: u64, _end: u64) -> io::Result<u64> {
+            Ok(from)
+        }
+        fn read(&mut self, _offset: u64, _into: &mut [u8]) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_signal_stops_it_inside_a_long_stretch_of_zeroes() {
+        let stop = Stop::default();
+        let pass = Pass { path: Path::new("target"), stop: &stop, progress: &|_| () };
+        let mut output = Signalled { stop: &stop, zeroed: 0 };
+        let (end, stretches) = mpsc::sync_channel(1);
+        end.send(Ok(Stretch::Zeroes(1 << 40))).expect("it is read");
+        let mut written = Written { disk_bytes: 1 << 40, blocks: Vec::new(), data_bytes: 0 };
+        let ended = write_all(stretches, &mpsc::channel().0, &mut output, &mut written, &pass);
+        assert!(matches!(ended, Err(RestoreError::Interrupted)));
+        assert_eq!(output.zeroed, ZERO_BYTES, "nothing after the signal");
     }
 
     #[test]

@@ -6,6 +6,10 @@ use std::time::Duration;
 /// A restore hashes, writes and verifies the disk in blocks of this many bytes.
 pub const BLOCK_BYTES: u64 = 4 << 20;
 
+/// Zeroes are written in calls for so many bytes at most, between which a signal is seen: 64 MiB are half a second on a slow disk
+/// that has to be sent each of them.
+pub const ZERO_BYTES: u64 = 64 << 20;
+
 /// Most bytes of a disk that are read at once, while as many are written. What lies in one place of the journal and
 /// belongs to one such stretch is read once, however far apart it is on the disk; two of these are the memory of a restore.
 pub const STRETCH_BYTES: u64 = 64 << 20;
