@@ -1,14 +1,14 @@
 //! Where the server is, and a socket that is connected to it: TCP, or a Unix socket where both are on one host.
 
 use std::fmt;
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustls::pki_types::ServerName;
 use rustls::{ClientConfig, ClientConnection};
@@ -88,7 +88,7 @@ impl Address {
         Some(host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host))
     }
 
-    /// Connects. With `tls`, which is for TCP only, each step of the handshake may take `timeout` too. Blocks for names that are looked up, for at most `timeout` with each address of a host, and on a Unix
+    /// Connects. With `tls`, which is for TCP only, the handshake may take `timeout` too. Blocks for names that are looked up, for at most `timeout` with each address of a host, and on a Unix
     /// socket for as long as a live server's queue of new connections is full.
     ///
     /// # Errors
@@ -128,17 +128,56 @@ fn tcp(address: &str, timeout: Duration) -> io::Result<TcpStream> {
     Err(last)
 }
 
-fn encrypted(mut stream: TcpStream, timeout: Duration, tls: &Tls) -> io::Result<Connected> {
+fn encrypted(stream: TcpStream, timeout: Duration, tls: &Tls) -> io::Result<Connected> {
     let session = ClientConnection::new(Arc::clone(&tls.config), tls.name.clone());
     let mut session = session.map(Box::new).map_err(io::Error::other)?;
     // What is written is at most one batch at a time.
     session.set_buffer_limit(None);
-    stream.set_read_timeout(Some(timeout))?;
-    stream.set_write_timeout(Some(timeout))?;
-    session.complete_io(&mut stream).map_err(|error| handshake_error(&error))?;
+    let mut timed = Timed { stream: &stream, deadline: Instant::now() + timeout };
+    session.complete_io(&mut timed).map_err(|error| handshake_error(&error))?;
     stream.set_read_timeout(None)?;
     stream.set_write_timeout(None)?;
     Ok(Connected { socket: Socket::Tcp(stream), tls: Some(session) })
+}
+
+/// A socket whose reads and writes end at a deadline, however often a byte comes. That it has passed is never `WouldBlock`:
+/// rustls takes that for a reason to return, with a handshake that is not over, once anything has come.
+struct Timed<'a> {
+    stream: &'a TcpStream,
+    deadline: Instant,
+}
+
+impl Timed<'_> {
+    fn left(&self) -> io::Result<Option<Duration>> {
+        let left = self.deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        // A timeout of less than a microsecond would be set as 0, which means none.
+        Ok(Some(left.max(Duration::from_millis(1))))
+    }
+}
+
+impl Read for Timed<'_> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        self.stream.set_read_timeout(self.left()?)?;
+        self.stream.read(buf).map_err(timed_out)
+    }
+}
+
+impl Write for Timed<'_> {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        self.stream.set_write_timeout(self.left()?)?;
+        self.stream.write(buf).map_err(timed_out)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.stream.flush()
+    }
+}
+
+fn timed_out(error: io::Error) -> io::Error {
+    if error.kind() == io::ErrorKind::WouldBlock { io::ErrorKind::TimedOut.into() } else { error }
 }
 
 fn handshake_error(error: &io::Error) -> io::Error {
@@ -149,9 +188,7 @@ fn handshake_error(error: &io::Error) -> io::Error {
         io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset => {
             "has the server --tls-cert and --tls-key? Its log may say more"
         }
-        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
-            "the server does not answer: is it a cdp-server?"
-        }
+        io::ErrorKind::TimedOut => "the server does not answer: is it a cdp-server?",
         _ => "the server's log may say more",
     };
     io::Error::new(error.kind(), format!("TLS handshake: {error}; {hint}"))
@@ -243,5 +280,26 @@ mod tests {
         let error = address.connect(Duration::from_secs(1), None).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::NotFound);
         assert!(error.to_string().contains("--listen-unix"), "{error}");
+    }
+    #[test]
+    fn a_server_that_trickles_is_given_up() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = Address::Tcp(listener.local_addr().unwrap().to_string());
+        // A record of 16 KiB, a byte at a time, for as long as the agent takes it.
+        let server = std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            stream.write_all(&[0x16, 3, 3, 0x40, 0]).unwrap();
+            while stream.write_all(&[2]).is_ok() {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+        });
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let config =
+            ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
+        let config = config.with_root_certificates(rustls::RootCertStore::empty()).with_no_client_auth();
+        let tls = Tls { config: Arc::new(config), name: ServerName::try_from("localhost").unwrap() };
+        let error = address.connect(Duration::from_millis(300), Some(&tls)).map(|_| ()).unwrap_err();
+        assert!(error.to_string().contains("does not answer"), "{error}");
+        server.join().unwrap();
     }
 }
