@@ -21,6 +21,8 @@ const SAMPLE_BYTES: usize = 1 << 10;
 /// A group of stripes whose samples are compressed together, and which is compressed or not as a whole: a stripe in it that
 /// shrinks must show beside the others. Whole parts.
 const GROUP_BYTES: usize = 128 << 10;
+/// So many doubtful groups of a frame are tried in vain; then the others are kept raw.
+const MOST_DOUBTS: usize = 2;
 /// How far a sample is moved in its stripe against the one before, around it: what repeats every 4, 8 or 64 KiB (pages that
 /// begin or end alike) shows all its parts.
 const SAMPLE_STEP_BYTES: usize = 9_497;
@@ -42,9 +44,9 @@ pub fn compress(raw: &mut Vec<u8>, level: i32, out: &mut Vec<u8>) -> Codec {
     // Without a context there is no memory for one: then it stays raw.
     if let Ok(mut context) = COMPRESSORS.take(|| Compressor::new(level)) {
         if context.set_compression_level(level).is_ok() {
-            let pays = worth(&mut context, raw);
-            if pays.contains(&true) {
-                lengths = store(&mut context, raw, &pays, out);
+            let worth = worth(&mut context, raw);
+            if worth.iter().any(|group| *group != Worth::Nothing) {
+                lengths = store(&mut context, raw, &worth, out);
             }
         }
         COMPRESSORS.give_back(context);
@@ -64,28 +66,35 @@ pub fn compress(raw: &mut Vec<u8>, level: i32, out: &mut Vec<u8>) -> Codec {
 }
 
 /// Appends what is stored of each part of `raw` to `out`, compressed in those groups where it may pay; the bytes of each.
-fn store(context: &mut Compressor<'_>, raw: &[u8], pays: &[bool], out: &mut Vec<u8>) -> Vec<u32> {
+fn store(context: &mut Compressor<'_>, raw: &[u8], worth: &[Worth], out: &mut Vec<u8>) -> Vec<u32> {
     out.reserve(raw.len().saturating_add(compress_bound(PART_RAW_BYTES as usize)));
-    let groups = raw.chunks(GROUP_BYTES).zip(pays);
-    let parts =
-        groups.flat_map(|(group, pays)| group.chunks(PART_RAW_BYTES as usize).map(move |part| (part, pays)));
-    let parts = parts.map(|(part, pays)| {
-        if !pays {
-            out.extend_from_slice(part);
-            return bytes_of(part);
+    let mut lengths = Vec::with_capacity(raw.len().div_ceil(PART_RAW_BYTES as usize));
+    let mut doubts = MOST_DOUBTS;
+    for (group, worth) in raw.chunks(GROUP_BYTES).zip(worth) {
+        let mut is_tried = match worth {
+            Worth::Nothing => false,
+            Worth::Doubtful => doubts > 0,
+            Worth::Something => true,
+        };
+        for part in group.chunks(PART_RAW_BYTES as usize) {
+            let start = out.len();
+            let pays = is_tried && {
+                let mut end = Cursor::new(&mut *out);
+                end.set_position(start as u64);
+                let packed = context.compress_to_buffer(part, &mut end);
+                packed.is_ok_and(|length| length < most_stored(part.len()))
+            };
+            if !pays {
+                out.truncate(start);
+                out.extend_from_slice(part);
+            }
+            if is_tried && !pays && *worth == Worth::Doubtful {
+                (is_tried, doubts) = (false, doubts.saturating_sub(1));
+            }
+            lengths.push(u32::try_from(out.len().saturating_sub(start)).unwrap_or(u32::MAX));
         }
-        let start = out.len();
-        let most = most_stored(part.len());
-        let mut end = Cursor::new(&mut *out);
-        end.set_position(start as u64);
-        let packed = context.compress_to_buffer(part, &mut end);
-        if !packed.is_ok_and(|length| length < most) {
-            out.truncate(start);
-            out.extend_from_slice(part);
-        }
-        u32::try_from(out.len().saturating_sub(start)).unwrap_or(u32::MAX)
-    });
-    parts.collect()
+    }
+    lengths
 }
 
 /// What is stored of so many bytes is less than this, or the bytes themselves.
@@ -125,30 +134,48 @@ impl<T> Idle<T> {
     }
 }
 
-/// Of each group, whether there is reason to compress it, or it is in so small a frame that trying costs nothing: the samples of
-/// the whole frame shrink by 1/16, or those of the group or one beside it (what pays may begin in a group and end in the next).
-fn worth(context: &mut Compressor<'_>, raw: &[u8]) -> Vec<bool> {
+/// What the samples of a group say.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Worth {
+    /// It does not compress.
+    Nothing,
+    /// It shrinks by less than what pays. A sample shows less than a part does: try one.
+    Doubtful,
+    /// It pays.
+    Something,
+}
+
+/// Of each group, whether there is reason to compress it. There is in a frame that is so small that trying costs nothing, or where the
+/// samples of the whole frame shrink by 1/16, or those of the group or one beside it (what pays may begin in a group and
+/// end in the next).
+fn worth(context: &mut Compressor<'_>, raw: &[u8]) -> Vec<Worth> {
     let groups = raw.chunks(GROUP_BYTES);
     if raw.len() < PROBED_FROM_BYTES {
-        return groups.map(|_| true).collect();
+        return groups.map(|_| Worth::Something).collect();
     }
     let mut out = Vec::with_capacity(compress_bound(GROUP_BYTES / STRIPE_BYTES * SAMPLE_BYTES));
     let (mut sampled, mut left) = (0_usize, 0_usize);
-    let mut pays = Vec::with_capacity(groups.len());
+    let mut worth = Vec::with_capacity(groups.len());
     for (number, group) in groups.enumerate() {
         let sample = sample_of(group, number.saturating_mul(GROUP_BYTES / STRIPE_BYTES));
         let packed = context.compress_to_buffer(&sample, &mut out).unwrap_or(sample.len());
         sampled = sampled.saturating_add(sample.len());
         left = left.saturating_add(packed.min(sample.len()));
-        pays.push(packed < most_stored(sample.len()) || group.chunks(PART_RAW_BYTES as usize).any(repeats));
+        let repeats = || group.chunks(PART_RAW_BYTES as usize).any(repeats);
+        worth.push(match packed {
+            // zstd gives up a block that saves less than 1/64: the least that it says counts.
+            _ if packed < most_stored(sample.len()) || repeats() => Worth::Something,
+            _ if packed < sample.len() => Worth::Doubtful,
+            _ => Worth::Nothing,
+        });
     }
     if left < most_stored(sampled) {
-        pays.fill(true);
+        worth.fill(Worth::Something);
     }
-    let beside = |at: usize| pays.get(at).copied().unwrap_or(false);
-    (0..pays.len())
-        .map(|at| beside(at) || beside(at.wrapping_sub(1)) || beside(at.saturating_add(1)))
-        .collect()
+    let is_something = |at: usize| worth.get(at) == Some(&Worth::Something);
+    let beside = |at: usize| is_something(at.wrapping_sub(1)) || is_something(at.saturating_add(1));
+    let own = worth.iter().enumerate();
+    own.map(|(at, worth)| if beside(at) { Worth::Something } else { *worth }).collect()
 }
 
 /// A piece of each stripe of a group, one behind the other; `first` is the number of its first stripe in the frame.
@@ -271,7 +298,10 @@ mod tests {
     fn what_compresses_nowhere_is_not_compressed_as_a_whole() {
         for bytes in [PROBED_FROM_BYTES, FRAME, FRAME + 1, 4 << 20] {
             let mut context = Compressor::new(1).unwrap();
-            assert!(!worth(&mut context, &noise(bytes)).contains(&true), "{bytes} bytes");
+            assert!(
+                worth(&mut context, &noise(bytes)).iter().all(|group| *group == Worth::Nothing),
+                "{bytes} bytes"
+            );
             assert_eq!(stored(&noise(bytes)), bytes);
         }
         assert_eq!(stored(&[]), 0);
@@ -299,8 +329,8 @@ mod tests {
         let mut context = Compressor::new(1).unwrap();
         let mut raw = noise(2 << 20);
         raw[5 * GROUP_BYTES..6 * GROUP_BYTES].fill(0);
-        let chosen = worth(&mut context, &raw);
-        assert_eq!(chosen, (0..16).map(|group| (4..=6).contains(&group)).collect::<Vec<_>>());
+        let around = |group| if (4..=6).contains(&group) { Worth::Something } else { Worth::Nothing };
+        assert_eq!(worth(&mut context, &raw), (0..16).map(around).collect::<Vec<_>>());
         // One byte in 16 is always zero: some 4 % less, after which it would be kept raw.
         let mut weak = noise(2 << 20);
         weak.iter_mut().step_by(16).for_each(|byte| *byte = 0);
@@ -309,7 +339,28 @@ mod tests {
             (most_stored(PART_RAW_BYTES as usize)..PART_RAW_BYTES as usize).contains(&packed),
             "{packed}"
         );
-        assert_eq!(worth(&mut context, &weak), [false; 16]);
+        assert!(worth(&mut context, &weak).iter().all(|group| *group != Worth::Something));
+        assert_eq!(stored(&weak), weak.len());
+    }
+
+    /// A sample shows less than a part: what is alike in all pages is there once or not at all.
+    #[test]
+    fn what_a_sample_shows_little_of_is_tried() {
+        for (page, alike, at_most) in
+            [(4096, 320, 0.95), (4096, 512, 0.91), (8192, 1024, 0.92), (8192, 2048, 0.83)]
+        {
+            let mut raw = noise(4 << 20);
+            for (number, page) in raw.chunks_mut(page).enumerate() {
+                page[..alike].copy_from_slice(&noise(alike));
+                page[number % alike] ^= 1;
+            }
+            let bytes = stored(&raw);
+            assert!(
+                (bytes as f64) < raw.len() as f64 * at_most,
+                "{alike} of {page}: {bytes} of {}",
+                raw.len()
+            );
+        }
     }
 
     /// Pages that have a header, or room at one of their places, and are noise otherwise.
