@@ -1,5 +1,5 @@
 //! Messages from a socket, with a deadline for each: a peer that trickles bytes holds one thread, for a bounded time,
-//! and never more memory than it has sent.
+//! and never more memory than it has sent, but for a buffer of an earlier frame that is used again.
 
 use std::io::{self, BufRead, BufReader, Read};
 use std::sync::Arc;
@@ -94,14 +94,19 @@ impl MessageReader {
         }
         let (kind, len) = MessageHeader::parse(&header)?;
         match accept(kind) {
-            Some(most) if len <= most => Ok(Some((kind, self.body(len)?))),
+            Some(most) if len <= most => {
+                // Other messages do not come back.
+                let body =
+                    if kind == MessageType::Frame { self.spares.take(len) } else { Vec::with_capacity(len) };
+                Ok(Some((kind, self.fill(body, len)?)))
+            }
             Some(most) => Err(ServerError::Protocol(format!("{kind:?} of {len} bytes; at most {most} here"))),
             None => Err(ServerError::Protocol(format!("{kind:?} is not for the server, or not yet"))),
         }
     }
 
-    fn body(&mut self, len: usize) -> Result<Vec<u8>, ServerError> {
-        let mut body = self.spares.take(len);
+    /// Receives `len` bytes, over whatever the buffer holds.
+    fn fill(&mut self, mut body: Vec<u8>, len: usize) -> Result<Vec<u8>, ServerError> {
         let mut done = 0;
         while done < len {
             let end = len.min(done.saturating_add(GROW_BYTES));
