@@ -127,8 +127,8 @@ pub struct Comparer {
     base: Lsn,
     /// Generation of the open gap.
     gap: Option<u64>,
-    /// In it there may be much that the journal has. Not where it began because the ring was full: what is read back then is
-    /// what the guest has just written.
+    /// In it there may be much that the journal has. Not where the ring was full or a request failed or was large: what is read
+    /// back then is what the guest has just written.
     compares: bool,
     /// Size of the disk after the last record.
     disk_bytes: u64,
@@ -265,11 +265,13 @@ impl Comparer {
     }
 
     fn gap_begins(&mut self, lsn: Lsn, reason: GapReason, generation: u64) {
-        let compares = reason != GapReason::Overflow;
+        let compares =
+            !matches!(reason, GapReason::Overflow | GapReason::WriteFailed | GapReason::LargeRequest);
         if let Some(open) = &mut self.gap {
             *open = generation.max(*open);
             if compares && !self.compares {
                 (self.compares, self.asked_to) = (true, self.position / CHUNK);
+                self.ahead = HASH_WINDOW;
                 self.want_ahead();
             }
             return;

@@ -522,7 +522,7 @@ impl Hub {
     }
 
     /// Has a new ring's memory provided, beside the hub, before the filter is asked to attach. The session waits for that answer
-    /// whatever else happens to the disk, so it is asked in any case.
+    /// whatever else happens to the disk, so there is one in any case.
     fn provide(&mut self, order: Attach, fds: CaptureFds, provider: impl FnOnce() + Send + 'static) {
         let sender = self.sender.clone();
         let (filter, request) = (order.filter, order.request);
@@ -537,6 +537,11 @@ impl Hub {
     }
 
     fn provided(&mut self, order: &Attach, fds: &CaptureFds) {
+        if self.stop_at.is_some() {
+            // Nobody would drain the ring.
+            let why = "the agent is stopping; try again when it runs".to_owned();
+            return self.handle(Event::FilterResult(order.filter, order.request, why));
+        }
         self.ask(order.filter, order.request, |link| {
             link.attach(order.request, &order.device, order.closed_image, fds)
         });

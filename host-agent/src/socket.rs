@@ -1,7 +1,7 @@
 //! Where the server is, and a socket that is connected to it: TCP, or a Unix socket where both are on one host.
 
 use std::fmt;
-use std::io::{self, Read, Write};
+use std::io::{self, IoSlice, Read, Write};
 use std::net::{Shutdown, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
@@ -169,6 +169,12 @@ impl Write for Timed<'_> {
     fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
         self.stream.set_write_timeout(self.left()?)?;
         self.stream.write(buf).map_err(timed_out)
+    }
+
+    // rustls tries once to tell the server why it goes, after other records: all of them in one call.
+    fn write_vectored(&mut self, bufs: &[IoSlice<'_>]) -> io::Result<usize> {
+        self.stream.set_write_timeout(self.left()?)?;
+        self.stream.write_vectored(bufs).map_err(timed_out)
     }
 
     fn flush(&mut self) -> io::Result<()> {

@@ -53,6 +53,9 @@ fn writes_arrive(bench: Bench) {
     scribble(&disk, 2, 100);
     sync.join().unwrap();
     scribble(&disk, 3, 40);
+    // On a busy machine the ring may have been full, and history has another gap for a while.
+    let ring = disk.producer();
+    wait_for("history to be whole", || (!ring.ring().gap_is_open()).then_some(()));
     let journal = caught_up(&bench, &id, &disk);
     lsns_are_whole(&journal);
     assert!(matches!(journal.ops().next(), Some(Op::GapBegin { reason: GapReason::Attach, generation: 1 })));
@@ -516,4 +519,30 @@ fn sigterm_ships_what_there_is_and_ends_well() {
     assert!(disk.is_attached(), "a stopping agent detaches nothing");
     scribble(&disk, 2, 200);
     server.check();
+}
+
+/// While a large ring's memory is provided, which takes a while, and another disk's frames keep the agent from ending.
+#[test]
+fn an_agent_that_stops_meanwhile_begins_no_capture() {
+    let bench = Bench::start_with(|config| config.ring_bytes = 1 << 30);
+    let other = FakeFilter::connect(&bench.socket(), "vm2", &["virtio9"]);
+    let (id, disk) = (bench.server.wait_for_disk("vm2", "virtio9").disk, other.disk("virtio9"));
+    bench.protect();
+    bench.filter.disk("virtio0").resync();
+    bench.server.withhold_acks(true);
+    bench.filter.disk("virtio0").write(0, &noise(3, 65536));
+    std::thread::sleep(Duration::from_millis(100));
+    let stopper = bench.agent.stopper();
+    let Bench { server, agent, filter: _filter, dir: _dir } = bench;
+    let (was_late, answer) = std::thread::scope(|scope| {
+        let asked = scope.spawn(|| server.set_protection(&id, true));
+        std::thread::sleep(Duration::from_millis(25));
+        let was_late = disk.is_attached();
+        stopper.stop();
+        (was_late, asked.join().unwrap())
+    });
+    server.withhold_acks(false);
+    agent.wait().unwrap();
+    assert!(was_late || !disk.is_attached(), "nobody drains it");
+    assert!(was_late || answer.error.contains("try again"), "{}", answer.error);
 }
