@@ -101,13 +101,9 @@ impl Mapping {
         } else {
             let base = Self::reserve(bytes).map_err(refused)?;
             let flags = MapFlags::MAP_SHARED | MapFlags::MAP_FIXED;
-            // SAFETY: these addresses were just reserved, and nobody else has seen them.
-            let mapped = unsafe { mmap(Some(base.addr()), bytes, prot, flags, fd, 0) };
-            if mapped.is_err() {
-                // SAFETY: the reservation is still what it was.
-                let _ = unsafe { munmap(base.cast(), bytes.get()) };
-            }
-            mapped
+            // SAFETY: these addresses were just reserved, and nobody else has seen them. If it fails they stay reserved, or (before
+            // Linux 6.12) free for others: so they are not given back.
+            unsafe { mmap(Some(base.addr()), bytes, prot, flags, fd, 0) }
         };
         Ok(Self { base: mapped.map_err(refused)?.cast(), bytes: bytes.get() })
     }

@@ -85,6 +85,8 @@ pub(crate) fn run(effort: Effort, report: &mut Report) {
 fn measure(step: Step, pattern: Pattern, bursts: usize) -> f64 {
     let config = RingConfig::new(DiskId([1; 16]), Epoch(1), Lsn(1), DISK_BYTES);
     let (ring, ring_fd) = Ring::create(&config).expect("a ring");
+    // As the agent does.
+    ring.provide();
     let (clock, clock_fd) = HostClock::create().expect("a clock");
     let bell = Bell::create().expect("a bell");
     let bell_fd = bell.as_fd().try_clone_to_owned().expect("a descriptor");
