@@ -287,6 +287,7 @@ mod tests {
         assert_eq!(error.kind(), io::ErrorKind::NotFound);
         assert!(error.to_string().contains("--listen-unix"), "{error}");
     }
+
     #[test]
     fn a_server_that_trickles_is_given_up() {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();

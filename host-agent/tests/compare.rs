@@ -352,10 +352,17 @@ fn a_new_gap_is_compared_with_where_it_began() {
 
 #[test]
 fn what_was_written_while_the_ring_was_full_is_not_compared() {
-    let mut world = second_epoch();
-    world.perform(&Do::GapEnd);
-    world.perform(&Do::GapBegin(GapReason::Overflow));
-    world.fill(0, &[From::Now; 4], 0, 0);
+    let begun = |reason| {
+        let mut world = second_epoch();
+        world.perform(&Do::GapEnd);
+        world.perform(&Do::GapBegin(reason));
+        world.fill(0, &[From::Now; 4], 0, 0);
+        world
+    };
+    for reason in [GapReason::WriteFailed, GapReason::LargeRequest] {
+        assert_eq!(shipped(&begun(reason)), 4 * CHUNK, "{reason:?}");
+    }
+    let mut world = begun(GapReason::Overflow);
     assert_eq!(shipped(&world), 4 * CHUNK);
     // Now all of the disk may be read back, and most of it is what the journal has.
     world.perform(&Do::GapBegin(GapReason::ContentsChanged));
