@@ -34,6 +34,10 @@ pub const WAITING_BYTES: usize = 16 << 10;
 /// cache: a write past it is waited for, and many disks that have little each would wait one after the other.
 pub const PIECE_BYTES: usize = 1 << 20;
 
+/// Pieces past the page cache that are under way while the next is gathered, for the whole store: one that is written and one that
+/// waits for that. More would only wait.
+pub const PIECES_UNDER_WAY: usize = 2;
+
 /// What is left over at the end of a large step goes past the page cache if it has at least this many bytes.
 pub const DIRECT_BYTES: usize = 128 << 10;
 

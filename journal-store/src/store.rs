@@ -93,7 +93,7 @@ impl Store {
         lock: Option<Box<dyn Lock>>,
     ) -> Result<Self, StoreError> {
         let data = Cache::new(config.cache_bytes);
-        let pages = Arc::new(PageWriting::new(config.piece_bytes));
+        let pages = Arc::new(PageWriting::new(config.piece_bytes, config.pieces_under_way));
         let (root_dir, openings) = (root.to_owned(), AtomicU64::new(0));
         let env = Arc::new(Env { root: root_dir, storage, config, data, pages, openings });
         let store = Self {
@@ -167,6 +167,9 @@ impl Store {
         let store = match self.disk(disk).filter(|store| !is_damaged && !store.is_poisoned()) {
             Some(store) => store,
             None => {
+                if let Some(old) = self.disk(disk) {
+                    old.stop_writing();
+                }
                 if !exists(&self.env, disk)? {
                     create(&self.env, disk, disk_bytes)?;
                 }
@@ -246,6 +249,13 @@ impl Store {
 
     fn damaged_mut(&self) -> RwLockWriteGuard<'_, BTreeMap<DiskId, Arc<StoreError>>> {
         self.damaged.write().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Store {
+    fn drop(&mut self) {
+        // Before the lock is given up: views may keep a disk for longer.
+        self.disks_ref().values().for_each(|disk| disk.stop_writing());
     }
 }
 

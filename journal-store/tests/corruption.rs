@@ -29,6 +29,7 @@ fn config() -> StoreConfig {
         sync_threads: 1,
         waiting_bytes: 4 << 10,
         piece_bytes: 8 << 10,
+        pieces_under_way: 0,
     }
 }
 

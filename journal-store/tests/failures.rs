@@ -6,14 +6,16 @@ mod support;
 use std::io::ErrorKind;
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use journal_format::Lsn;
 use journal_store::io::{Answer, Call, CallKind, Hook, HookStorage, MemStorage, RealStorage, Tearing};
 use journal_store::{Store, StoreError, StoreErrorKind};
 use support::{
     DISK, DISK_BYTES, FailAt, Failing, Made, Model, ROOT, Random, append, assert_same, check_point, config,
-    open, try_open, verify,
+    open, try_open, try_open_behind, verify,
 };
 
 /// A model's frames, small enough that a few commits seal.
@@ -67,7 +69,9 @@ fn a_failure_at_any_step_loses_nothing_acknowledged_and_opening_again_goes_on() 
         for (failing, kind) in
             [(Failing::Once, ErrorKind::Other), (Failing::FromThenOn, ErrorKind::StorageFull)]
         {
-            fail(n, (failing, kind, false), &model, &frames, random);
+            for behind in [0, 2] {
+                fail(n, (failing, kind, false), behind, &model, &frames, random);
+            }
         }
     }
 }
@@ -77,23 +81,25 @@ fn a_read_that_fails_at_any_step_is_an_error_and_nothing_else() {
     let random = &mut Random::new(6);
     let (model, frames) = frames(random, 12);
     for n in 1..=calls_of(&frames, true) {
-        fail(n, (Failing::Once, ErrorKind::Other, true), &model, &frames, random);
+        fail(n, (Failing::Once, ErrorKind::Other, true), 0, &model, &frames, random);
     }
 }
 
 fn fail(
     n: u64,
     (failing, kind, reads_too): (Failing, ErrorKind, bool),
+    behind: usize,
     model: &Model,
     frames: &[Made],
     random: &mut Random,
 ) {
-    let what = format!("call {n} fails, {failing:?}, {kind:?}");
+    let what = format!("call {n} fails, {failing:?}, {kind:?}, {behind} pieces under way");
     let memory = MemStorage::new();
     let hook = FailAt::new(&memory, reads_too);
     let failing_storage = HookStorage::new(Arc::new(memory.clone()), hook.clone());
     hook.fail_at(n, failing, kind);
-    let driven = try_open(Arc::new(failing_storage.clone())).map(|store| (drive(&store, frames), store));
+    let opened = try_open_behind(Arc::new(failing_storage.clone()), behind);
+    let driven = opened.map(|store| (drive(&store, frames), store));
     let (acknowledged, store) = match driven {
         Err(error) => {
             assert_eq!(error.kind(), StoreErrorKind::Io, "{what}: {error}");
@@ -134,6 +140,153 @@ fn fail(
     assert!(store.commit().is_empty(), "{what}");
     check_point(&disk, model, model.last(), random);
     assert_eq!(verify(&disk), [], "{what}");
+}
+
+/// What becomes of a piece that was held.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Then {
+    GoesOn,
+    Fails,
+    /// It goes on, but while it is held heads cannot be written.
+    HeadsFail,
+}
+
+/// Holds the first large piece that is written to a data file, until it is told to go on.
+#[derive(Debug)]
+struct Held {
+    then: Then,
+    /// Sends when it holds one.
+    holds: Mutex<Option<Sender<()>>>,
+    go_on: Mutex<Receiver<()>>,
+    is_held: AtomicBool,
+}
+
+impl Hook for Held {
+    fn before(&self, call: &Call<'_>) -> Answer {
+        let is_write = call.kind == CallKind::Write;
+        let is_piece = is_write && call.bytes == config().piece_bytes;
+        let is_head = is_write && call.path.to_string_lossy().contains("meta-");
+        let first = if is_piece { self.holds.lock().expect("lock").take() } else { None };
+        let is_first = first.is_some();
+        if let Some(holds) = first {
+            self.is_held.store(true, Ordering::Release);
+            holds.send(()).expect("the test waits");
+            self.go_on.lock().expect("lock").recv().expect("the test says so");
+            self.is_held.store(false, Ordering::Release);
+        }
+        let fails = match self.then {
+            Then::GoesOn => false,
+            Then::Fails => is_first,
+            Then::HeadsFail => is_head && self.is_held.load(Ordering::Acquire),
+        };
+        if fails { Answer::Fail(ErrorKind::StorageFull.into()) } else { Answer::Go }
+    }
+}
+
+/// A store of which a piece is on its way to the disk and stays there until told; what was appended is not durable.
+fn holding(then: Then) -> (MemStorage, Store, Vec<Made>, Sender<()>) {
+    let memory = MemStorage::new();
+    let ((holds, held), (go_on, told)) = (channel(), channel());
+    let (holds, go_on_told) = (Mutex::new(Some(holds)), Mutex::new(told));
+    let hook = Held { then, holds, go_on: go_on_told, is_held: AtomicBool::new(false) };
+    let storage = HookStorage::new(Arc::new(memory.clone()), Arc::new(hook));
+    // So many that nobody who appends waits.
+    let store = try_open_behind(Arc::new(storage), 1000).expect("open");
+    store.open_or_create(DISK, DISK_BYTES).expect("disk");
+    let (_, frames) = frames(&mut Random::new(21), 40);
+    let mut is_held = false;
+    // All of it was appended while the piece was on its way: nobody waits for it.
+    for made in &frames {
+        let appended = append(&store, made);
+        assert!(appended.is_ok() || then == Then::HeadsFail, "{appended:?}");
+        is_held = is_held || held.recv_timeout(SHORT).is_ok();
+    }
+    assert!(is_held, "a step of these frames has large pieces");
+    (memory, store, frames, go_on)
+}
+
+const LONG: Duration = Duration::from_secs(60);
+const SHORT: Duration = Duration::from_millis(100);
+
+/// Does it in a thread, and sends when it is done.
+fn in_thread<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Receiver<T> {
+    let (done, is_done) = channel();
+    std::thread::spawn(move || done.send(work()));
+    is_done
+}
+
+#[test]
+fn a_commit_waits_for_the_pieces_that_are_under_way() {
+    let (memory, store, frames, go_on) = holding(Then::GoesOn);
+    let store = Arc::new(store);
+    let committing = Arc::clone(&store);
+    let done = in_thread(move || committing.commit());
+    let early = done.recv_timeout(SHORT).is_ok();
+    go_on.send(()).expect("it waits");
+    assert!(!early, "a piece is under way");
+    assert!(done.recv_timeout(LONG).expect("it goes on").is_empty());
+    let last = frames.last().expect("frames").last;
+    let crashed = open(&memory.crash(Tearing::Whole, |_| 0)).disk(DISK).expect("disk");
+    assert_eq!(crashed.durable_lsn(), last, "what was committed is durable");
+    assert_eq!(verify(&crashed), []);
+}
+
+#[test]
+fn a_piece_that_failed_on_its_way_fails_the_commit_and_the_disk_is_opened_again() {
+    let (memory, store, frames, go_on) = holding(Then::Fails);
+    go_on.send(()).expect("it waits");
+    assert_eq!(store.commit().len(), 1, "nothing is acknowledged");
+    let disk = store.disk(DISK).expect("disk");
+    assert_eq!((disk.is_poisoned(), disk.durable_lsn()), (true, Lsn::ZERO));
+    let disk = store.open_or_create(DISK, DISK_BYTES).expect("open again");
+    let from = disk.durable_lsn();
+    frames.iter().filter(|made| made.last > from).for_each(|made| append(&store, made).expect("append"));
+    assert!(store.commit().is_empty());
+    assert_eq!(verify(&disk), []);
+    assert_eq!(
+        open(&memory.crash(Tearing::Whole, |_| 0)).disk(DISK).expect("disk").durable_lsn(),
+        frames.last().expect("frames").last
+    );
+}
+
+#[test]
+fn nobody_opens_a_disk_or_its_store_while_a_piece_is_under_way() {
+    // The disk, because something else has failed meanwhile: heads, which are not held up.
+    let (_, store, frames, go_on) = holding(Then::HeadsFail);
+    // As a view does, somebody keeps the disk.
+    let kept = store.disk(DISK).expect("disk");
+    assert!(kept.is_poisoned());
+    let store = Arc::new(store);
+    let opening = Arc::clone(&store);
+    let opened = in_thread(move || opening.open_or_create(DISK, DISK_BYTES).map(|disk| disk.durable_lsn()));
+    let early = opened.recv_timeout(SHORT).is_ok();
+    go_on.send(()).expect("it waits");
+    assert!(!early, "a piece is under way");
+    let from = opened.recv_timeout(LONG).expect("it goes on").expect("open again");
+    frames.iter().filter(|made| made.last > from).for_each(|made| append(&store, made).expect("append"));
+    assert!(store.commit().is_empty());
+    assert_eq!(verify(&store.disk(DISK).expect("disk")), []);
+    drop(kept);
+
+    // The store, by another: it is locked until nothing is under way.
+    let (memory, store, frames, go_on) = holding(Then::GoesOn);
+    let (kept, last) = (store.disk(DISK).expect("disk"), frames.last().expect("frames").last);
+    let dropped = in_thread(move || drop(store));
+    let early = dropped.recv_timeout(SHORT).is_ok();
+    let opened = try_open(Arc::new(memory.clone()));
+    go_on.send(()).expect("it waits");
+    assert!(!early, "a piece is under way");
+    let refused = opened.expect_err("whoever opened it now would have its files written under it");
+    assert!(matches!(refused, StoreError::Locked { .. }), "{refused}");
+    dropped.recv_timeout(LONG).expect("it goes on");
+    drop(kept);
+    let store = open(&memory);
+    let disk = store.disk(DISK).expect("disk");
+    let from = disk.durable_lsn();
+    assert!(from <= last);
+    frames.iter().filter(|made| made.last > from).for_each(|made| append(&store, made).expect("append"));
+    assert!(store.commit().is_empty());
+    assert_eq!(verify(&disk), []);
 }
 
 /// A store of two sealed segments and an active one, closed.

@@ -1,11 +1,12 @@
 //! The committer: one thread that drives the [`Plane`] for all agents: it appends frames of all disks, makes them durable
 //! together, and acknowledges.
 //!
-//! While one commit runs the next batch gathers in the queue; so the batch size follows the load, without a timer.
+//! While one commit runs the next batch gathers in the queue; so the batch size follows the load. A batch that is large already is
+//! a sign of more to come, and waits a moment for it.
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use journal_format::{DiskId, Epoch};
 
@@ -15,7 +16,7 @@ use crate::data::plane::{Backing, Effect, Plane, Reply, Request, SessionId};
 use crate::data::queue::{Queue, Weighty};
 use crate::data::spares::Spares;
 use crate::error::ServerError;
-use crate::limits::{BATCH_BYTES, DISK_BATCH_BYTES, MAX_BATCH_BYTES};
+use crate::limits::{BATCH_BYTES, DISK_BATCH_BYTES, LARGE_BATCH_BYTES, LINGER, LINGER_MOST, MAX_BATCH_BYTES};
 
 /// What a connection asks of the data plane.
 #[derive(Debug)]
@@ -51,10 +52,11 @@ pub(crate) fn run(core: &Core, queue: &Queue<Work>, spares: &Spares) {
     let mut committer = Committer { core, spares, plane, peers: HashMap::new(), started, told: false };
     let on = Backing { store: &core.store, catalog: &core.catalog };
     while let Some(batch) = queue.take(BATCH_BYTES) {
+        let begun = Instant::now();
         let mut bytes = committer.handle_all(on, batch);
         // What waits already would wait for this commit and for the next.
-        while bytes < committer.worth_bytes()
-            && let Some(more) = queue.take_more(BATCH_BYTES)
+        while let Some(patience) = patience(bytes, committer.worth_bytes(), begun.elapsed())
+            && let Some(more) = queue.take_more(BATCH_BYTES, patience)
         {
             bytes = bytes.saturating_add(committer.handle_all(on, more));
         }
@@ -164,5 +166,34 @@ impl Committer<'_> {
 
     fn label(&self, session: SessionId) -> &str {
         self.peers.get(&session).map_or("", |peer| &peer.label)
+    }
+}
+
+/// How long a batch of so many bytes, which should have `worth` if so many wait, waits for more when it was begun so long ago; `None`
+/// if it is to be made durable.
+fn patience(bytes: usize, worth: usize, age: Duration) -> Option<Duration> {
+    if (LARGE_BATCH_BYTES..worth.max(BATCH_BYTES)).contains(&bytes) && age < LINGER_MOST {
+        return Some(LINGER);
+    }
+    (bytes < worth).then_some(Duration::ZERO)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_large_batch_waits_for_more_and_not_for_long() {
+        let (now, old) = (Duration::ZERO, LINGER_MOST);
+        // One disk: a frame or two are made durable at once, unless more is there.
+        assert_eq!(patience(500_000, DISK_BATCH_BYTES, now), Some(Duration::ZERO));
+        assert_eq!(patience(LARGE_BATCH_BYTES, DISK_BATCH_BYTES, now), Some(LINGER));
+        assert_eq!(patience(LARGE_BATCH_BYTES, DISK_BATCH_BYTES, old), None);
+        assert_eq!(patience(BATCH_BYTES, DISK_BATCH_BYTES, now), None);
+        // Many disks: as much as is there, however old; waiting only while it is young.
+        let worth = 40 * DISK_BATCH_BYTES;
+        assert_eq!(patience(BATCH_BYTES, worth, now), Some(LINGER));
+        assert_eq!(patience(BATCH_BYTES, worth, old), Some(Duration::ZERO));
+        assert_eq!(patience(worth, worth, now), None);
     }
 }

@@ -3,6 +3,7 @@
 
 use std::collections::VecDeque;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 /// Work that a slow disk must not let pile up.
 pub(crate) trait Weighty {
@@ -60,9 +61,15 @@ impl<T: Weighty> Queue<T> {
         self.take_from(state, most)
     }
 
-    /// As [`Queue::take`], without waiting: `None` when nothing is there now.
-    pub(crate) fn take_more(&self, most: usize) -> Option<Vec<T>> {
-        self.take_from(self.lock(), most)
+    /// As [`Queue::take`], but waits no longer than `patience`: `None` when nothing came.
+    pub(crate) fn take_more(&self, most: usize, patience: Duration) -> Option<Vec<T>> {
+        let mut state = self.lock();
+        if !patience.is_zero() {
+            let idle = |state: &mut State<T>| !state.closed && state.items.is_empty();
+            let waited = self.not_empty.wait_timeout_while(state, patience, idle);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        self.take_from(state, most)
     }
 
     fn take_from(&self, mut state: MutexGuard<'_, State<T>>, most: usize) -> Option<Vec<T>> {
@@ -95,7 +102,6 @@ mod tests {
     use super::*;
     use std::sync::Arc;
     use std::sync::mpsc;
-    use std::time::Duration;
 
     impl Weighty for usize {
         fn weight(&self) -> usize {
@@ -132,15 +138,20 @@ mod tests {
     }
 
     #[test]
-    fn more_is_taken_only_if_it_is_there() {
-        let queue = Queue::new(10);
-        assert_eq!(queue.take_more(100), None);
+    fn more_is_taken_if_it_is_there_or_comes_in_time() {
+        let (queue, none, long) = (Arc::new(Queue::new(10)), Duration::ZERO, Duration::from_secs(60));
+        assert_eq!(queue.take_more(100, none), None);
+        assert_eq!(queue.take_more(100, Duration::from_millis(1)), None);
         queue.push(3).expect("open");
         queue.push(4).expect("open");
-        assert_eq!(queue.take_more(1), Some(vec![3]));
-        assert_eq!(queue.take_more(100), Some(vec![4]));
+        assert_eq!(queue.take_more(1, long), Some(vec![3]));
+        assert_eq!(queue.take_more(100, none), Some(vec![4]));
+        let consumer = Arc::clone(&queue);
+        let thread = std::thread::spawn(move || consumer.take_more(100, long));
+        queue.push(5).expect("open");
+        assert_eq!(thread.join().expect("ends"), Some(vec![5]));
         queue.close();
-        assert_eq!(queue.take_more(100), None);
+        assert_eq!(queue.take_more(100, long), None, "nothing comes any more");
     }
 
     #[test]

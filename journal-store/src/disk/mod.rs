@@ -1,9 +1,10 @@
 //! One disk of a store.
 //!
-//! `open` recovers it (`manifest`, `active`, `bookmarks`, `mark`: its parts), `writer` appends and makes durable (`tail`, `pages`), `seal` turns the active segment into a sealed one, `lookup`
+//! `open` recovers it (`manifest`, `active`, `bookmarks`, `mark`: its parts), `writer` appends and makes durable (`tail`, `pages`, `behind`), `seal` turns the active segment into a sealed one, `lookup`
 //! finds records and resolves points, `data` reads frames, `verify` reads everything.
 
 mod active;
+mod behind;
 mod bookmarks;
 mod data;
 mod lookup;
@@ -173,6 +174,18 @@ impl DiskStore {
     /// Whether the disk takes frames; if not, why.
     pub(crate) fn check_writable(&self) -> Result<(), StoreError> {
         self.lock_writer().map(drop)
+    }
+
+    /// Takes nothing more, forgets what was appended since the last commit, and waits until none of it is on its way: from then on
+    /// nothing changes the files, and another may open them.
+    pub(crate) fn stop_writing(&self) {
+        if let Some(writer) = &self.writer {
+            // What a thread that panicked has left behind is only dropped.
+            let mut writer = writer.lock().unwrap_or_else(PoisonError::into_inner);
+            writer.poison.get_or_insert_with(|| "the disk was closed".to_owned());
+            writer.data.abandon();
+            writer.meta.abandon();
+        }
     }
 
     /// What can be restored, as far as it is durable.

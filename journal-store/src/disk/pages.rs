@@ -2,12 +2,13 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 
 use journal_format::segment::PAGE_BYTES;
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
-use crate::io::{File, Way};
+use super::behind::{Behind, Piece, UnderWay};
+use crate::io::File;
 use crate::limits::{DIRECT_BYTES, FREE_PIECE_BYTES};
 use crate::pool::Pool;
 
@@ -30,12 +31,21 @@ pub(crate) struct PageWriting {
     pub(crate) free: Pool<Vec<Page>>,
     /// Whether pages that should have gone past the page cache went through it.
     pub(crate) cached: AtomicBool,
-    pub(crate) piece_bytes: usize,
+    pub(super) behind: Behind,
+    piece_bytes: usize,
 }
 
 impl PageWriting {
-    pub(crate) const fn new(piece_bytes: usize) -> Self {
-        Self { free: Pool::new(FREE_PIECE_BYTES), cached: AtomicBool::new(false), piece_bytes }
+    /// For pieces of so many bytes, of which at most so many are under way while the next is gathered.
+    pub(crate) fn new(piece_bytes: usize, under_way: usize) -> Self {
+        let (free, cached) = (Pool::new(FREE_PIECE_BYTES), AtomicBool::new(false));
+        Self { free, cached, behind: Behind::new(under_way), piece_bytes }
+    }
+
+    /// Takes memory back.
+    pub(super) fn put(&self, pages: Vec<Page>) {
+        let bytes = pages.capacity().saturating_mul(PAGE);
+        self.free.put(pages, bytes);
     }
 }
 
@@ -46,14 +56,18 @@ pub(super) struct Gathered {
     /// Grows as it is filled: a disk that writes little holds little.
     pages: Vec<Page>,
     used_bytes: usize,
-    /// Bytes of this durability step that were written.
+    /// Bytes of this durability step that were written, or are on their way.
     step_bytes: usize,
+    /// Whether the step before was large: the next will most likely be.
+    was_large: bool,
+    under_way: UnderWay,
 }
 
 impl Gathered {
     /// Nothing yet.
     pub(super) fn new(shared: Arc<PageWriting>) -> Self {
-        Self { shared, pages: Vec::new(), used_bytes: 0, step_bytes: 0 }
+        let under_way = UnderWay::default();
+        Self { shared, pages: Vec::new(), used_bytes: 0, step_bytes: 0, was_large: false, under_way }
     }
 
     /// Bytes that wait.
@@ -66,9 +80,9 @@ impl Gathered {
         self.used_bytes == self.most_pages() * PAGE
     }
 
-    /// Whether this step has had a piece's worth already: then the next pieces are whole ones, past the page cache.
+    /// Whether this step has had a piece's worth already, or the one before: then the next pieces are whole ones, past the page cache.
     fn is_large(&self) -> bool {
-        self.step_bytes >= self.shared.piece_bytes
+        self.was_large || self.step_bytes >= self.shared.piece_bytes
     }
 
     /// Pages that a piece may have now. Small ones until the step is large: one disk among many holds little.
@@ -91,19 +105,22 @@ impl Gathered {
         later
     }
 
-    /// Writes what waits, with zeroes up to the end of the last page, at `position`: a full piece, or the rest of a step.
-    pub(super) fn write(&mut self, file: &dyn File, position: u64) -> io::Result<()> {
-        let shared = Arc::clone(&self.shared);
+    /// Writes what waits, with zeroes up to the end of the last page, at `position`: a full piece, or the rest of a step. A large one
+    /// may still be on its way afterwards.
+    ///
+    /// # Errors
+    /// What the operating system says, of this piece or of an earlier one.
+    pub(super) fn write(&mut self, file: &Arc<dyn File>, position: u64) -> io::Result<()> {
         let direct = self.is_large() && (self.is_full() || self.used_bytes >= DIRECT_BYTES);
         let pages = self.padded();
         if !direct {
             return file.write_at(pages, position);
         }
-        if file.write_pages(pages, position)? == Way::Cached {
-            // ORDERING: nothing is published by it.
-            shared.cached.store(true, Ordering::Relaxed);
-        }
-        Ok(())
+        let bytes = pages.len();
+        let (file, pages) = (Arc::clone(file), std::mem::take(&mut self.pages));
+        let (shared, ticket) = (Arc::clone(&self.shared), self.under_way.ticket());
+        self.shared.behind.write(Piece { file, pages, bytes, position, shared, ticket });
+        self.under_way.so_far()
     }
 
     /// What waits, with zeroes up to the end of the last page.
@@ -122,12 +139,15 @@ impl Gathered {
         self.used_bytes = 0;
     }
 
-    /// The step ends, nothing waits any more; the memory is for others.
-    pub(super) fn give_back(&mut self) {
+    /// The step ends, nothing waits any more, and nothing is on its way; the memory is for others.
+    ///
+    /// # Errors
+    /// As [`Gathered::write`].
+    pub(super) fn finish(&mut self) -> io::Result<()> {
+        self.was_large = self.step_bytes.saturating_add(self.used_bytes) >= self.shared.piece_bytes;
         (self.used_bytes, self.step_bytes) = (0, 0);
-        let pages = std::mem::take(&mut self.pages);
-        let bytes = pages.capacity().saturating_mul(PAGE);
-        self.shared.free.put(pages, bytes);
+        self.shared.put(std::mem::take(&mut self.pages));
+        self.under_way.all()
     }
 
     /// Has memory for so many pages, at least. What it holds from before is never read before it is written.
@@ -145,7 +165,8 @@ impl Gathered {
 
 impl Drop for Gathered {
     fn drop(&mut self) {
-        self.give_back();
+        // Nobody is left to be told; what was not made durable was never promised.
+        let _lost = self.finish();
     }
 }
 
@@ -155,7 +176,7 @@ mod tests {
 
     #[test]
     fn it_holds_what_it_was_given_and_memory_only_while_something_waits() {
-        let shared = Arc::new(PageWriting::new(4 * SMALL_PIECES * PAGE));
+        let shared = Arc::new(PageWriting::new(4 * SMALL_PIECES * PAGE, 0));
         let mut gathered = Gathered::new(Arc::clone(&shared));
         assert_eq!(gathered.fill(&[1; 5000]).len(), 0);
         assert_eq!(gathered.fill(&[2; 100]).len(), 0);
@@ -164,7 +185,7 @@ mod tests {
         assert_eq!(gathered.padded(), expected);
         assert!(gathered.padded().as_ptr().cast::<Page>().is_aligned());
         assert_eq!((gathered.fill(&[3; 4 * PAGE]).len(), gathered.is_full()), (5100, true));
-        gathered.give_back();
+        gathered.finish().unwrap();
         assert_eq!(gathered.len(), 0);
         assert!((4 * PAGE..8 * PAGE).contains(&shared.free.bytes()), "{}", shared.free.bytes());
         // What was there before shows nowhere.
@@ -181,20 +202,29 @@ mod tests {
         let storage = crate::io::MemStorage::new();
         crate::io::Storage::create_dir(&storage, std::path::Path::new("/")).unwrap();
         let file = crate::io::Storage::create(&storage, std::path::Path::new("/file")).unwrap();
-        let shared = Arc::new(PageWriting::new(SMALL_PIECES * PAGE));
+        let shared = Arc::new(PageWriting::new(SMALL_PIECES * PAGE, 0));
         let mut gathered = Gathered::new(Arc::clone(&shared));
         let mut pieces = Vec::new();
         for _ in 0..SMALL_PIECES + 2 {
             gathered.fill(&vec![1; SMALL_PIECES * PAGE]);
             assert!(gathered.is_full());
-            gathered.write(&*file, 0).unwrap();
+            gathered.write(&file, 0).unwrap();
             pieces.push((gathered.len() / PAGE, gathered.is_large()));
             gathered.clear();
         }
         assert_eq!(pieces[..SMALL_PIECES], [(1, false); SMALL_PIECES]);
         assert_eq!(pieces[SMALL_PIECES..], [(SMALL_PIECES, true); 2]);
-        gathered.give_back();
+        gathered.finish().unwrap();
         gathered.fill(&[1; 2 * PAGE]);
-        assert_eq!((gathered.len(), gathered.is_large()), (PAGE, false), "the next step begins small again");
+        assert_eq!(
+            (gathered.len(), gathered.is_large()),
+            (2 * PAGE, true),
+            "the next step will be large too"
+        );
+        gathered.write(&file, 0).unwrap();
+        gathered.clear();
+        gathered.finish().unwrap();
+        gathered.fill(&[1; 2 * PAGE]);
+        assert_eq!((gathered.len(), gathered.is_large()), (PAGE, false), "it was not: back to small pieces");
     }
 }

@@ -95,13 +95,13 @@ impl Tail {
             Waiting::Pages(gathered) => {
                 let zeroes = [0; ENTRY_ALIGN_BYTES as usize];
                 let zeroes = zeroes.get(..gap as usize).unwrap_or(&zeroes);
-                gather(gathered, &*self.file, from, [zeroes, header, rest])
+                gather(gathered, &self.file, from, [zeroes, header, rest])
             }
         };
         written.map_err(StoreError::io("write", &self.path))
     }
 
-    /// Writes what waits.
+    /// Writes what waits, and waits for what is on its way.
     pub(super) fn write_out(&mut self) -> Result<(), StoreError> {
         let written = match &mut self.waiting {
             Waiting::Bytes { bytes, .. } if !bytes.is_empty() => {
@@ -112,13 +112,21 @@ impl Tail {
             Waiting::Bytes { .. } => Ok(()),
             Waiting::Pages(gathered) => {
                 let begin = self.end.saturating_sub(gathered.len() as u64);
-                let written = if gathered.len() > 0 { gathered.write(&*self.file, begin) } else { Ok(()) };
-                // The step may have ended with a piece: nothing waits, and there is memory.
-                gathered.give_back();
-                written
+                let written = if gathered.len() > 0 { gathered.write(&self.file, begin) } else { Ok(()) };
+                // Also after a failure, and when the step has ended with a piece: nothing waits, and there is memory.
+                let finished = gathered.finish();
+                written.and(finished)
             }
         };
         written.map_err(StoreError::io("write", &self.path))
+    }
+
+    /// Drops what waits, and waits for what is on its way: then nothing of this tail changes the file any more.
+    pub(super) fn abandon(&mut self) {
+        match &mut self.waiting {
+            Waiting::Bytes { bytes, .. } => bytes.clear(),
+            Waiting::Pages(gathered) => drop(gathered.finish()),
+        }
     }
 
     /// Everything up to the end is durable.
@@ -128,7 +136,7 @@ impl Tail {
 }
 
 /// Gathers parts that follow what waits; they begin at `position`. A piece that is full is written.
-fn gather(gathered: &mut Gathered, file: &dyn File, position: u64, parts: [&[u8]; 3]) -> io::Result<()> {
+fn gather(gathered: &mut Gathered, file: &Arc<dyn File>, position: u64, parts: [&[u8]; 3]) -> io::Result<()> {
     let mut begin = position.saturating_sub(gathered.len() as u64);
     for mut part in parts {
         while !part.is_empty() {
@@ -210,9 +218,13 @@ mod tests {
         Tail::of_meta(file, path, 4096, MOST)
     }
 
-    /// With pieces of two pages, and of one until there were two.
+    /// With pieces of two pages, and of one until there were two; so many of them under way at once.
+    fn behind(under_way: usize) -> impl Fn(Arc<dyn File>, PathBuf) -> Tail {
+        move |file, path| Tail::of_data(file, path, 4096, Arc::new(PageWriting::new(8192, under_way)))
+    }
+
     fn data(file: Arc<dyn File>, path: PathBuf) -> Tail {
-        Tail::of_data(file, path, 4096, Arc::new(PageWriting::new(8192)))
+        behind(0)(file, path)
     }
 
     #[test]
@@ -231,14 +243,16 @@ mod tests {
         let (_, writes) = appended(steps, meta);
         // A large one's header goes out with what waits.
         assert_eq!(writes, 2 + 3 + 3);
-        // Two pages by themselves, then the piece that is left of the step: no page twice.
-        let (_, writes) = appended(steps, data);
-        assert_eq!(writes, 3 + 3 + 2);
+        // Two pages by themselves, then the piece that is left of the step; after a large step whole pieces at once. No page twice.
+        for under_way in 0..4 {
+            let (_, writes) = appended(steps, behind(under_way));
+            assert_eq!(writes, 3 + 2 + 1);
+        }
     }
 
     #[test]
     fn a_step_that_ends_with_a_piece_writes_nothing_more() {
         let (bytes, writes) = appended(&[&[8192], &[8192 - 64, 64], &[8192, 1]], data);
-        assert_eq!((bytes.len(), writes), (4096 + 3 * 8192 + 4096, 2 + 2 + 3));
+        assert_eq!((bytes.len(), writes), (4096 + 3 * 8192 + 4096, 2 + 1 + 2));
     }
 }

@@ -300,11 +300,17 @@ pub fn config() -> StoreConfig {
         sync_threads: 1,
         waiting_bytes: 4 << 10,
         piece_bytes: 8 << 10,
+        pieces_under_way: 0,
     }
 }
 
 pub fn open(storage: &MemStorage) -> Store {
     try_open(Arc::new(storage.clone())).expect("open the store")
+}
+
+/// As [`try_open`], with so many pieces that a thread of the store may have before it.
+pub fn try_open_behind(storage: Arc<dyn Storage>, pieces_under_way: usize) -> Result<Store, StoreError> {
+    Store::open_with(ROOT, storage, StoreConfig { pieces_under_way, ..config() })
 }
 
 pub fn try_open(storage: Arc<dyn Storage>) -> Result<Store, StoreError> {

@@ -139,6 +139,7 @@ impl World {
             segment_data_bytes: pick(&mut random, &[128 << 10, 1 << 20]),
             segment_records: pick(&mut random, &[20, 100, 1000]),
             sync_threads: 1,
+            pieces_under_way: 0,
             ..StoreConfig::default()
         };
         let images = std::array::from_fn(|_| {

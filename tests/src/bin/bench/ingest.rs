@@ -31,6 +31,10 @@ const AGE_BYTES: usize = 1536 << 10;
 /// Disks at once; a quick run has all but the last.
 const DISKS: [usize; 4] = [1, 8, 64, 256];
 
+const SECTION: &str = "one core of the server";
+const MEDIUM: &str = "disk";
+const MANY_DISKS: &str = "many disks, random data, 4 KiB";
+
 /// A kind of load.
 pub(crate) struct Load {
     pub(crate) name: &'static str,
@@ -80,24 +84,30 @@ pub(crate) fn run(effort: Effort, report: &mut Report) {
     let bytes = if effort.patient { FULL_BYTES } else { QUICK_BYTES };
     let (directory, memory) = (machine::directory_on_disk(), Medium::Tmpfs.directory());
     for load in &LOADS {
+        if !report.wants(SECTION, MEDIUM, load.name) {
+            continue;
+        }
         let contents = load.contents.bytes();
         let frames = batches(&contents, load.record_bytes, AGE_BYTES);
         for round in 0..effort.rounds {
             report.begin_round(effort);
             for (peer, name) in [(Peer::NbdkitFile, "nbdkit file"), (Peer::QemuNbd, "qemu-nbd raw")] {
-                let row = Row::new("one core of the server", "disk", load.name, name, round);
+                let row = Row::new(SECTION, MEDIUM, load.name, name, round);
                 report.add(of_peer(row, peer, directory.path(), load, bytes));
             }
             for &(way, name) in Way::of(load) {
-                let row = Row::new("one core of the server", "disk", load.name, name, round);
+                let row = Row::new(SECTION, MEDIUM, load.name, name, round);
                 report.add(ours(row, directory.path(), way, &frames, 1, bytes));
             }
             // What the core alone would do: the disk does not hold it up.
             let name = "qemu-cdp, Unix socket, store in memory";
-            let row = Row::new("one core of the server", "disk", load.name, name, round);
+            let row = Row::new(SECTION, MEDIUM, load.name, name, round);
             report.add(ours(row, memory.path(), Way::Unix, &frames, 1, bytes));
         }
         parts::run(effort, report, load, &frames, directory.path());
+    }
+    if !report.wants(SECTION, MEDIUM, MANY_DISKS) {
+        return;
     }
     let contents = Contents::Random.bytes();
     let disks = if effort.patient { &DISKS[..] } else { &DISKS[..3] };
@@ -106,8 +116,7 @@ pub(crate) fn run(effort: Effort, report: &mut Report) {
         report.begin_round(effort);
         for (&disks, frames) in disks.iter().zip(&packed) {
             let name = format!("qemu-cdp, {disks} disks at once");
-            let row =
-                Row::new("one core of the server", "disk", "many disks, random data, 4 KiB", &name, round);
+            let row = Row::new(SECTION, MEDIUM, MANY_DISKS, &name, round);
             report.add(ours(row, directory.path(), Way::Tcp, frames, disks, bytes));
         }
     }

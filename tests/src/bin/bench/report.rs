@@ -80,7 +80,7 @@ impl Report {
         }
     }
 
-    /// Whether a table of `capture` is wanted.
+    /// Whether a table of `capture` or `ingest` is wanted.
     pub(crate) fn wants(&self, section: &str, medium: &str, pattern: &str) -> bool {
         self.only.as_ref().is_none_or(|only| format!("{section}, {medium}, {pattern}").contains(only))
     }
