@@ -17,10 +17,10 @@ pub struct RealStorage;
 struct RealFile {
     file: fs::File,
     path: PathBuf,
-    /// The same file once more, to write it past the page cache; opened when it is first wanted. `None` where the file system
-    /// does not offer that.
-    direct: OnceLock<Option<fs::File>>,
-    /// Whether a write past the page cache was refused, for its alignment most likely: nothing is asked twice.
+    /// The same file once more, to write it past the page cache; opened when it is first wanted.
+    direct: OnceLock<fs::File>,
+    /// Whether the file system does not offer that, or a write past the page cache was refused, for its alignment most likely: nothing
+    /// is asked twice.
     refused: AtomicBool,
 }
 
@@ -36,7 +36,16 @@ impl RealFile {
         if self.refused.load(Ordering::Relaxed) {
             return None;
         }
-        self.direct.get_or_init(|| self.open_direct().ok()).as_ref()
+        if self.direct.get().is_none() {
+            match self.open_direct() {
+                Ok(direct) => drop(self.direct.set(direct)),
+                // ORDERING: see the load.
+                Err(error) if says_never(error.kind()) => self.refused.store(true, Ordering::Relaxed),
+                // Too many open files, say, or another file of that name: that passes.
+                Err(_) => {}
+            }
+        }
+        self.direct.get()
     }
 
     fn open_direct(&self) -> io::Result<fs::File> {
@@ -49,6 +58,11 @@ impl RealFile {
             Err(io::ErrorKind::NotFound.into())
         }
     }
+}
+
+/// Whether an error in opening a file says that its file system takes no direct I/O: `EINVAL`, on some `EOPNOTSUPP`.
+fn says_never(kind: io::ErrorKind) -> bool {
+    matches!(kind, io::ErrorKind::InvalidInput | io::ErrorKind::Unsupported)
 }
 
 #[derive(Debug)]
@@ -231,7 +245,8 @@ mod tests {
 
     fn file_with(direct: Option<fs::File>, path: &Path) -> RealFile {
         let file = fs::File::options().read(true).write(true).create_new(true).open(path).unwrap();
-        let (direct, refused) = (OnceLock::from(direct), AtomicBool::new(false));
+        let refused = AtomicBool::new(direct.is_none());
+        let direct = direct.map_or_else(OnceLock::new, OnceLock::from);
         RealFile { file, path: path.to_owned(), direct, refused }
     }
 
@@ -255,5 +270,9 @@ mod tests {
         fs::write(&path, "somebody else's").unwrap();
         assert_eq!(write(&*file), Way::Cached);
         assert_eq!(fs::read(&path).unwrap(), b"somebody else's");
+        // What passes is not remembered: with its name back it is written as any other file.
+        fs::rename(&other, &path).unwrap();
+        let fresh = RealStorage.create(&folder.path().join("fresh")).unwrap();
+        assert_eq!(write(&*file), write(&*fresh));
     }
 }
