@@ -1,7 +1,7 @@
 //! The index of a sealed segment: where each part of the disk was changed, and when. Layout: `docs/formats/index.md`.
 //!
 //! ```text
-//! │ header page │ IndexHeader │ frames │ chunks │ extents │ wide extents │ marks │
+//! │ header page │ IndexHeader │ frames │ wide extents │ marks │ pages │ chunks │ extents │
 //! ```
 //!
 //! Tables of fixed-size entries, searched in place in the mapped file: nothing is decoded or copied on opening. For each
@@ -9,16 +9,24 @@
 //! crosses its chunk. Zeroed and discarded ranges over [`WIDE_EXTENT_BYTES`](crate::limits::WIDE_EXTENT_BYTES) are in a
 //! table of their own. *Marks* are the records that history needs and that are no extents: resizes, bookmarks, gaps.
 //!
-//! [`IndexShape::check`] validates a file once, checksum and every entry; [`IndexShape::open`] then gives an [`Index`]
-//! over the same bytes for nothing. Accessors never panic, whatever the bytes: over other bytes than the checked ones they give
+//! [`IndexShape::parse`] validates everything but chunks and extents, checksum and every entry; [`IndexShape::open`] then
+//! gives an [`Index`] over the same bytes for nothing. Chunks and extents, nearly all of the file, are validated in pages of
+//! 4 KiB, each when a lookup first comes to it; the lookup fails with a [`BadPage`] where that fails. [`IndexShape::check`]
+//! validates it all at once. Accessors never panic, whatever the bytes: over other bytes than the checked ones they give
 //! wrong answers or none.
 
 mod build;
 mod check;
 mod live;
+mod pages;
 
 pub use build::IndexBuilder;
+pub use pages::BadPage;
 
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::Relaxed;
+
+use pages::Paged;
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -120,6 +128,15 @@ pub struct RawChunk {
 }
 
 layout!(RawChunk { chunk, first_extent, extent_count });
+
+/// A page of chunks or extents.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub struct RawPage {
+    crc: U32,
+}
+
+layout!(RawPage { crc });
 
 /// A changed part of a chunk; within a chunk's run in LSN order.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
@@ -245,18 +262,22 @@ fn chunk_start(chunk: u32) -> u64 {
     u64::from(chunk).saturating_mul(INDEX_CHUNK_BYTES)
 }
 
-/// The proof that a file's bytes were checked, and where its tables lie. Keep it beside the mapping.
-#[derive(Clone, Copy, Debug)]
+/// The proof that a file's bytes were checked, where its tables lie, and which pages of the large ones were checked too.
+/// Keep it beside the mapping.
+#[derive(Debug)]
 pub struct IndexShape {
     disk: DiskId,
     segment: SegmentNumber,
     header: IndexHeader,
     frames_at: usize,
-    chunks_at: usize,
-    extents_at: usize,
     wide_at: usize,
     marks_at: usize,
+    pages_at: usize,
+    chunks_at: usize,
+    extents_at: usize,
     end: usize,
+    /// A bit for each page.
+    checked: Box<[AtomicU64]>,
 }
 
 impl IndexShape {
@@ -296,15 +317,29 @@ impl IndexShape {
         self.header.disk_bytes.get()
     }
 
+    /// How many pages of chunks and extents were checked so far.
+    #[must_use]
+    pub fn checked_pages(&self) -> u32 {
+        // ORDERING: nothing is read because of it.
+        self.checked.iter().map(|word| word.load(Relaxed).count_ones()).fold(0, u32::saturating_add)
+    }
+
     /// The index over the bytes that were checked.
     #[must_use]
-    pub fn open<'a>(&self, bytes: &'a [u8]) -> Index<'a> {
+    pub fn open<'a>(&'a self, bytes: &'a [u8]) -> Index<'a> {
         Index {
-            frames: table(bytes, self.frames_at, self.chunks_at),
-            chunks: table(bytes, self.chunks_at, self.extents_at),
-            extents: table(bytes, self.extents_at, self.wide_at),
+            frames: table(bytes, self.frames_at, self.wide_at),
             wide: table(bytes, self.wide_at, self.marks_at),
-            marks: table(bytes, self.marks_at, self.end),
+            marks: table(bytes, self.marks_at, self.pages_at),
+            pages: table(bytes, self.pages_at, self.chunks_at),
+            chunks: Paged::new(table(bytes, self.chunks_at, self.extents_at), self.chunks_at, 0),
+            extents: Paged::new(
+                table(bytes, self.extents_at, self.end),
+                self.extents_at,
+                Paged::<RawChunk>::pages(self.header.chunk_count.get()),
+            ),
+            lsns: (self.header.first_lsn.get(), self.header.last_lsn.get()),
+            checked: &self.checked,
         }
     }
 }
@@ -318,10 +353,15 @@ fn table<T: FromBytes + Immutable + KnownLayout + Unaligned>(bytes: &[u8], from:
 #[derive(Clone, Copy, Debug)]
 pub struct Index<'a> {
     frames: &'a [RawIndexFrame],
-    chunks: &'a [RawChunk],
-    extents: &'a [RawExtent],
     wide: &'a [RawWide],
     marks: &'a [RawMark],
+    pages: &'a [RawPage],
+    chunks: Paged<'a, RawChunk>,
+    extents: Paged<'a, RawExtent>,
+    /// First and last LSN.
+    lsns: (u64, u64),
+    /// A bit for each page.
+    checked: &'a [AtomicU64],
 }
 
 impl<'a> Index<'a> {
@@ -349,33 +389,6 @@ impl<'a> Index<'a> {
     pub fn frame_at(&self, stamp: Stamp) -> Option<IndexFrame> {
         let after = self.frames.partition_point(|frame| frame.first_stamp.get() <= stamp.0);
         Some(self.frames.get(after.checked_sub(1)?)?.decode())
-    }
-
-    /// Numbers of the chunks in `[from, to)` that have extents, in order. (Wide extents are apart.)
-    pub fn chunks(&self, from: u32, to: u32) -> impl DoubleEndedIterator<Item = u32> + use<'a> {
-        let start = self.chunks.partition_point(|entry| entry.chunk.get() < from);
-        let end = self.chunks.partition_point(|entry| entry.chunk.get() < to);
-        self.chunks.get(start..end).unwrap_or(&[]).iter().map(|entry| entry.chunk.get())
-    }
-
-    /// The extents of a chunk with LSNs in `(after, upto]`, in LSN order; `.rev()` for newest first.
-    pub fn extents(
-        &self,
-        chunk: u32,
-        after: Lsn,
-        upto: Lsn,
-    ) -> impl DoubleEndedIterator<Item = Extent> + use<'a> {
-        let run = self.run(chunk).unwrap_or(&[]);
-        let start = run.partition_point(|extent| extent.lsn.get() <= after.0);
-        let end = run.partition_point(|extent| extent.lsn.get() <= upto.0);
-        run.get(start..end).unwrap_or(&[]).iter().filter_map(move |extent| extent.decode(chunk))
-    }
-
-    fn run(&self, chunk: u32) -> Option<&'a [RawExtent]> {
-        let at = self.chunks.binary_search_by_key(&chunk, |entry| entry.chunk.get()).ok()?;
-        let entry = self.chunks.get(at)?;
-        let first = entry.first_extent.get() as usize;
-        self.extents.get(first..first.checked_add(entry.extent_count.get() as usize)?)
     }
 
     /// The wide extents with LSNs in `(after, upto]`, in LSN order; all are zeroes. The caller looks for overlaps.

@@ -38,6 +38,9 @@ pub const DIRTY_CHUNK_BYTES: u64 = 64 << 10;
 /// Granularity of a sealed segment's index, in bytes of disk per chunk.
 pub const INDEX_CHUNK_BYTES: u64 = 256 << 10;
 
+/// The two large tables of an index are checked in pages of at most this many bytes, each when it is first looked at.
+pub const INDEX_PAGE_BYTES: usize = 4 << 10;
+
 /// Largest file of a segment (data, metadata or index), in bytes: 64 GiB.
 pub const MAX_SEGMENT_BYTES: u64 = 64 << 30;
 

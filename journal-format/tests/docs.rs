@@ -21,6 +21,7 @@ const STRUCTS: &[(&str, &[Field])] = &[
     ("RawMetaEntry", segment::RawMetaEntry::LAYOUT),
     ("IndexHeader", index::IndexHeader::LAYOUT),
     ("RawIndexFrame", index::RawIndexFrame::LAYOUT),
+    ("RawPage", index::RawPage::LAYOUT),
     ("RawChunk", index::RawChunk::LAYOUT),
     ("RawExtent", index::RawExtent::LAYOUT),
     ("RawWide", index::RawWide::LAYOUT),

@@ -332,34 +332,38 @@ proptest! {
         let bytes = builder.finish().unwrap();
         let shape = IndexShape::check(&bytes).unwrap();
         let index = shape.open(&bytes);
-        let live: Vec<_> = builder.extents(chunk, Lsn(after), Lsn(upto)).collect();
-        prop_assert_eq!(live, index.extents(chunk, Lsn(after), Lsn(upto)).collect::<Vec<_>>(), "before and after sealing");
-        prop_assert!(builder.chunks(0, chunk).eq(index.chunks(0, chunk)));
+        let mut live = Vec::new();
+        builder.newest_first(chunk, Lsn(after), Lsn(upto), |extent| {
+            live.insert(0, extent);
+            true
+        });
+        let sealed = extents(&index, chunk, after, upto).unwrap();
+        prop_assert_eq!(live, &sealed[..], "before and after sealing");
+        prop_assert_eq!(builder.next_chunk(chunk, 10), index.next_chunk(chunk, 10).unwrap());
         prop_assert!(builder.tables().frames().eq(index.frames()) && builder.tables().marks().eq(index.marks()));
         let whole = range(u64::from(chunk) * INDEX_CHUNK_BYTES, INDEX_CHUNK_BYTES);
         let wanted = |record: &Record| after < record.lsn.0 && record.lsn.0 <= upto;
-        let (mut extents, mut wides) = (Vec::new(), Vec::new());
+        let (mut changed, mut wides) = (Vec::new(), Vec::new());
         for (frame, record) in all.iter().filter(|(_, record)| wanted(record)) {
             match record.op {
                 Op::Write { range, data, .. } => {
                     if let Some(part) = whole.intersection(range) {
                         let pos = data.pos + (part.offset() - range.offset()) as u32;
-                        extents.push((record.lsn, part, Source::Data { frame: *frame, pos }));
+                        changed.push((record.lsn, part, Source::Data { frame: *frame, pos }));
                     }
                 }
                 Op::Zero { range, .. } | Op::Discard { range } if range.length() > WIDE_EXTENT_BYTES => {
                     wides.push((record.lsn, range));
                 }
                 Op::Zero { range, .. } | Op::Discard { range } => {
-                    extents.extend(whole.intersection(range).map(|part| (record.lsn, part, Source::Zero)));
+                    changed.extend(whole.intersection(range).map(|part| (record.lsn, part, Source::Zero)));
                 }
                 _ => {}
             }
         }
-        let found: Vec<_> =
-            index.extents(chunk, Lsn(after), Lsn(upto)).map(|e| (e.lsn, e.range, e.source)).collect();
-        prop_assert_eq!(&found, &extents);
-        prop_assert!(found.is_empty() || index.chunks(chunk, chunk + 1).eq([chunk]));
+        let found: Vec<_> = sealed.iter().map(|e| (e.lsn, e.range, e.source)).collect();
+        prop_assert_eq!(&found, &changed);
+        prop_assert!(found.is_empty() || index.next_chunk(chunk, chunk + 1).unwrap() == Some(chunk));
         let found: Vec<_> = index.wide(Lsn(after), Lsn(upto)).map(|e| (e.lsn, e.range)).collect();
         prop_assert_eq!(found, wides);
         for (number, record) in &all {

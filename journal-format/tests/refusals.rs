@@ -211,14 +211,27 @@ fn a_metadata_entry_whose_head_is_another_frames_is_refused() {
     assert_eq!(MetaEntry::parse(&entry, &place(4096)).unwrap_err().kind(), FormatErrorKind::Checksum);
 }
 
-/// Where the index's tables begin: header page, own header, then two frames, chunks, extents, wide extents, marks.
+/// Where the index's tables begin: header page, own header, then two frames, two wide extents, eight marks, two pages, two
+/// chunks, eight extents.
 const INDEX_BODY: usize = 4096 + 96;
+/// From there.
+const WIDE: usize = 2 * 72;
+const MARKS: usize = WIDE + 2 * 24;
+const PAGES: usize = MARKS + 8 * 40;
+const CHUNKS: usize = PAGES + 2 * 4;
+const EXTENTS: usize = CHUNKS + 2 * 12;
+const END: usize = EXTENTS + 8 * 24;
 
-/// Changes `value.len()` bytes of a table and makes both checksums right again.
+/// Changes `value.len()` bytes of a table and makes all checksums right again.
 fn with_entry(bytes: &[u8], at: usize, value: &[u8]) -> Vec<u8> {
     let mut out = bytes.to_vec();
-    out[INDEX_BODY + at..][..value.len()].copy_from_slice(value);
-    let crc = crc32c::crc32c(&out[INDEX_BODY..]).to_le_bytes();
+    let body = &mut out[INDEX_BODY..];
+    body[at..][..value.len()].copy_from_slice(value);
+    for (page, entries) in [CHUNKS..EXTENTS, EXTENTS..END].into_iter().enumerate() {
+        let crc = crc32c::crc32c(&body[entries]).to_le_bytes();
+        body[PAGES + 4 * page..][..4].copy_from_slice(&crc);
+    }
+    let crc = crc32c::crc32c(&body[..CHUNKS]).to_le_bytes();
     let (_, at, _) = *IndexHeader::LAYOUT.iter().find(|field| field.0 == "body_crc").unwrap();
     out[4096 + at..][..4].copy_from_slice(&crc);
     seal(&mut out[4096..INDEX_BODY]);
@@ -229,9 +242,7 @@ fn with_entry(bytes: &[u8], at: usize, value: &[u8]) -> Vec<u8> {
 fn an_index_entry_that_cannot_be_is_refused() {
     let (bytes, one) = (sample_index(), 1_u32.to_le_bytes());
     // Chunks 0 and 1; chunk 0 has the write, the zero and the first half of the discard of both frames.
-    let (chunks, extents) = (2 * 72, 2 * 72 + 2 * 12);
-    let (wide, marks) = (extents + 8 * 24, extents + 8 * 24 + 2 * 24);
-    assert_eq!(bytes.len(), INDEX_BODY + marks + 8 * 40);
+    assert_eq!(bytes.len(), INDEX_BODY + END);
     let cases: &[(&str, usize, &[u8])] = &[
         ("frames with a hole between them", 72, &[99]),
         ("frame before its header's first stamp", 8, &[1]),
@@ -247,29 +258,44 @@ fn an_index_entry_that_cannot_be_is_refused() {
         ("unknown codec", 68, &[2]),
         ("compressed data that did not shrink", 68, &[1]),
         ("reserved byte in a frame", 69, &[1]),
-        ("chunks out of order", chunks, &one),
-        ("chunk whose extents are not next", chunks + 4, &one),
-        ("chunk without extents", chunks + 8, &[0; 4]),
-        ("chunk with more extents than there are", chunks + 12 + 8, &[200]),
-        ("extents out of order", extents, &[255]),
-        ("two extents of one record", extents + 24, &[12]),
-        ("extent before the segment", extents, &[1]),
-        ("extent over the end of its chunk", extents + 8, &[0, 0, 4, 0]),
-        ("empty extent", extents + 12, &[0; 4]),
-        ("extent of no frame", extents + 16, &[2, 0, 0, 0]),
-        ("extent of another frame", extents + 16, &one),
-        ("extent past its frame's data", extents + 20, &[45, 0, 0, 0]),
-        ("wide extents out of order", wide, &[255]),
-        ("wide extent that is not wide", wide + 16, &[0; 8]),
-        ("wide extent past the largest disk", wide + 8, &[0xff; 8]),
-        ("marks out of order", marks, &[255]),
-        ("mark that is no record", marks + 8 + 24, &[77]),
-        ("mark that is a flush", marks + 8, &raw_bytes(Op::Flush)),
+        ("chunks out of order", CHUNKS, &one),
+        ("chunk whose extents are not next", CHUNKS + 4, &one),
+        ("chunk without extents", CHUNKS + 8, &[0; 4]),
+        ("chunk with more extents than there are", CHUNKS + 12 + 8, &[200]),
+        ("extents out of order", EXTENTS, &[255]),
+        ("two extents of one record", EXTENTS + 24, &[12]),
+        ("extent before the segment", EXTENTS, &[1]),
+        ("extent over the end of its chunk", EXTENTS + 8, &[0, 0, 4, 0]),
+        ("empty extent", EXTENTS + 12, &[0; 4]),
+        ("extent of no frame", EXTENTS + 16, &[2, 0, 0, 0]),
+        ("extent of another frame", EXTENTS + 16, &one),
+        ("extent past its frame's data", EXTENTS + 20, &[45, 0, 0, 0]),
+        ("wide extents out of order", WIDE, &[255]),
+        ("wide extent that is not wide", WIDE + 16, &[0; 8]),
+        ("wide extent past the largest disk", WIDE + 8, &[0xff; 8]),
+        ("marks out of order", MARKS, &[255]),
+        ("mark that is no record", MARKS + 8 + 24, &[77]),
+        ("mark that is a flush", MARKS + 8, &raw_bytes(Op::Flush)),
     ];
     assert!(IndexShape::check(&with_entry(&bytes, 0, &[])).is_ok());
     for (name, at, value) in cases {
-        let error = IndexShape::check(&with_entry(&bytes, *at, value)).expect_err(name);
+        let changed = with_entry(&bytes, *at, value);
+        let error = IndexShape::check(&changed).expect_err(name);
         assert_eq!(error.kind(), FormatErrorKind::Invalid, "{name}: {error}");
+        let lazily = IndexShape::parse(&changed).map(|shape| {
+            let index = shape.open(&changed);
+            let looked = chunks(&index).and_then(|_| extents(&index, 0, 0, u64::MAX));
+            looked.map_err(|bad| (bad.offset as usize, bad.error))
+        });
+        match lazily {
+            Err(opening) => assert!(*at < CHUNKS && opening == error, "{name}: {opening}"),
+            Ok(Err((offset, looking))) => {
+                let page = if *at < EXTENTS { CHUNKS } else { EXTENTS };
+                assert_eq!((offset, looking), (INDEX_BODY + page, error), "{name}");
+            }
+            // The one rule for extents that speaks of several.
+            Ok(Ok(_)) => assert_eq!(error.to_string(), "index: invalid: a chunk's extents are out of order"),
+        }
     }
 }
 
@@ -288,6 +314,9 @@ fn an_index_header_says_why_it_is_refused() {
         ("first_stamp", &1_u64.to_le_bytes(), Invalid),
         ("last_stamp", &9999_u64.to_le_bytes(), Invalid),
         ("disk_bytes", &((1_u64 << 48) + 1).to_le_bytes(), Invalid),
+        ("chunk_count", &9_u32.to_le_bytes(), Invalid),
+        ("extent_count", &u32::MAX.to_le_bytes(), Truncated),
+        ("extent_count", &7_u32.to_le_bytes(), Invalid),
         ("frame_count", &u32::MAX.to_le_bytes(), Truncated),
         ("mark_count", &7_u32.to_le_bytes(), Invalid),
         ("reserved", &[1; 20], Invalid),

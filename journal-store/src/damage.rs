@@ -71,7 +71,8 @@ impl DamageKind {
                 "what these records said is unknown; choose a point before them, or put back a copy of the file"
             }
             Self::Index => {
-                "nothing is lost by this; restart the server, which makes the index again from the records"
+                "nothing is lost by this: a server that finds it makes the index again from the records; verify once more, and \
+                 check the volume's medium if it goes on"
             }
             Self::Manifest => {
                 "restart the server, which writes it again if it can; or put back a copy of the file"

@@ -2,7 +2,7 @@
 
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use journal_format::index::{Extent, Index, IndexBuilder, IndexFrame, IndexShape};
+use journal_format::index::{BadPage, Extent, Index, IndexBuilder, IndexFrame, IndexShape};
 use journal_format::{Lsn, SegmentNumber};
 
 use crate::io::Bytes;
@@ -18,9 +18,9 @@ pub(crate) struct Segment {
 /// The index of a segment.
 #[derive(Debug)]
 pub(crate) enum SegmentIndex {
-    /// Of the active segment: in memory, growing.
+    /// In memory: of the active segment, growing; or of a sealed one whose file cannot be used.
     Live(IndexBuilder),
-    /// Of a sealed one: its file, checked.
+    /// Of a sealed one: its file, checked but for pages of chunks and extents that nobody looked at.
     Sealed(IndexShape, Bytes),
 }
 
@@ -54,29 +54,28 @@ impl SegmentIndex {
         self.tables().frame(number)
     }
 
-    /// The first chunk in `[from, to)` that has extents.
-    pub(crate) fn next_chunk(&self, from: u32, to: u32) -> Option<u32> {
+    /// As [`Index::next_chunk`].
+    pub(crate) fn next_chunk(&self, from: u32, to: u32) -> Result<Option<u32>, BadPage> {
         match self {
-            Self::Live(builder) => builder.chunks(from, to).next(),
-            Self::Sealed(shape, bytes) => shape.open(bytes).chunks(from, to).next(),
+            Self::Live(builder) => Ok(builder.next_chunk(from, to)),
+            Self::Sealed(shape, bytes) => shape.open(bytes).next_chunk(from, to),
         }
     }
 
-    /// The chunk's extents with LSNs in `(after, upto]`, newest first, until `each` returns `false`.
+    /// As [`Index::newest_first`].
     pub(crate) fn newest_first(
         &self,
         chunk: u32,
         after: Lsn,
         upto: Lsn,
-        mut each: impl FnMut(Extent) -> bool,
-    ) {
+        each: impl FnMut(Extent) -> bool,
+    ) -> Result<(), BadPage> {
         match self {
             Self::Live(builder) => {
-                let _ = builder.extents(chunk, after, upto).rev().all(&mut each);
+                builder.newest_first(chunk, after, upto, each);
+                Ok(())
             }
-            Self::Sealed(shape, bytes) => {
-                let _ = shape.open(bytes).extents(chunk, after, upto).rev().all(&mut each);
-            }
+            Self::Sealed(shape, bytes) => shape.open(bytes).newest_first(chunk, after, upto, each),
         }
     }
 }

@@ -158,6 +158,7 @@ impl Run {
             assert!(a == b, "{lsns:?}: they differ in {from}..{to}, which the difference leaves out");
         };
         for range in views[0].diff(&views[1]).expect("difference") {
+            let range = range.expect("range");
             assert!(range.offset() > end || end == 0, "{lsns:?}: ranges that touch are not merged");
             same(end, range.offset());
             end = range.end();
@@ -263,8 +264,12 @@ fn a_grown_disk_reads_zeroes_where_it_was_cut_before() {
     check_point(&run.disk(), &run.model, Lsn(last.0 - 2), random);
     check_point(&run.disk(), &run.model, last, random);
     let view = run.disk().view_in_gap(last).expect("view");
-    let behind: Vec<_> =
-        view.extents(range).expect("extents").filter(|e| e.range.end() == DISK_BYTES).collect();
+    let behind: Vec<_> = view
+        .extents(range)
+        .expect("extents")
+        .map(|e| e.expect("extent"))
+        .filter(|e| e.range.end() == DISK_BYTES)
+        .collect();
     assert_eq!(behind.len(), 1);
     assert_eq!(behind[0].kind, journal_store::ExtentKind::Zero);
 }

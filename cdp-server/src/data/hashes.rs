@@ -149,16 +149,23 @@ fn hash_chunks(view: &View, first: u64, count: u32) -> Result<Vec<ChunkHash>, St
     let Some(range) = ByteRange::new(from, end.saturating_sub(from)).filter(|range| !range.is_empty()) else {
         return Ok(hashes);
     };
-    for run in data_runs(view.extents(range)?, end) {
+    for run in data_runs(view.extents(range)?, end)? {
         hash_run(view, run, first, &mut hashes);
     }
     Ok(hashes)
 }
 
 /// The stretches with data, widened to whole chunks (or the end), disjoint, in order, cut to [`HASH_READ_BYTES`].
-fn data_runs(extents: impl Iterator<Item = Extent>, end: u64) -> Vec<(u64, u64)> {
+fn data_runs(
+    extents: impl Iterator<Item = Result<Extent, StoreError>>,
+    end: u64,
+) -> Result<Vec<(u64, u64)>, StoreError> {
     let mut runs: Vec<(u64, u64)> = Vec::new();
-    for extent in extents.filter(|extent| extent.kind == ExtentKind::Data) {
+    for extent in extents {
+        let extent = extent?;
+        if extent.kind != ExtentKind::Data {
+            continue;
+        }
         let mut start = extent.range.offset() / CHUNK * CHUNK;
         let stop = extent.range.end().next_multiple_of(CHUNK).min(end);
         if let Some((_, last)) = runs.last() {
@@ -173,7 +180,7 @@ fn data_runs(extents: impl Iterator<Item = Extent>, end: u64) -> Vec<(u64, u64)>
             start = cut;
         }
     }
-    runs
+    Ok(runs)
 }
 
 /// Reads a run at once; where that fails, each of its chunks alone.

@@ -57,6 +57,7 @@ pub(crate) async fn extents(
         let mut answer =
             Extents { lsn: query.lsn, disk_bytes: view.disk_bytes(), extents: Vec::new(), next_offset: None };
         for extent in view.extents(range).map_err(|e| store_failed(&e))? {
+            let extent = extent.map_err(|e| store_failed(&e))?;
             if answer.extents.len() == MAX_EXTENTS {
                 answer.next_offset = Some(extent.range.offset());
                 break;

@@ -5,9 +5,10 @@ use std::collections::BTreeMap;
 use zerocopy::IntoBytes;
 use zerocopy::little_endian::{U32, U64};
 
+use super::pages::page_crcs;
 use super::{
-    INDEX_MAGIC, IndexHeader, IndexShape, NO_FRAME, RawChunk, RawExtent, RawIndexFrame, RawMark, RawWide,
-    chunk_of, chunk_start,
+    INDEX_MAGIC, IndexHeader, IndexShape, NO_FRAME, RawChunk, RawExtent, RawIndexFrame, RawMark, RawPage,
+    RawWide, chunk_of, chunk_start,
 };
 use crate::error::{FormatError, FormatErrorKind};
 use crate::frame::Frame;
@@ -139,20 +140,16 @@ impl IndexBuilder {
         };
         let too_large = |_| FormatError::new(FormatErrorKind::TooLarge, "index", "a table is full");
         let count = |len: usize| u32::try_from(len).map(U32::new).map_err(too_large);
-        let (mut body, extent_count) = (self.frames.as_bytes().to_vec(), self.extent_count());
-        let mut first_extent = 0_u32;
-        for (chunk, extents) in &self.chunks {
-            let (chunk, extent_count) = (U32::new(*chunk), count(extents.len())?);
-            body.extend_from_slice(
-                RawChunk { chunk, first_extent: U32::new(first_extent), extent_count }.as_bytes(),
-            );
-            first_extent = first_extent.saturating_add(extent_count.get());
+        let (mut chunks, mut extents) = (Vec::new(), Vec::new());
+        for (chunk, run) in &self.chunks {
+            let (first_extent, extent_count) = (count(extents.len())?, count(run.len())?);
+            chunks.push(RawChunk { chunk: U32::new(*chunk), first_extent, extent_count });
+            extents.extend_from_slice(run);
         }
-        for extents in self.chunks.values() {
-            body.extend_from_slice(extents.as_bytes());
-        }
-        body.extend_from_slice(self.wide.as_bytes());
-        body.extend_from_slice(self.marks.as_bytes());
+        let pages: Vec<_> =
+            page_crcs(&chunks).chain(page_crcs(&extents)).map(|crc| RawPage { crc: U32::new(crc) }).collect();
+        let mut body =
+            [self.frames.as_bytes(), self.wide.as_bytes(), self.marks.as_bytes(), pages.as_bytes()].concat();
         let records = u64::from(last.record_count.get());
         let mut header = IndexHeader {
             magic: INDEX_MAGIC,
@@ -162,8 +159,8 @@ impl IndexBuilder {
             last_stamp: last.last_stamp,
             disk_bytes: U64::new(self.disk_bytes),
             frame_count: count(self.frames.len())?,
-            chunk_count: count(self.chunks.len())?,
-            extent_count: count(extent_count)?,
+            chunk_count: count(chunks.len())?,
+            extent_count: count(extents.len())?,
             wide_count: count(self.wide.len())?,
             mark_count: count(self.marks.len())?,
             body_crc: U32::new(crc32c::crc32c(&body)),
@@ -177,11 +174,9 @@ impl IndexBuilder {
         let mut out = meta.encode();
         out.extend_from_slice(header.as_bytes());
         out.append(&mut body);
+        out.extend_from_slice(chunks.as_bytes());
+        out.extend_from_slice(extents.as_bytes());
         IndexShape::check(&out)?;
         Ok(out)
-    }
-
-    fn extent_count(&self) -> usize {
-        self.chunks.values().map(Vec::len).fold(0, usize::saturating_add)
     }
 }

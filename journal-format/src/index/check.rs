@@ -1,10 +1,13 @@
 //! Checking an index file once, so that its accessors need not.
 
+use std::sync::atomic::AtomicU64;
+
 use zerocopy::FromBytes;
 
+use super::pages::{Paged, PagedEntry};
 use super::{
     INDEX_HEADER_BYTES, INDEX_MAGIC, Index, IndexHeader, IndexShape, NO_FRAME, RawChunk, RawExtent,
-    RawIndexFrame, RawMark, RawWide, chunk_start,
+    RawIndexFrame, RawMark, RawPage, RawWide,
 };
 use crate::error::{FormatError, FormatErrorKind};
 use crate::frame::Codec;
@@ -22,27 +25,23 @@ fn bad<T>(detail: &'static str) -> Result<T, FormatError> {
 }
 
 impl IndexShape {
-    /// Reads and checks a whole file: both headers, the checksum of the tables, and every entry.
+    /// Reads a file and checks all of it but chunks and extents: both headers, the checksum of the other tables, and every
+    /// entry of them. Touches none of the rest, whose pages are checked when they are first looked at.
     ///
     /// # Errors
     /// `Truncated` when bytes are missing; otherwise what is wrong with it. An index that is refused can be built again
     /// from the segment's metadata file.
-    pub fn check(bytes: &[u8]) -> Result<Self, FormatError> {
+    pub fn parse(bytes: &[u8]) -> Result<Self, FormatError> {
         let cut = || FormatError::truncated("index");
         let segment = SegmentMeta::parse(bytes)?;
         if segment.kind != SegmentKind::Index {
             return bad("a segment's file of another kind");
         }
         let own = bytes.get(SEGMENT_HEADER_PAGE_BYTES..).unwrap_or(&[]);
-        let (header, body) = IndexHeader::read_from_prefix(own).map_err(|_| cut())?;
+        let (header, _) = IndexHeader::read_from_prefix(own).map_err(|_| cut())?;
         header.check(segment.first_lsn)?;
-        let shape = Self::new(&segment, header).ok_or_else(cut)?;
-        if bytes.len() < shape.end {
-            return Err(cut());
-        }
-        if bytes.len() > shape.end {
-            return bad("bytes after the last table");
-        }
+        let shape = Self::new(&segment, header, bytes.len())?;
+        let body = bytes.get(shape.frames_at..shape.chunks_at).ok_or_else(cut)?;
         if header.body_crc.get() != crc32c::crc32c(body) {
             return Err(FormatError::new(
                 FormatErrorKind::Checksum,
@@ -52,22 +51,75 @@ impl IndexShape {
         }
         let index = shape.open(bytes);
         shape.check_frames(&index)?;
-        shape.check_chunks(&index)?;
         shape.check_wide_and_marks(&index)?;
         Ok(shape)
     }
 
-    /// Where the tables lie; `None` when they could not be in memory anyway.
-    fn new(segment: &SegmentMeta, header: IndexHeader) -> Option<Self> {
-        let after = |at: usize, count: u32, size: usize| at.checked_add((count as usize).checked_mul(size)?);
-        let frames_at = SEGMENT_HEADER_PAGE_BYTES.checked_add(INDEX_HEADER_BYTES)?;
-        let chunks_at = after(frames_at, header.frame_count.get(), size_of::<RawIndexFrame>())?;
-        let extents_at = after(chunks_at, header.chunk_count.get(), size_of::<RawChunk>())?;
-        let wide_at = after(extents_at, header.extent_count.get(), size_of::<RawExtent>())?;
-        let marks_at = after(wide_at, header.wide_count.get(), size_of::<RawWide>())?;
-        let end = after(marks_at, header.mark_count.get(), size_of::<RawMark>())?;
+    /// Reads and checks a whole file: what [`IndexShape::parse`] does, and every page.
+    ///
+    /// # Errors
+    /// As [`IndexShape::parse`].
+    pub fn check(bytes: &[u8]) -> Result<Self, FormatError> {
+        let shape = Self::parse(bytes)?;
+        let index = shape.open(bytes);
+        index.check_pages().map_err(|page| page.error)?;
+        // What no page shows by itself.
+        let chunks = index.chunks.entries;
+        check_chunks(chunks)?;
+        // Chunk follows chunk: an extent that belongs to none would be before the first or behind the last.
+        let first = chunks.first().map_or(0, |entry| entry.extents().start);
+        let end = chunks.last().map_or(0, |entry| entry.extents().end);
+        if (first, end) != (0, index.extents.entries.len()) {
+            return bad("an extent belongs to no chunk");
+        }
+        for entry in chunks {
+            let run = index.extents.entries.get(entry.extents()).unwrap_or(&[]);
+            if !run.is_sorted_by(|one, next| one.lsn.get() < next.lsn.get()) {
+                return bad("a chunk's extents are out of order");
+            }
+        }
+        Ok(shape)
+    }
+
+    /// Where the tables lie in a file of that length, which they must fill.
+    fn new(segment: &SegmentMeta, header: IndexHeader, file_bytes: usize) -> Result<Self, FormatError> {
+        let after = |at: usize, count: usize, size: usize| at.checked_add(count.checked_mul(size)?);
+        let count = |count: zerocopy::little_endian::U32| count.get() as usize;
+        let pages = Paged::<RawChunk>::pages(header.chunk_count.get())
+            .saturating_add(Paged::<RawExtent>::pages(header.extent_count.get()));
+        let frames_at = SEGMENT_HEADER_PAGE_BYTES.saturating_add(INDEX_HEADER_BYTES);
+        let places = || {
+            let wide_at = after(frames_at, count(header.frame_count), size_of::<RawIndexFrame>())?;
+            let marks_at = after(wide_at, count(header.wide_count), size_of::<RawWide>())?;
+            let pages_at = after(marks_at, count(header.mark_count), size_of::<RawMark>())?;
+            let chunks_at = after(pages_at, pages, size_of::<RawPage>())?;
+            let extents_at = after(chunks_at, count(header.chunk_count), size_of::<RawChunk>())?;
+            let end = after(extents_at, count(header.extent_count), size_of::<RawExtent>())?;
+            Some([wide_at, marks_at, pages_at, chunks_at, extents_at, end])
+        };
+        // `None`: larger than memory.
+        let places = places().filter(|[.., end]| *end <= file_bytes);
+        let [wide_at, marks_at, pages_at, chunks_at, extents_at, end] =
+            places.ok_or_else(|| FormatError::truncated("index"))?;
+        if end < file_bytes {
+            return bad("bytes after the last table");
+        }
+        // No more than the file has of them.
+        let checked = (0..pages.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
         let (disk, segment) = (segment.disk, segment.segment);
-        Some(Self { disk, segment, header, frames_at, chunks_at, extents_at, wide_at, marks_at, end })
+        Ok(Self {
+            disk,
+            segment,
+            header,
+            frames_at,
+            wide_at,
+            marks_at,
+            pages_at,
+            chunks_at,
+            extents_at,
+            end,
+            checked,
+        })
     }
 
     fn holds(&self, lsn: u64) -> bool {
@@ -92,34 +144,6 @@ impl IndexShape {
             return bad("the frames do not add up to what the header says");
         }
         Ok(())
-    }
-
-    fn check_chunks(&self, index: &Index<'_>) -> Result<(), FormatError> {
-        let (mut next_extent, mut last_chunk) = (0_u32, None);
-        for entry in index.chunks {
-            let chunk = entry.chunk.get();
-            if last_chunk >= Some(chunk)
-                || entry.first_extent.get() != next_extent
-                || entry.extent_count.get() == 0
-            {
-                return bad("the chunks are out of order or leave extents out");
-            }
-            last_chunk = Some(chunk);
-            next_extent = next_extent.saturating_add(entry.extent_count.get());
-            let mut last_lsn = 0;
-            for extent in index.run(chunk).unwrap_or(&[]) {
-                if extent.lsn.get() <= last_lsn || !self.holds(extent.lsn.get()) {
-                    return bad("a chunk's extents are out of order");
-                }
-                last_lsn = extent.lsn.get();
-                extent.check(chunk, index)?;
-            }
-        }
-        if next_extent == self.header.extent_count.get() {
-            Ok(())
-        } else {
-            bad("an extent belongs to no chunk")
-        }
     }
 
     fn check_wide_and_marks(&self, index: &Index<'_>) -> Result<(), FormatError> {
@@ -171,6 +195,9 @@ impl IndexHeader {
         if self.disk_bytes.get() > MAX_DISK_BYTES {
             return bad("the disk is larger than the limit");
         }
+        if self.chunk_count.get() > self.extent_count.get() {
+            return bad("more chunks than extents");
+        }
         Ok(())
     }
 }
@@ -197,20 +224,60 @@ impl RawIndexFrame {
     }
 }
 
+/// Checks chunks that follow each other.
+fn check_chunks(chunks: &[RawChunk]) -> Result<(), FormatError> {
+    let follows = |one: &RawChunk, next: &RawChunk| {
+        one.chunk.get() < next.chunk.get() && one.extents().end == next.extents().start
+    };
+    if chunks.is_sorted_by(follows) {
+        Ok(())
+    } else {
+        bad("the chunks are out of order or leave extents out")
+    }
+}
+
+impl PagedEntry for RawChunk {
+    fn check(page: &[Self], index: &Index<'_>) -> Result<(), FormatError> {
+        for entry in page {
+            let extents = entry.extents();
+            if extents.is_empty() || extents.end > index.extents.entries.len() {
+                return bad("a chunk has no extents, or more than there are");
+            }
+            if u64::from(entry.chunk.get()) >= MAX_DISK_BYTES / INDEX_CHUNK_BYTES {
+                return bad("a chunk passes the largest disk");
+            }
+        }
+        check_chunks(page)
+    }
+}
+
+impl PagedEntry for RawExtent {
+    fn check(page: &[Self], index: &Index<'_>) -> Result<(), FormatError> {
+        page.iter().try_for_each(|extent| extent.check(index))
+    }
+}
+
 impl RawExtent {
-    fn check(&self, chunk: u32, index: &Index<'_>) -> Result<(), FormatError> {
+    fn check(&self, index: &Index<'_>) -> Result<(), FormatError> {
         let (start, length) = (u64::from(self.start.get()), u64::from(self.length.get()));
-        let end = start.saturating_add(length);
-        if length == 0 || end > INDEX_CHUNK_BYTES || chunk_start(chunk).saturating_add(end) > MAX_DISK_BYTES {
-            return bad("an extent is empty, crosses its chunk or passes the largest disk");
+        if length == 0 || start.saturating_add(length) > INDEX_CHUNK_BYTES {
+            return bad("an extent is empty or crosses its chunk");
+        }
+        let (lsn, (first, last)) = (self.lsn.get(), index.lsns);
+        if !(first..=last).contains(&lsn) {
+            return bad("an extent lies outside its segment");
         }
         if self.frame.get() == NO_FRAME {
             return if self.data_pos.get() == 0 { Ok(()) } else { bad("zeroes with a position in a frame") };
         }
-        let Some(frame) = index.frame(self.frame.get()) else { return bad("an extent of no frame") };
+        let Some(frame) = index.frames.get(self.frame.get() as usize) else {
+            return bad("an extent of no frame");
+        };
         let data_end = u64::from(self.data_pos.get()).saturating_add(length);
-        let lsns = frame.first_lsn.0..=frame.last_lsn().0;
-        if data_end > u64::from(frame.raw_bytes) || !lsns.contains(&self.lsn.get()) {
+        let in_frame = lsn.checked_sub(frame.first_lsn.get());
+        if data_end > u64::from(frame.raw_bytes.get())
+            || in_frame.is_none_or(|number| number >= u64::from(frame.record_count.get()))
+        {
             return bad("an extent lies outside its frame");
         }
         Ok(())

@@ -2,7 +2,7 @@
 #![allow(dead_code, reason = "each test file uses its own part")]
 
 use journal_format::bookmarks::Bookmark;
-use journal_format::index::IndexBuilder;
+use journal_format::index::{BadPage, Extent, Index, IndexBuilder};
 use journal_format::manifest::{LiveSegment, Manifest, Sealed};
 use journal_format::segment::{
     DATA_ENTRY_BYTES, DataEntry, DataPlace, META_ENTRY_BYTES, MetaEntry, Place, SegmentKind, SegmentMeta,
@@ -127,6 +127,27 @@ pub(crate) fn sample_index() -> Vec<u8> {
         builder.push(&Frame::parse(&sample_frame(first_lsn)).unwrap(), at, Some(data)).unwrap();
     }
     builder.finish().unwrap()
+}
+
+/// The chunks of an index that have extents.
+pub(crate) fn chunks(index: &Index<'_>) -> Result<Vec<u32>, BadPage> {
+    let (mut chunks, mut from) = (Vec::new(), 0);
+    while let Some(chunk) = index.next_chunk(from, u32::MAX)? {
+        chunks.push(chunk);
+        from = chunk + 1;
+    }
+    Ok(chunks)
+}
+
+/// The extents of a chunk with LSNs in `(after, upto]`, in LSN order.
+pub(crate) fn extents(index: &Index<'_>, chunk: u32, after: u64, upto: u64) -> Result<Vec<Extent>, BadPage> {
+    let mut extents = Vec::new();
+    index.newest_first(chunk, Lsn(after), Lsn(upto), |extent| {
+        extents.push(extent);
+        true
+    })?;
+    extents.reverse();
+    Ok(extents)
 }
 
 /// The encoded header page of a metadata file.

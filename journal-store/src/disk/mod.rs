@@ -1,7 +1,7 @@
 //! One disk of a store.
 //!
 //! `open` recovers it (`manifest`, `active`, `bookmarks`, `mark`: its parts), `writer` appends and makes durable (`tail`, `pages`, `behind`), `seal` turns the active segment into a sealed one, `lookup`
-//! finds records and resolves points, `data` reads frames, `verify` reads everything.
+//! finds records and resolves points, `mend` looks things up in indexes, `data` reads frames, `verify` reads everything.
 
 mod active;
 mod behind;
@@ -10,6 +10,7 @@ mod data;
 mod lookup;
 mod manifest;
 mod mark;
+mod mend;
 mod open;
 pub(crate) mod pages;
 mod scan;
@@ -87,6 +88,10 @@ pub struct DiskStore {
     files: Cache<SegmentNumber, Arc<dyn File>>,
     /// The newest restorable point as last asked for.
     newest: Mutex<Option<Point>>,
+    /// Held by who makes an index again.
+    mending: Mutex<()>,
+    /// What was found damaged after opening without losing anything.
+    found: Mutex<Vec<Damage>>,
 }
 
 /// What readers see. Changed by `commit` only, in one step.
@@ -155,12 +160,14 @@ impl DiskStore {
         self.state().stats
     }
 
-    /// What opening found damaged, whether it was mended or not. Frames' data is looked at only by [`DiskStore::verify`]
-    /// and by reading it.
+    /// What opening found damaged, whether it was mended or not, and indexes that lookups found damaged since. Frames' data is
+    /// looked at only by [`DiskStore::verify`] and by reading it.
     #[must_use]
     pub fn known_damage(&self) -> Vec<Damage> {
+        let found = self.found.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let state = self.state();
-        state.damage.iter().chain(&state.bookmarks_damage).chain(&state.noted).cloned().collect()
+        let at_opening = state.damage.iter().chain(&state.bookmarks_damage).chain(&state.noted);
+        at_opening.cloned().chain(found).collect()
     }
 
     /// Whether a write has failed, so that the disk must be opened again before it takes frames.
@@ -282,7 +289,8 @@ impl DiskStore {
         let opening = env.openings.fetch_add(1, Ordering::Relaxed);
         let (state, writer, files) =
             (RwLock::new(state), writer.map(Mutex::new), Cache::new(OPEN_DATA_FILES));
-        Self { id, dir, env, opening, state, writer, files, newest: Mutex::default() }
+        let (newest, mending, found) = (Mutex::default(), Mutex::default(), Mutex::default());
+        Self { id, dir, env, opening, state, writer, files, newest, mending, found }
     }
 }
 

@@ -12,7 +12,7 @@ use journal_format::{DiskId, Epoch, Lsn, Op, SegmentNumber, Stamp};
 use super::bookmarks::read_bookmarks;
 use super::mark::{self, Mark};
 use super::scan::{Scanned, Source};
-use super::seal::load_index;
+use super::seal::{load_index, put_index};
 use super::tail::Tail;
 use super::writer::{Event, Last, Pending, Writer};
 use super::{DiskStore, Env, State, Stats, data, segment_path};
@@ -132,7 +132,8 @@ impl Opener<'_> {
         sealed: &Sealed,
     ) -> Result<Option<SegmentIndex>, StoreError> {
         let path = segment_path(&self.dir, SegmentKind::Index, live.segment);
-        let loaded = load_index(&*self.env.storage, &path, self.disk, live.segment)?;
+        // Pages of chunks and extents are checked by who looks at them: all of them together are nearly the whole file.
+        let loaded = load_index(&*self.env.storage, &path, (self.disk, live.segment), IndexShape::parse)?;
         self.state.stats.stored_data_bytes += sealed.data_bytes;
         self.state.stats.stored_meta_bytes += sealed.meta_bytes + sealed.index_bytes;
         let fits = |shape: &IndexShape| {
@@ -221,20 +222,13 @@ impl Opener<'_> {
         let found = source.scan(&mut |_, _| Ok(DataState::Valid))?;
         let whole = found.damage.is_none();
         let lsns = (live.first_lsn, sealed.last_lsn);
-        let name = files::segment_file(SegmentKind::Index, live.segment);
-        let index_path = self.dir.join(&name);
+        let index_path = segment_path(&self.dir, SegmentKind::Index, live.segment);
         self.state.noted.push(Damage::new(self.disk, (&index_path, 0), lsns, DamageKind::Index, why));
         let Some(index) = self.take_scanned(live, &path, found) else { return Ok(None) };
         if !whole || !self.writable {
             return Ok(Some(SegmentIndex::Live(index)));
         }
-        let bytes = index.finish().map_err(StoreError::unwritable(self.disk))?;
-        files::put(&*self.env.storage, &self.dir, &name, &bytes)?;
-        files::sync_dir(&*self.env.storage, &self.dir)?;
-        match load_index(&*self.env.storage, &index_path, self.disk, live.segment)? {
-            Ok((shape, bytes)) => Ok(Some(SegmentIndex::Sealed(shape, bytes))),
-            Err(detail) => Err(StoreError::damaged(self.disk, &index_path, lsns, detail)),
-        }
+        put_index(&*self.env.storage, &self.dir, (self.disk, live.segment), lsns, &index).map(Some)
     }
 
     pub(super) fn source<'b>(&self, live: &LiveSegment, sealed: Option<Lsn>, meta: &'b [u8]) -> Source<'b> {

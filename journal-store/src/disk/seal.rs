@@ -6,7 +6,7 @@ use std::sync::Arc;
 use journal_format::index::{IndexBuilder, IndexShape};
 use journal_format::manifest::{LiveSegment, Manifest, Sealed};
 use journal_format::segment::{SEGMENT_HEADER_PAGE_BYTES, SegmentKind, SegmentMeta};
-use journal_format::{DiskId, Lsn, SegmentNumber};
+use journal_format::{DiskId, FormatError, Lsn, SegmentNumber};
 
 use super::tail::Tail;
 use super::writer::Writer;
@@ -43,12 +43,12 @@ pub(super) fn put_manifest(storage: &dyn Storage, dir: &Path, manifest: &Manifes
     files::replace(storage, dir, files::MANIFEST, &bytes)
 }
 
-/// Loads and checks an index file.
+/// Loads an index file and has `check` look at it: [`IndexShape::parse`] or [`IndexShape::check`].
 pub(super) fn load_index(
     storage: &dyn Storage,
     path: &Path,
-    disk: DiskId,
-    segment: SegmentNumber,
+    (disk, segment): (DiskId, SegmentNumber),
+    check: impl FnOnce(&[u8]) -> Result<IndexShape, FormatError>,
 ) -> Result<Result<(IndexShape, Bytes), String>, StoreError> {
     let bytes = match storage.load(path) {
         Ok(bytes) => bytes,
@@ -57,11 +57,30 @@ pub(super) fn load_index(
         }
         Err(error) => return Err(StoreError::io("read", path)(error)),
     };
-    Ok(match IndexShape::check(&bytes) {
+    Ok(match check(&bytes) {
         Ok(shape) if (shape.disk(), shape.segment()) == (disk, segment) => Ok((shape, bytes)),
         Ok(_) => Err("it is the index of another disk or segment".into()),
         Err(error) => Err(error.to_string()),
     })
+}
+
+/// Replaces the index file of a sealed segment, durably, and loads it.
+pub(super) fn put_index(
+    storage: &dyn Storage,
+    dir: &Path,
+    (disk, segment): (DiskId, SegmentNumber),
+    lsns: (Lsn, Lsn),
+    index: &IndexBuilder,
+) -> Result<SegmentIndex, StoreError> {
+    let name = files::segment_file(SegmentKind::Index, segment);
+    let bytes = index.finish().map_err(StoreError::unwritable(disk))?;
+    files::put(storage, dir, &name, &bytes)?;
+    files::sync_dir(storage, dir)?;
+    let path = dir.join(name);
+    match load_index(storage, &path, (disk, segment), IndexShape::check)? {
+        Ok((shape, bytes)) => Ok(SegmentIndex::Sealed(shape, bytes)),
+        Err(detail) => Err(StoreError::damaged(disk, &path, lsns, detail)),
+    }
 }
 
 impl DiskStore {
@@ -79,7 +98,9 @@ impl DiskStore {
         let path = self.dir.join(name);
         let damaged =
             |detail| StoreError::damaged(self.id, &path, (writer.segment.first_lsn, writer.last.lsn), detail);
-        let (shape, bytes) = load_index(storage, &path, self.id, number)?.map_err(damaged)?;
+        // All of it, while it is in memory: it was written a moment ago, and what is bad is not named by the manifest.
+        let loaded = load_index(storage, &path, (self.id, number), IndexShape::check)?;
+        let (shape, bytes) = loaded.map_err(damaged)?;
         let manifest = self.next_manifest(writer, &shape, index.len() as u64, first_lsn);
         put_manifest(storage, &self.dir, &manifest)?;
         files::sync_dir(storage, &self.dir)?;

@@ -306,7 +306,9 @@ impl<'a> Check<'a> {
                     "bytes behind the last entry are not zero",
                 );
             }
-            self.index(number, lsns, &sealed, rebuilt);
+            // A segment that was sealed since this check began has records behind those that it saw.
+            let rebuilt = rebuilt.filter(|_| lsns.1 == sealed.last_lsn);
+            self.index(segment, lsns, &sealed, rebuilt);
         }
     }
 
@@ -325,16 +327,10 @@ impl<'a> Check<'a> {
         }
     }
 
-    /// The index file of a sealed segment, against itself, the manifest and the records. `rebuilt` is `None` when the
-    /// records are damaged, which is reported elsewhere.
-    fn index(
-        &mut self,
-        number: SegmentNumber,
-        lsns: (Lsn, Lsn),
-        sealed: &Sealed,
-        rebuilt: Option<IndexBuilder>,
-    ) {
-        let path = self.store.path(SegmentKind::Index, number);
+    /// The index file of a sealed segment, all of it, against itself, the manifest and the records. `rebuilt` is `None` when the
+    /// records are damaged, which is reported elsewhere. Where the disk is written, it takes the place of a bad one.
+    fn index(&mut self, segment: &Segment, lsns: (Lsn, Lsn), sealed: &Sealed, rebuilt: Option<IndexBuilder>) {
+        let path = self.store.path(SegmentKind::Index, segment.number);
         let loaded = self.store.storage().load(&path).map_err(StoreError::io("read", &path));
         let detail = match &loaded {
             // It can be made again: not being able to read it is damage of the index, not of what it is made from.
@@ -346,7 +342,7 @@ impl<'a> Check<'a> {
                 {
                     "it does not fit the manifest".to_owned()
                 }
-                Ok(_) => match rebuilt.map(|index| index.finish()) {
+                Ok(_) => match rebuilt.as_ref().map(IndexBuilder::finish) {
                     Some(made) if made.as_ref().ok().map(Vec::as_slice) != Some(&bytes[..]) => {
                         "it does not fit the records".to_owned()
                     }
@@ -355,6 +351,9 @@ impl<'a> Check<'a> {
             },
         };
         self.found(&path, 0, lsns, DamageKind::Index, detail);
+        if let Some(index) = rebuilt.filter(|_| self.store.writer.is_some()) {
+            self.store.replace_index(segment, index, lsns);
+        }
     }
 
     /// The data of the segment's frames that are in the range, and the bytes between its entries.

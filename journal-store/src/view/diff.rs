@@ -6,6 +6,7 @@ use journal_format::{ByteRange, Lsn};
 
 use super::View;
 use super::plan::Planner;
+use crate::error::StoreError;
 
 /// Ranges that were changed, in order, neighbours merged.
 #[derive(Debug)]
@@ -24,7 +25,7 @@ pub(super) struct Changes {
 impl Changes {
     /// Changes with LSNs after `after`, up to those of `newer`, at offsets before `end`.
     pub(super) fn between(newer: View, after: Lsn, end: u64) -> Self {
-        let planner = Planner::new(&newer.segments, &newer.sizes, after, newer.lsn);
+        let planner = Planner::new(&newer, after, newer.lsn);
         let whole = ByteRange::new(0, end);
         let zeroes = whole.map(|whole| planner.zeroes(whole)).unwrap_or_default();
         let clipped = zeroes.into_iter().flatten().filter_map(|(_, zeroes)| zeroes.intersection(whole?));
@@ -35,20 +36,15 @@ impl Changes {
     }
 
     /// Works out the changes of the next chunk that has any, with the long zeroes before and in it.
-    fn advance(&mut self) {
-        let planner = Planner::new(&self.newer.segments, &self.newer.sizes, self.after, self.newer.lsn);
-        let content = planner.next_content(self.position, self.end);
+    fn advance(&mut self) -> Result<(), StoreError> {
+        let planner = Planner::new(&self.newer, self.after, self.newer.lsn);
+        let content = planner.next_content(self.position, self.end)?;
         let mut changes = Vec::new();
         let mut next = self.end;
         if let Some(start) = content {
             let chunk = chunk_of(start);
             next = (u64::from(chunk) + 1).saturating_mul(INDEX_CHUNK_BYTES).min(self.end);
-            for segment in planner.segments() {
-                segment.index().newest_first(chunk, self.after, self.newer.lsn, |extent| {
-                    changes.push(extent.range);
-                    true
-                });
-            }
+            changes = planner.extents(chunk)?;
         }
         while let Some(zeroes) = self.zeroes.next_if(|zeroes| zeroes.offset() < next) {
             changes.push(zeroes);
@@ -58,6 +54,7 @@ impl Changes {
             self.take(merge(clipped));
         }
         self.position = next;
+        Ok(())
     }
 
     /// Appends changes, which begin at or after the chunk of the last found one.
@@ -72,14 +69,18 @@ impl Changes {
 }
 
 impl Iterator for Changes {
-    type Item = ByteRange;
+    type Item = Result<ByteRange, StoreError>;
 
-    fn next(&mut self) -> Option<ByteRange> {
+    fn next(&mut self) -> Option<Self::Item> {
         // The last one found may still grow by the next chunk's.
         while self.found.len() < 2 && self.position < self.end {
-            self.advance();
+            if let Err(error) = self.advance() {
+                self.found.clear();
+                self.position = self.end;
+                return Some(Err(error));
+            }
         }
-        self.found.pop_front()
+        self.found.pop_front().map(Ok)
     }
 }
 

@@ -86,7 +86,7 @@ impl View {
     /// from is read and decompressed once, in the order in which it lies in the journal.
     ///
     /// # Errors
-    /// `Invalid` past the end of the disk; `Damaged` when a needed frame is damaged; `Io`. The contents of `buf` are then
+    /// `Invalid` past the end of the disk; `Damaged` when a needed frame is damaged, or an index that cannot be made again; `Io`. The contents of `buf` are then
     /// undefined.
     pub fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), StoreError> {
         self.read_with(NonZeroUsize::MIN, offset, buf)
@@ -102,7 +102,7 @@ impl View {
         let keeps = buf.len() <= KEPT_READ_BYTES;
         let mut jobs = Vec::new();
         let mut rest = buf;
-        for piece in Planner::new(&self.segments, &self.sizes, Lsn::ZERO, self.lsn).pieces(range) {
+        for piece in Planner::new(self, Lsn::ZERO, self.lsn).pieces(range)? {
             let length = piece.range.length() as usize;
             let (into, later) = rest.split_at_mut_checked(length).ok_or_else(|| self.broken())?;
             rest = later;
@@ -148,21 +148,29 @@ impl View {
         StoreError::invalid(self.disk.id(), "an index names data that is not there; verify the disk")
     }
 
-    /// What `range` holds, in order, without holes; neighbours of the same kind are one extent.
+    /// What `range` holds, in order, without holes; neighbours of the same kind are one extent. Nothing follows an error.
     ///
     /// # Errors
-    /// `Invalid` past the end of the disk.
-    pub fn extents(&self, range: ByteRange) -> Result<impl Iterator<Item = Extent> + use<>, StoreError> {
+    /// `Invalid` past the end of the disk. In place of an extent: `Damaged` when an index is damaged that cannot be made
+    /// again; `Io`.
+    pub fn extents(
+        &self,
+        range: ByteRange,
+    ) -> Result<impl Iterator<Item = Result<Extent, StoreError>> + use<>, StoreError> {
         let range = self.check(range.offset(), range.length())?;
         Ok(Merged::new(Windows { view: self.clone(), position: range.offset(), end: range.end() }.flatten()))
     }
 
     /// Where this view may differ from `other` of the same disk: everything that was changed at an LSN between the two,
-    /// in order, neighbours merged, up to the end of the larger one. Costs what changed, not the size of the disk.
+    /// in order, neighbours merged, up to the end of the larger one. Costs what changed, not the size of the disk. Nothing
+    /// follows an error.
     ///
     /// # Errors
-    /// `Invalid` when the views are of different disks.
-    pub fn diff(&self, other: &Self) -> Result<impl Iterator<Item = ByteRange> + use<>, StoreError> {
+    /// `Invalid` when the views are of different disks. In place of a range: as of [`View::extents`].
+    pub fn diff(
+        &self,
+        other: &Self,
+    ) -> Result<impl Iterator<Item = Result<ByteRange, StoreError>> + use<>, StoreError> {
         if self.disk.id() != other.disk.id() {
             return Err(StoreError::invalid(
                 self.disk.id(),
@@ -195,51 +203,69 @@ struct Windows {
     end: u64,
 }
 
+impl Windows {
+    fn window(&mut self) -> Result<Vec<Extent>, StoreError> {
+        let planner = Planner::new(&self.view, Lsn::ZERO, self.view.lsn);
+        let content = planner.next_content(self.position, self.end)?.unwrap_or(self.end);
+        let nothing = content > self.position;
+        let length =
+            if nothing { content - self.position } else { WINDOW_BYTES.min(self.end - self.position) };
+        let range = ByteRange::new(self.position, length).ok_or_else(|| self.view.broken())?;
+        let extents = if nothing {
+            // Nothing but wide zeroes, or nothing at all, up to the next chunk with extents.
+            vec![Extent { range, kind: ExtentKind::Zero }]
+        } else {
+            planner.pieces(range)?.iter().map(Piece::extent).collect()
+        };
+        self.position = range.end();
+        Ok(extents)
+    }
+}
+
 impl Iterator for Windows {
-    type Item = Vec<Extent>;
+    type Item = Vec<Result<Extent, StoreError>>;
 
     fn next(&mut self) -> Option<Self::Item> {
         if self.position >= self.end {
             return None;
         }
-        let planner = Planner::new(&self.view.segments, &self.view.sizes, Lsn::ZERO, self.view.lsn);
-        let content = planner.next_content(self.position, self.end).unwrap_or(self.end);
-        let extents = if content > self.position {
-            // Nothing but wide zeroes, or nothing at all, up to the next chunk with extents.
-            let range = ByteRange::new(self.position, content - self.position)?;
-            self.position = content;
-            vec![Extent { range, kind: ExtentKind::Zero }]
-        } else {
-            let range = ByteRange::new(self.position, WINDOW_BYTES.min(self.end - self.position))?;
-            self.position = range.end();
-            planner.pieces(range).iter().map(Piece::extent).collect()
-        };
-        Some(extents)
+        Some(match self.window() {
+            Ok(extents) => extents.into_iter().map(Ok).collect(),
+            Err(error) => {
+                self.position = self.end;
+                vec![Err(error)]
+            }
+        })
     }
 }
 
 /// Merges neighbours of the same kind.
-struct Merged<I: Iterator<Item = Extent>> {
+struct Merged<I: Iterator<Item = Result<Extent, StoreError>>> {
     inner: iter::Peekable<I>,
 }
 
-impl<I: Iterator<Item = Extent>> Merged<I> {
+impl<I: Iterator<Item = Result<Extent, StoreError>>> Merged<I> {
     fn new(inner: I) -> Self {
         Self { inner: inner.peekable() }
     }
 }
 
-impl<I: Iterator<Item = Extent>> Iterator for Merged<I> {
-    type Item = Extent;
+impl<I: Iterator<Item = Result<Extent, StoreError>>> Iterator for Merged<I> {
+    type Item = Result<Extent, StoreError>;
 
-    fn next(&mut self) -> Option<Extent> {
-        let mut extent = self.inner.next()?;
-        while let Some(more) =
-            self.inner.next_if(|next| next.kind == extent.kind && next.range.offset() == extent.range.end())
-        {
+    fn next(&mut self) -> Option<Self::Item> {
+        let mut extent = match self.inner.next()? {
+            Ok(extent) => extent,
+            Err(error) => return Some(Err(error)),
+        };
+        let continues = |next: &Self::Item, extent: Extent| {
+            next.as_ref()
+                .is_ok_and(|next| next.kind == extent.kind && next.range.offset() == extent.range.end())
+        };
+        while let Some(Ok(more)) = self.inner.next_if(|next| continues(next, extent)) {
             extent.range =
                 ByteRange::new(extent.range.offset(), extent.range.length() + more.range.length())?;
         }
-        Some(extent)
+        Some(Ok(extent))
     }
 }

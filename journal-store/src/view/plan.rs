@@ -6,7 +6,9 @@ use journal_format::index::{self, Source, chunk_of};
 use journal_format::limits::{INDEX_CHUNK_BYTES, MAX_DISK_BYTES};
 use journal_format::{ByteRange, Lsn};
 
-use super::{Extent, ExtentKind};
+use super::{Extent, ExtentKind, View};
+use crate::disk::DiskStore;
+use crate::error::StoreError;
 use crate::segment::Segment;
 use crate::timeline::SizeChange;
 
@@ -42,6 +44,7 @@ impl Piece {
 /// Looks at the records with LSNs in `(after, upto]`.
 #[derive(Debug)]
 pub(super) struct Planner<'a> {
+    disk: &'a DiskStore,
     segments: &'a [Arc<Segment>],
     sizes: &'a [SizeChange],
     after: Lsn,
@@ -52,7 +55,9 @@ pub(super) struct Planner<'a> {
 pub(super) type Zeroes = (Lsn, ByteRange);
 
 impl<'a> Planner<'a> {
-    pub(super) fn new(segments: &'a [Arc<Segment>], sizes: &'a [SizeChange], after: Lsn, upto: Lsn) -> Self {
+    /// Of the view's disk up to `upto`.
+    pub(super) fn new(view: &'a View, after: Lsn, upto: Lsn) -> Self {
+        let (disk, segments, sizes) = (&*view.disk, &view.segments[..], &view.sizes[..]);
         let first = segments.partition_point(|segment| segment.first_lsn <= after.next()).saturating_sub(1);
         let end = segments.partition_point(|segment| segment.first_lsn <= upto);
         debug_assert!(
@@ -61,22 +66,31 @@ impl<'a> Planner<'a> {
         );
         // A read starts at the first segment, so that the numbers of pieces are places in the view's list.
         let first = if after == Lsn::ZERO { 0 } else { first.min(end) };
-        Self { segments: segments.get(first..end).unwrap_or(&[]), sizes, after, upto }
-    }
-
-    pub(super) const fn segments(&self) -> &'a [Arc<Segment>] {
-        self.segments
+        Self { disk, segments: segments.get(first..end).unwrap_or(&[]), sizes, after, upto }
     }
 
     /// The start of the first chunk with extents that overlaps `[from, to)`, at least `from`.
-    pub(super) fn next_content(&self, from: u64, to: u64) -> Option<u64> {
+    pub(super) fn next_content(&self, from: u64, to: u64) -> Result<Option<u64>, StoreError> {
         let end = chunk_of(to.saturating_sub(1)).saturating_add(1);
-        let first = self
-            .segments
-            .iter()
-            .filter_map(|segment| segment.index().next_chunk(chunk_of(from), end))
-            .min()?;
-        Some((u64::from(first) * INDEX_CHUNK_BYTES).max(from))
+        let mut first = None;
+        for segment in self.segments {
+            // Of none that lies behind one that is known.
+            let found = self.disk.next_chunk(segment, chunk_of(from), first.unwrap_or(end))?;
+            first = found.or(first);
+        }
+        Ok(first.map(|first| (u64::from(first) * INDEX_CHUNK_BYTES).max(from)))
+    }
+
+    /// The ranges of a chunk's extents, of all segments.
+    pub(super) fn extents(&self, chunk: u32) -> Result<Vec<ByteRange>, StoreError> {
+        let mut ranges = Vec::new();
+        for segment in self.segments {
+            self.disk.newest_first(segment, chunk, self.after, self.upto, |extent| {
+                ranges.push(extent.range);
+                true
+            })?;
+        }
+        Ok(ranges)
     }
 
     /// Long zeroes that overlap `range`, of each segment, by LSN.
@@ -108,33 +122,39 @@ impl<'a> Planner<'a> {
     }
 
     /// The parts of `range`, in order, without holes.
-    pub(super) fn pieces(&self, range: ByteRange) -> Vec<Piece> {
+    pub(super) fn pieces(&self, range: ByteRange) -> Result<Vec<Piece>, StoreError> {
         let mut pieces = Vec::new();
         if range.is_empty() {
-            return pieces;
+            return Ok(pieces);
         }
         let zeroes = self.zeroes(range);
         for chunk in chunk_of(range.offset())..=chunk_of(range.end().saturating_sub(1)) {
             let whole = ByteRange::new(u64::from(chunk) * INDEX_CHUNK_BYTES, INDEX_CHUNK_BYTES);
             if let Some(part) = whole.and_then(|whole| whole.intersection(range)) {
-                self.pieces_of_chunk(chunk, part, &zeroes, &mut pieces);
+                self.pieces_of_chunk(chunk, part, &zeroes, &mut pieces)?;
             }
         }
-        pieces
+        Ok(pieces)
     }
 
-    fn pieces_of_chunk(&self, chunk: u32, range: ByteRange, zeroes: &[Vec<Zeroes>], pieces: &mut Vec<Piece>) {
+    fn pieces_of_chunk(
+        &self,
+        chunk: u32,
+        range: ByteRange,
+        zeroes: &[Vec<Zeroes>],
+        pieces: &mut Vec<Piece>,
+    ) -> Result<(), StoreError> {
         let mut cover = Cover { uncovered: vec![range], pieces: Vec::new() };
         for (at, segment) in self.segments.iter().enumerate().rev() {
             let mut zeroes = zeroes.get(at).map_or(&[][..], Vec::as_slice).iter().rev().peekable();
-            segment.index().newest_first(chunk, self.after, self.upto, |extent| {
+            self.disk.newest_first(segment, chunk, self.after, self.upto, |extent| {
                 // A resize never has the LSN of an extent, but the first record of an epoch may imply one.
                 while let Some((_, wide)) = zeroes.next_if(|(lsn, _)| *lsn > extent.lsn) {
                     cover.add(*wide, PieceSource::Zero);
                 }
                 cover.add(extent.range, piece_source(at, &extent));
                 !cover.uncovered.is_empty()
-            });
+            })?;
             zeroes.for_each(|(_, wide)| cover.add(*wide, PieceSource::Zero));
             if cover.uncovered.is_empty() {
                 break;
@@ -143,6 +163,7 @@ impl<'a> Planner<'a> {
         cover.add(range, PieceSource::Zero);
         cover.pieces.sort_unstable_by_key(|piece| piece.range.offset());
         pieces.append(&mut cover.pieces);
+        Ok(())
     }
 }
 

@@ -31,6 +31,7 @@ pub const OPERATIONS: &[Operation] = &[
     ("set another bookmark", set_bookmark),
     ("seal again", commit_until_sealed),
     ("open with a rotten index", |world| world.reopen_with_rot("index-000001.idx", 4200)),
+    ("open with a rotten page of an index, and read", World::mend_a_page),
     ("open with a rotten manifest", |world| world.reopen_with_rot("manifest", 20)),
     ("open with a rotten copy of the bookmarks", |world| world.reopen_with_rot("bookmarks.copy", 70)),
     ("commit after mending", |world| world.commit(2)),
@@ -166,6 +167,27 @@ impl World {
         self.explorer.learn(|known| known.rotten = true);
         self.reopen()?;
         oracle::ensure(!self.disk()?.known_damage().is_empty(), || format!("rot in {name} was not told"))?;
+        self.explorer.learn(|known| known.rotten = false);
+        Ok(())
+    }
+
+    /// Whoever reads comes to the page, and mends it.
+    fn mend_a_page(&mut self) -> Verdict {
+        self.store = None;
+        let mut files = self.explorer.memory().files();
+        let (path, bytes) =
+            files.iter_mut().find(|(path, _)| path.ends_with("index-000001.idx")).ok_or("no index")?;
+        let (path, good) = (path.clone(), bytes.clone());
+        *bytes.last_mut().ok_or("the index is empty")? ^= 4;
+        self.explorer.replace(MemStorage::with_files(&files));
+        self.explorer.learn(|known| known.rotten = true);
+        self.reopen()?;
+        oracle::ensure(self.disk()?.known_damage().is_empty(), || "opening looked at a page".into())?;
+        for lsn in 1..=self.explorer.known().acknowledged.0 {
+            self.oracle.point(&self.disk()?, Lsn(lsn))?;
+        }
+        oracle::ensure(!self.disk()?.known_damage().is_empty(), || "rot in a page was not told".into())?;
+        oracle::ensure(self.explorer.memory().files()[&path] == good, || "the page was not mended".into())?;
         self.explorer.learn(|known| known.rotten = false);
         Ok(())
     }

@@ -359,6 +359,7 @@ pub fn check_point(disk: &Arc<DiskStore>, model: &Model, lsn: Lsn, random: &mut 
     let range = ByteRange::new(0, view.disk_bytes()).expect("disk");
     let (mut end, mut last) = (0, None);
     for extent in view.extents(range).expect("extents") {
+        let extent = extent.expect("extent");
         assert_eq!(extent.range.offset(), end, "{what}: extents leave a hole");
         assert_ne!(last.replace(extent.kind), Some(extent.kind), "{what}: extents are not merged");
         let bytes = &want[extent.range.offset() as usize..extent.range.end() as usize];

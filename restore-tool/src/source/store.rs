@@ -166,6 +166,7 @@ impl StoreImage {
         };
         self.data.clear();
         for extent in self.view.extents(range).map_err(failed)? {
+            let extent = extent.map_err(failed)?;
             if extent.kind == ExtentKind::Data {
                 self.data.push(extent.range.offset()..extent.range.end());
             }

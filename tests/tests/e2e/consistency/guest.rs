@@ -56,7 +56,11 @@ fn image_at(view: &View, path: &Path) {
     let file = File::create(path).expect("image");
     file.set_len(view.disk_bytes()).expect("size");
     let whole = ByteRange::new(0, view.disk_bytes()).expect("a range");
-    let extents = view.extents(whole).expect("extents").filter(|extent| extent.kind == ExtentKind::Data);
+    let extents = view
+        .extents(whole)
+        .expect("extents")
+        .map(|extent| extent.expect("extent"))
+        .filter(|extent| extent.kind == ExtentKind::Data);
     for range in extents.map(|extent| extent.range) {
         let bytes = read(view, range.offset(), range.length() as usize);
         file.write_all_at(&bytes, range.offset()).expect("write");
