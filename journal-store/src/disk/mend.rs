@@ -146,7 +146,9 @@ impl DiskStore {
 mod tests {
     use std::sync::Arc;
 
-    use journal_format::{Codec, DataSpan, DiskId, Frame, FrameMeta, GapReason, Op, Record, Stamp, frame};
+    use journal_format::{
+        ByteRange, Codec, DataSpan, DiskId, Frame, FrameMeta, GapReason, Op, Record, Stamp, frame,
+    };
 
     use super::*;
     use crate::io::MemStorage;
@@ -155,11 +157,14 @@ mod tests {
     const DISK: DiskId = DiskId([7; 16]);
     const CHUNK: u64 = 256 << 10;
     const RECORDS: u64 = 10_000;
+    const HOT: u64 = 3;
 
-    /// A write for each LSN from `first` on, over 2000 chunks, in a gap that begins with the first of all.
+    /// A write for each LSN from `first` on, half of them to one chunk and half to 1000, in a gap that begins with the first
+    /// of all.
     fn frame_of(first: u64, records: u64) -> Vec<u8> {
         let write = |lsn: u64| {
-            let range = journal_format::ByteRange::new(lsn * 7 % 2000 * CHUNK, 8).unwrap();
+            let chunk = if lsn.is_multiple_of(2) { HOT } else { lsn * 7 % 2000 };
+            let range = ByteRange::new(chunk * CHUNK, 8).unwrap();
             let op = match lsn {
                 1 => Op::GapBegin { reason: GapReason::Attach, generation: 1 },
                 _ => Op::Write { range, data: DataSpan { pos: 0, len: 8 }, fill: false, fua: false },
@@ -187,33 +192,72 @@ mod tests {
         disk.state().segments.iter().filter_map(count).collect()
     }
 
-    #[test]
-    fn opening_checks_no_page_and_a_read_only_those_that_it_needs() {
-        let storage = MemStorage::new();
+    fn open(storage: &MemStorage) -> Store {
         let config = StoreConfig { segment_records: RECORDS, ..StoreConfig::default() };
-        let open = || Store::open_with("/store", Arc::new(storage.clone()), config.clone()).unwrap();
-        let (store, mut lsn) = (open(), 1);
+        Store::open_with("/store", Arc::new(storage.clone()), config).unwrap()
+    }
+
+    /// A disk of three sealed segments.
+    fn three_segments(storage: &MemStorage) -> Arc<DiskStore> {
+        let (store, mut lsn) = (open(storage), 1);
         let disk = store.open_or_create(DISK, 2000 * CHUNK).unwrap();
         while disk.stats().segments < 4 {
             store.append(&Frame::parse(&frame_of(lsn, 1000)).unwrap()).unwrap();
             assert!(store.commit().is_empty());
             lsn += 1000;
         }
-        let all = 2000_u32.div_ceil(341) + (RECORDS as u32).div_ceil(170);
-        assert_eq!(checked(&disk), [all; 3], "what was just written is checked in full");
-        drop((store, disk));
+        disk
+    }
 
-        let store = open();
+    #[test]
+    fn opening_checks_no_page_and_a_read_only_those_that_it_needs() {
+        let storage = MemStorage::new();
+        let disk = three_segments(&storage);
+        let (all, last) = (1000_u32.div_ceil(341) + (RECORDS as u32).div_ceil(170), disk.durable_lsn());
+        assert_eq!(checked(&disk), [all; 3], "what was just written is checked in full");
+        drop(disk);
+
+        let store = open(&storage);
         let disk = store.disk(DISK).unwrap();
-        assert_eq!(disk.durable_lsn(), Lsn(lsn - 1));
+        assert_eq!(disk.durable_lsn(), last);
         assert!(disk.history().last.is_some() && disk.newest().is_none());
         assert_eq!(checked(&disk), [0; 3], "opening, and asking for points");
-        let view = disk.view_in_gap(Lsn(lsn - 1)).unwrap();
+        let view = disk.view_in_gap(last).unwrap();
         view.read(77 * CHUNK, &mut [0; 8]).unwrap();
         let [first, second, third] = checked(&disk)[..] else { panic!("three segments") };
         assert_eq!((first, second), (0, 0), "segments that a read does not come to");
         assert!((2..=6).contains(&third), "{third} of {all}: some of a search by halves, and the extents");
         view.read(77 * CHUNK, &mut [0; 8]).unwrap();
         assert_eq!(checked(&disk), [0, 0, third], "once is enough");
+    }
+
+    /// All versions of the chunk that has many, in the first segment.
+    fn versions(disk: &DiskStore) -> Vec<Lsn> {
+        let segment = Arc::clone(disk.state().segments.first().unwrap());
+        let mut lsns = Vec::new();
+        let all = disk.newest_first(&segment, HOT as u32, Lsn::ZERO, Lsn::MAX, |extent| {
+            lsns.push(extent.lsn);
+            true
+        });
+        all.unwrap();
+        lsns
+    }
+
+    #[test]
+    fn a_lookup_goes_on_where_it_was_when_it_came_to_the_bad_page() {
+        let storage = MemStorage::new();
+        let good = versions(&three_segments(&storage));
+        assert!(good.len() > 4000 && good.is_sorted_by(|newer, older| newer > older));
+        let files = storage.files();
+        let path = files.keys().find(|path| path.ends_with("index-000001.idx")).unwrap();
+        let extents_at = files[path].len() - (RECORDS as usize - 1) * 24;
+        for page in 0..20 {
+            let mut files = files.clone();
+            files.get_mut(path).unwrap()[extents_at + page * 170 * 24] ^= 1;
+            let storage = MemStorage::with_files(&files);
+            let disk = open(&storage).disk(DISK).unwrap();
+            assert!(versions(&disk) == good, "page {page}");
+            assert_eq!(disk.known_damage().len(), 1, "page {page}");
+        }
     }
 }
