@@ -134,9 +134,10 @@ layout!(RawChunk { chunk, first_extent, extent_count });
 #[repr(C)]
 pub struct RawPage {
     crc: U32,
+    first_chunk: U32,
 }
 
-layout!(RawPage { crc });
+layout!(RawPage { crc, first_chunk });
 
 /// A changed part of a chunk; within a chunk's run in LSN order.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
@@ -336,7 +337,7 @@ impl IndexShape {
             extents: Paged::new(
                 table(bytes, self.extents_at, self.end),
                 self.extents_at,
-                Paged::<RawChunk>::pages(self.header.chunk_count.get()),
+                Paged::<RawChunk>::pages_of(self.header.chunk_count.get() as usize),
             ),
             lsns: (self.header.first_lsn.get(), self.header.last_lsn.get()),
             checked: &self.checked,

@@ -4,7 +4,9 @@
 mod common;
 
 use common::*;
-use journal_format::index::{BadPage, Extent, IndexBuilder, IndexHeader, IndexShape, RawChunk, RawExtent};
+use journal_format::index::{
+    BadPage, Extent, IndexBuilder, IndexHeader, IndexShape, RawChunk, RawExtent, RawPage,
+};
 use journal_format::segment::DataPlace;
 use journal_format::{DataSpan, Frame, Lsn, Op, SegmentNumber, frame};
 
@@ -72,9 +74,9 @@ fn opening_checks_no_page_and_a_lookup_few() {
     assert_eq!(shape.checked_pages(), 0);
     let index = shape.open(&bytes);
     assert_eq!(extents(&index, 2 * 5, 0, u64::MAX).unwrap().len(), 1);
-    assert_eq!(shape.checked_pages(), 2 + 1, "two of the chunks, one of the extents");
+    assert_eq!(shape.checked_pages(), 1 + 1, "one of the chunks, one of the extents");
     assert_eq!(extents(&index, 2 * 5, 0, u64::MAX).unwrap().len(), 1);
-    assert_eq!(shape.checked_pages(), 3, "once is enough");
+    assert_eq!(shape.checked_pages(), 2, "once is enough");
     let mut newest = None;
     index.newest_first(2 * HOT, Lsn::ZERO, Lsn::MAX, |extent| newest.replace(extent.lsn).is_some()).unwrap();
     assert_eq!(newest, Some(Lsn(11 + u64::from(CHUNKS) + VERSIONS - 1)));
@@ -137,4 +139,24 @@ fn a_file_that_is_too_short_or_too_long_is_refused_at_opening() {
         assert!(IndexShape::parse(&bytes[..length]).is_err(), "{length}");
     }
     assert!(IndexShape::parse(&[&bytes[..], &[0]].concat()).is_err());
+}
+
+#[test]
+fn pages_of_chunks_that_are_out_of_order_are_refused_at_opening() {
+    let mut bytes = large_index();
+    let [chunks_at, ..] = places(&bytes);
+    let pages_at = chunks_at - (borders(&bytes).len() - 1) * size_of::<RawPage>();
+    let first_of_second = &mut bytes[pages_at + size_of::<RawPage>() + 4..][..4];
+    assert_eq!(*first_of_second, (2 * 341_u32).to_le_bytes());
+    first_of_second.copy_from_slice(&[0; 4]);
+    // With checksums that are right.
+    let crc_of = |bytes: &[u8]| crc32c::crc32c(bytes).to_le_bytes();
+    let (body, header) = (4096 + size_of::<IndexHeader>(), 4096);
+    let (_, at, _) = *IndexHeader::LAYOUT.iter().find(|field| field.0 == "body_crc").unwrap();
+    let crc = crc_of(&bytes[body..chunks_at]);
+    bytes[header + at..][..4].copy_from_slice(&crc);
+    let crc = crc_of(&bytes[header..body - 4]);
+    bytes[body - 4..body].copy_from_slice(&crc);
+    let refused = IndexShape::parse(&bytes).unwrap_err();
+    assert_eq!(refused.to_string(), "index: invalid: the pages of chunks are out of order");
 }

@@ -218,7 +218,7 @@ const INDEX_BODY: usize = 4096 + 96;
 const WIDE: usize = 2 * 72;
 const MARKS: usize = WIDE + 2 * 24;
 const PAGES: usize = MARKS + 8 * 40;
-const CHUNKS: usize = PAGES + 2 * 4;
+const CHUNKS: usize = PAGES + 2 * 8;
 const EXTENTS: usize = CHUNKS + 2 * 12;
 const END: usize = EXTENTS + 8 * 24;
 
@@ -229,7 +229,7 @@ fn with_entry(bytes: &[u8], at: usize, value: &[u8]) -> Vec<u8> {
     body[at..][..value.len()].copy_from_slice(value);
     for (page, entries) in [CHUNKS..EXTENTS, EXTENTS..END].into_iter().enumerate() {
         let crc = crc32c::crc32c(&body[entries]).to_le_bytes();
-        body[PAGES + 4 * page..][..4].copy_from_slice(&crc);
+        body[PAGES + 8 * page..][..4].copy_from_slice(&crc);
     }
     let crc = crc32c::crc32c(&body[..CHUNKS]).to_le_bytes();
     let (_, at, _) = *IndexHeader::LAYOUT.iter().find(|field| field.0 == "body_crc").unwrap();
@@ -258,7 +258,10 @@ fn an_index_entry_that_cannot_be_is_refused() {
         ("unknown codec", 68, &[2]),
         ("compressed data that did not shrink", 68, &[1]),
         ("reserved byte in a frame", 69, &[1]),
-        ("chunks out of order", CHUNKS, &one),
+        ("page that begins with another chunk", CHUNKS, &one),
+        ("page that is said to begin with another chunk", PAGES + 4, &one),
+        ("page of extents with a first chunk", PAGES + 8 + 4, &one),
+        ("chunks out of order", CHUNKS + 12, &[0]),
         ("chunk whose extents are not next", CHUNKS + 4, &one),
         ("chunk without extents", CHUNKS + 8, &[0; 4]),
         ("chunk with more extents than there are", CHUNKS + 12 + 8, &[200]),

@@ -6,6 +6,7 @@ mod support;
 
 use std::collections::BTreeMap;
 use std::io::ErrorKind;
+use std::ops::Deref;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -41,7 +42,7 @@ fn config() -> StoreConfig {
 struct Sample {
     files: Files,
     last: Lsn,
-    good: Arc<DiskStore>,
+    good: Opened,
 }
 
 impl Sample {
@@ -133,17 +134,31 @@ fn write(random: &mut Random) -> (Op, Change, Option<String>) {
     (Op::Write { range, data, fill: false, fua: false }, Change::Write(offset, bytes), None)
 }
 
-fn try_open(storage: Arc<dyn Storage>, writable: bool) -> Arc<DiskStore> {
+/// A disk of a store that is open: of a store that is closed nothing is written any more.
+struct Opened {
+    disk: Arc<DiskStore>,
+    _store: Store,
+}
+
+impl Deref for Opened {
+    type Target = Arc<DiskStore>;
+
+    fn deref(&self) -> &Self::Target {
+        &self.disk
+    }
+}
+
+fn try_open(storage: Arc<dyn Storage>, writable: bool) -> Opened {
     let store = match writable {
         true => Store::open_with(ROOT, storage, config()),
         false => Store::open_read_only_with(ROOT, storage, config()),
     };
     let store = store.expect("open");
     assert!(store.damaged().is_empty(), "{:?}", store.damaged());
-    store.disk(DISK).expect("disk")
+    Opened { disk: store.disk(DISK).expect("disk"), _store: store }
 }
 
-fn open(storage: &MemStorage, writable: bool) -> Arc<DiskStore> {
+fn open(storage: &MemStorage, writable: bool) -> Opened {
     try_open(Arc::new(storage.clone()), writable)
 }
 
@@ -278,6 +293,7 @@ fn an_index_that_cannot_be_written_again_is_kept_in_memory() {
                 break;
             }
             fail.fail_at(0, failing, ErrorKind::StorageFull);
+            drop(disk);
             let disk = open(&memory, true);
             sample.compare(&disk, "opened again").expect("all can be read");
             assert_eq!(verify(&disk), []);

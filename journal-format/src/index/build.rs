@@ -5,10 +5,10 @@ use std::collections::BTreeMap;
 use zerocopy::IntoBytes;
 use zerocopy::little_endian::{U32, U64};
 
-use super::pages::page_crcs;
+use super::pages::raw_pages;
 use super::{
-    INDEX_MAGIC, IndexHeader, IndexShape, NO_FRAME, RawChunk, RawExtent, RawIndexFrame, RawMark, RawPage,
-    RawWide, chunk_of, chunk_start,
+    INDEX_MAGIC, IndexHeader, IndexShape, NO_FRAME, RawChunk, RawExtent, RawIndexFrame, RawMark, RawWide,
+    chunk_of, chunk_start,
 };
 use crate::error::{FormatError, FormatErrorKind};
 use crate::frame::Frame;
@@ -146,8 +146,7 @@ impl IndexBuilder {
             chunks.push(RawChunk { chunk: U32::new(*chunk), first_extent, extent_count });
             extents.extend_from_slice(run);
         }
-        let pages: Vec<_> =
-            page_crcs(&chunks).chain(page_crcs(&extents)).map(|crc| RawPage { crc: U32::new(crc) }).collect();
+        let pages: Vec<_> = raw_pages(&chunks).chain(raw_pages(&extents)).collect();
         let mut body =
             [self.frames.as_bytes(), self.wide.as_bytes(), self.marks.as_bytes(), pages.as_bytes()].concat();
         let records = u64::from(last.record_count.get());

@@ -3,6 +3,7 @@
 use std::sync::atomic::AtomicU64;
 
 use zerocopy::FromBytes;
+use zerocopy::little_endian::U32;
 
 use super::pages::{Paged, PagedEntry};
 use super::{
@@ -52,6 +53,7 @@ impl IndexShape {
         let index = shape.open(bytes);
         shape.check_frames(&index)?;
         shape.check_wide_and_marks(&index)?;
+        check_pages(&index)?;
         Ok(shape)
     }
 
@@ -84,9 +86,9 @@ impl IndexShape {
     /// Where the tables lie in a file of that length, which they must fill.
     fn new(segment: &SegmentMeta, header: IndexHeader, file_bytes: usize) -> Result<Self, FormatError> {
         let after = |at: usize, count: usize, size: usize| at.checked_add(count.checked_mul(size)?);
-        let count = |count: zerocopy::little_endian::U32| count.get() as usize;
-        let pages = Paged::<RawChunk>::pages(header.chunk_count.get())
-            .saturating_add(Paged::<RawExtent>::pages(header.extent_count.get()));
+        let count = |count: U32| count.get() as usize;
+        let pages = Paged::<RawChunk>::pages_of(count(header.chunk_count))
+            .saturating_add(Paged::<RawExtent>::pages_of(count(header.extent_count)));
         let frames_at = SEGMENT_HEADER_PAGE_BYTES.saturating_add(INDEX_HEADER_BYTES);
         let places = || {
             let wide_at = after(frames_at, count(header.frame_count), size_of::<RawIndexFrame>())?;
@@ -236,6 +238,18 @@ fn check_chunks(chunks: &[RawChunk]) -> Result<(), FormatError> {
     }
 }
 
+/// The pages' first chunks, of which a search believes the order before it looks at a page.
+fn check_pages(index: &Index<'_>) -> Result<(), FormatError> {
+    let (of_chunks, of_extents) = index.pages.split_at_checked(index.chunk_pages()).unwrap_or_default();
+    if !of_chunks.is_sorted_by(|one, next| one.first_chunk.get() < next.first_chunk.get()) {
+        return bad("the pages of chunks are out of order");
+    }
+    if of_extents.iter().any(|page| page.first_chunk != U32::ZERO) {
+        return bad("a page of extents has a first chunk");
+    }
+    Ok(())
+}
+
 impl PagedEntry for RawChunk {
     fn check(page: &[Self], index: &Index<'_>) -> Result<(), FormatError> {
         for entry in page {
@@ -249,11 +263,19 @@ impl PagedEntry for RawChunk {
         }
         check_chunks(page)
     }
+
+    fn first_chunk(&self) -> U32 {
+        self.chunk
+    }
 }
 
 impl PagedEntry for RawExtent {
     fn check(page: &[Self], index: &Index<'_>) -> Result<(), FormatError> {
         page.iter().try_for_each(|extent| extent.check(index))
+    }
+
+    fn first_chunk(&self) -> U32 {
+        U32::ZERO
     }
 }
 

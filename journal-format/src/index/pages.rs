@@ -4,9 +4,10 @@ use core::fmt;
 use core::ops::Range;
 use std::sync::atomic::Ordering::Relaxed;
 
+use zerocopy::little_endian::U32;
 use zerocopy::{Immutable, IntoBytes};
 
-use super::{Extent, Index, RawChunk, RawExtent};
+use super::{Extent, Index, RawChunk, RawExtent, RawPage};
 use crate::error::{FormatError, FormatErrorKind};
 use crate::limits::INDEX_PAGE_BYTES;
 use crate::units::Lsn;
@@ -33,6 +34,9 @@ impl std::error::Error for BadPage {}
 pub(super) trait PagedEntry: Immutable + IntoBytes + Sized {
     /// Checks the entries of a page, as far as they can be judged without other pages.
     fn check(page: &[Self], index: &Index<'_>) -> Result<(), FormatError>;
+
+    /// What [`RawPage`] says of a page's first entry.
+    fn first_chunk(&self) -> U32;
 }
 
 /// A table that is checked in pages. A page holds whole entries: as many as fit into [`INDEX_PAGE_BYTES`], the last one of
@@ -62,8 +66,8 @@ impl<'a, T> Paged<'a, T> {
     }
 
     /// Pages of so many entries.
-    pub(super) const fn pages(entries: u32) -> usize {
-        (entries as usize).div_ceil(Self::PAGE_ENTRIES)
+    pub(super) const fn pages_of(entries: usize) -> usize {
+        entries.div_ceil(Self::PAGE_ENTRIES)
     }
 
     /// The places of a page's entries; `page` counts from this table's first.
@@ -79,9 +83,8 @@ impl<'a> Index<'a> {
     /// # Errors
     /// `BadPage` when a page that says so is damaged.
     pub fn next_chunk(&self, from: u32, to: u32) -> Result<Option<u32>, BadPage> {
-        let all = 0..self.chunks.entries.len();
-        let at = self.first_not(self.chunks, all.clone(), |entry| entry.chunk.get() < from)?;
-        if at == all.end {
+        let at = self.first_from(from)?;
+        if at == self.chunks.entries.len() {
             return Ok(None);
         }
         let chunk = self.entry(self.chunks, at)?.chunk.get();
@@ -117,13 +120,28 @@ impl<'a> Index<'a> {
 
     /// The places of a chunk's extents.
     fn run(&self, chunk: u32) -> Result<Range<usize>, BadPage> {
-        let all = 0..self.chunks.entries.len();
-        let at = self.first_not(self.chunks, all.clone(), |entry| entry.chunk.get() < chunk)?;
-        if at == all.end {
+        let at = self.first_from(chunk)?;
+        if at == self.chunks.entries.len() {
             return Ok(0..0);
         }
         let entry = self.entry(self.chunks, at)?;
         Ok(if entry.chunk.get() == chunk { entry.extents() } else { 0..0 })
+    }
+
+    /// How many of the pages are of chunks; they are the first.
+    pub(super) const fn chunk_pages(&self) -> usize {
+        Paged::<RawChunk>::pages_of(self.chunks.entries.len())
+    }
+
+    /// The place of the first chunk that is not before `chunk`, or their number. At most one page is looked at.
+    fn first_from(&self, chunk: u32) -> Result<usize, BadPage> {
+        let pages = self.pages.get(..self.chunk_pages()).unwrap_or(&[]);
+        let after = pages.partition_point(|page| page.first_chunk.get() < chunk);
+        // Only the last page that begins before it can hold it; otherwise it would be the first of the next.
+        let Some(page) = after.checked_sub(1) else { return Ok(0) };
+        let Range { start, end } = Paged::<RawChunk>::places(page);
+        let places = start..end.min(self.chunks.entries.len());
+        self.first_not(self.chunks, places, |entry| entry.chunk.get() < chunk)
     }
 
     /// The first place in `places` whose entry is not `before`, or its end. As `partition_point`, but each page that is looked
@@ -174,13 +192,16 @@ impl<'a> Index<'a> {
         let offset = table.at.saturating_add(start.saturating_mul(size_of::<T>())) as u64;
         let bad = |error| BadPage { offset, error };
         let entries = table.entries.get(start..end.min(table.entries.len()));
-        let crc = self.pages.get(table.first_page.saturating_add(page)).map(|page| page.crc.get());
-        let (Some(entries), Some(crc)) = (entries, crc) else {
+        let said = self.pages.get(table.first_page.saturating_add(page));
+        let (Some(entries), Some(said)) = (entries, said) else {
             return Err(bad(FormatError::truncated("index")));
         };
-        if crc32c::crc32c(entries.as_bytes()) != crc {
+        if crc32c::crc32c(entries.as_bytes()) != said.crc.get() {
             let detail = "a page of chunks or extents is torn or corrupt";
             return Err(bad(FormatError::new(FormatErrorKind::Checksum, "index", detail)));
+        }
+        if entries.first().is_none_or(|first| first.first_chunk() != said.first_chunk) {
+            return Err(bad(FormatError::invalid("index", "a page begins with another chunk")));
         }
         T::check(entries, self).map_err(bad)
     }
@@ -195,9 +216,12 @@ impl<'a> Index<'a> {
     }
 }
 
-/// The checksums of a table's pages.
-pub(super) fn page_crcs<T: PagedEntry>(entries: &[T]) -> impl Iterator<Item = u32> + '_ {
-    entries.chunks(Paged::<T>::PAGE_ENTRIES.max(1)).map(|page| crc32c::crc32c(page.as_bytes()))
+/// What is said of a table's pages.
+pub(super) fn raw_pages<T: PagedEntry>(entries: &[T]) -> impl Iterator<Item = RawPage> + '_ {
+    entries.chunks(Paged::<T>::PAGE_ENTRIES.max(1)).map(|page| RawPage {
+        crc: U32::new(crc32c::crc32c(page.as_bytes())),
+        first_chunk: page.first().map_or(U32::ZERO, T::first_chunk),
+    })
 }
 
 impl RawChunk {
