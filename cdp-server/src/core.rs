@@ -104,6 +104,13 @@ impl Core {
         self.faults.note(id, error, durable, now_ns());
     }
 
+    /// Notes what lookups have found damaged, and mended, since this was last called.
+    pub(crate) fn note_found(&self) {
+        for disk in self.store.disks().into_iter().filter_map(|id| self.store.disk(id)) {
+            disk.newly_found().iter().for_each(|damage| self.faults.note_damage(damage, now_ns()));
+        }
+    }
+
     /// Writes whose disk it is into the store. A failure costs names in an offline restore, nothing else.
     pub(crate) fn write_name(&self, id: DiskId) {
         let written = match self.catalog.disk(id) {

@@ -223,7 +223,7 @@ async fn persist(
     Ok(done?)
 }
 
-/// Compares what is wanted and what is, until the receiver's sender is dropped.
+/// Compares what is wanted and what is, and looks after what nobody else does, until the receiver's sender is dropped.
 pub(crate) fn reconcile_loop(core: &Core, stop: &std::sync::mpsc::Receiver<()>, every: Duration) {
     let mut forgot = Instant::now();
     while stop.recv_timeout(every) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
@@ -233,6 +233,7 @@ pub(crate) fn reconcile_loop(core: &Core, stop: &std::sync::mpsc::Receiver<()>, 
         if let Err(error) = reconcile(core, Instant::now()) {
             tracing::error!(%error, "cannot compare wanted and real protection; trying again");
         }
+        core.note_found();
         if forgot.elapsed() >= FORGET_EVERY {
             core.store.forget_unused();
             forgot = Instant::now();

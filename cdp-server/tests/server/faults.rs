@@ -190,6 +190,36 @@ fn a_check_finds_a_flipped_byte_and_the_disk_has_a_fault_until_it_is_whole() {
 }
 
 #[test]
+fn an_index_that_rots_under_a_running_server_is_mended_and_said_to_have_rotted() {
+    let mut fixture = Fixture::start();
+    let (mut agent, mut capture) = with_journal(&fixture);
+    // So many records that the segment is sealed, few of which are in its index.
+    while capture.last().0 < 262_144 {
+        capture.write(8192, &[capture.last().0 as u8; 512]);
+        for _ in 0..16_000 {
+            capture.flush();
+        }
+        let frame = capture.frame();
+        agent.ship(&frame, capture.last());
+    }
+    let index = fixture.dir.path().join("disks").join(DISK.to_string()).join("index-000001.idx");
+    let good = std::fs::read(&index).expect("it is sealed");
+    let mut bad = good.clone();
+    *bad.last_mut().expect("extents") ^= 1;
+    fixture.restart_after(|_| std::fs::write(&index, &bad).expect("writes"));
+    assert_eq!(fixture.client.disk("vm/disk0").expect("known").summary.fault, None, "nobody has looked");
+    let read = fixture.client.data("vm/disk0", capture.last().0, 8192, 512).expect("reads");
+    assert_eq!(read, capture.image[8192..8704]);
+    assert_eq!(std::fs::read(&index).expect("reads"), good, "it is mended");
+    let fault = eventually(|| fixture.client.disk("vm/disk0").ok()?.summary.fault);
+    assert_eq!(fault.kind, FaultKind::Damaged);
+    assert!(fault.message.contains("index-000001.idx"), "{}", fault.message);
+    // Until a check has found everything whole.
+    fixture.client.start_verification("vm/disk0").expect("begins");
+    eventually(|| (fixture.client.disk("vm/disk0").ok()?.summary.fault.is_none()).then_some(()));
+}
+
+#[test]
 fn a_server_that_starts_on_a_full_disk_serves_what_there_is() {
     let mut fixture = Fixture::start();
     drop(with_journal(&fixture));

@@ -21,7 +21,7 @@ mod writer;
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use journal_format::segment::SegmentKind;
 use journal_format::{DiskId, Epoch, ImageTag, Lsn, SegmentNumber, Stamp};
@@ -90,8 +90,15 @@ pub struct DiskStore {
     newest: Mutex<Option<Point>>,
     /// Held by who makes an index again.
     mending: Mutex<()>,
-    /// What was found damaged after opening without losing anything.
-    found: Mutex<Vec<Damage>>,
+    found: Mutex<Found>,
+}
+
+/// What was found damaged after opening without losing anything.
+#[derive(Default, Debug)]
+struct Found {
+    damage: Vec<Damage>,
+    /// So many of them were told.
+    told: usize,
 }
 
 /// What readers see. Changed by `commit` only, in one step.
@@ -164,10 +171,24 @@ impl DiskStore {
     /// looked at only by [`DiskStore::verify`] and by reading it.
     #[must_use]
     pub fn known_damage(&self) -> Vec<Damage> {
-        let found = self.found.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let found = self.found().damage.clone();
         let state = self.state();
         let at_opening = state.damage.iter().chain(&state.bookmarks_damage).chain(&state.noted);
         at_opening.cloned().chain(found).collect()
+    }
+
+    /// What was found damaged since opening, each once: for whoever tells people.
+    #[must_use]
+    pub fn newly_found(&self) -> Vec<Damage> {
+        let mut found = self.found();
+        let all = found.damage.len();
+        let told = std::mem::replace(&mut found.told, all);
+        found.damage.get(told..).unwrap_or_default().to_vec()
+    }
+
+    fn found(&self) -> MutexGuard<'_, Found> {
+        // It only grows, by whole entries.
+        self.found.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether a write has failed, so that the disk must be opened again before it takes frames.
