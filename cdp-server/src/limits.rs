@@ -35,11 +35,9 @@ pub const DISK_BATCH_BYTES: usize = 1 << 20;
 /// No batch goes on beyond this many bytes: it bounds how long the first of it waits.
 pub const MAX_BATCH_BYTES: usize = 64 << 20;
 
-/// A batch that holds this much and is neither full nor old waits [`LINGER`] for more: the load is such that more is on its way. Otherwise
-/// reader and committer take turns on a core with a frame or two, and every commit's wait for the disk is paid for as little.
-pub const LARGE_BATCH_BYTES: usize = 1 << 20;
-
-/// What a frame takes from the socket to the queue, with some room.
+/// A batch with [`DISK_BATCH_BYTES`] for each disk that has less than [`BATCH_BYTES`] waits this long for more, again and again: so much
+/// means that more is on its way. Otherwise reader and committer take turns on a core with a frame or two, and every commit's wait for
+/// the disk is paid for as little. It is what a frame takes from the socket to the queue, with some room.
 pub const LINGER: Duration = Duration::from_micros(500);
 
 /// How old a batch becomes by waiting, at most: some ten times what making it durable takes.
@@ -181,7 +179,7 @@ pub const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 
 const _: () = assert!(MAX_FRAME_BYTES < INGEST_QUEUE_BYTES);
 const _: () = assert!(BATCH_BYTES <= INGEST_QUEUE_BYTES);
-const _: () = assert!(LARGE_BATCH_BYTES < BATCH_BYTES);
+const _: () = assert!(DISK_BATCH_BYTES < BATCH_BYTES);
 const _: () = assert!(PING_EVERY.as_secs() * (PINGS as u64) < Patience::DEFAULT.idle.as_secs());
 const _: () = assert!(MAX_READERS as u64 * cdp_api::limits::MAX_DATA_BYTES <= MAX_ANSWER_BYTES as u64);
 const _: () = assert!((MAX_AGENTS + MAX_STRANGERS + MAX_HTTP_CONNECTIONS) as u64 * 2 < daemon::WANTED_FILES);

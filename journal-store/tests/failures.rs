@@ -183,7 +183,8 @@ impl Hook for Held {
     }
 }
 
-/// A store of which a piece is on its way to the disk and stays there until told; what was appended is not durable.
+/// A store of which a piece is on its way to the disk and stays there until told; what was appended, half of the frames, is not
+/// durable.
 fn holding(then: Then) -> (MemStorage, Store, Vec<Made>, Sender<()>) {
     let memory = MemStorage::new();
     let ((holds, held), (go_on, told)) = (channel(), channel());
@@ -193,10 +194,10 @@ fn holding(then: Then) -> (MemStorage, Store, Vec<Made>, Sender<()>) {
     // So many that nobody who appends waits.
     let store = try_open_behind(Arc::new(storage), 1000).expect("open");
     store.open_or_create(DISK, DISK_BYTES).expect("disk");
-    let (_, frames) = frames(&mut Random::new(21), 40);
+    let (_, frames) = frames(&mut Random::new(21), 2 * HELD_FRAMES);
     let mut is_held = false;
     // All of it was appended while the piece was on its way: nobody waits for it.
-    for made in &frames {
+    for made in &frames[..HELD_FRAMES] {
         let appended = append(&store, made);
         assert!(appended.is_ok() || then == Then::HeadsFail, "{appended:?}");
         is_held = is_held || held.recv_timeout(SHORT).is_ok();
@@ -205,6 +206,7 @@ fn holding(then: Then) -> (MemStorage, Store, Vec<Made>, Sender<()>) {
     (memory, store, frames, go_on)
 }
 
+const HELD_FRAMES: usize = 20;
 const LONG: Duration = Duration::from_secs(60);
 const SHORT: Duration = Duration::from_millis(100);
 
@@ -225,7 +227,7 @@ fn a_commit_waits_for_the_pieces_that_are_under_way() {
     go_on.send(()).expect("it waits");
     assert!(!early, "a piece is under way");
     assert!(done.recv_timeout(LONG).expect("it goes on").is_empty());
-    let last = frames.last().expect("frames").last;
+    let last = frames[HELD_FRAMES - 1].last;
     let crashed = open(&memory.crash(Tearing::Whole, |_| 0)).disk(DISK).expect("disk");
     assert_eq!(crashed.durable_lsn(), last, "what was committed is durable");
     assert_eq!(verify(&crashed), []);
@@ -236,6 +238,7 @@ fn a_piece_that_failed_on_its_way_fails_the_commit_and_the_disk_is_opened_again(
     let (memory, store, frames, go_on) = holding(Then::Fails);
     go_on.send(()).expect("it waits");
     assert_eq!(store.commit().len(), 1, "nothing is acknowledged");
+    assert!(store.commit().is_empty(), "that is said once");
     let disk = store.disk(DISK).expect("disk");
     assert_eq!((disk.is_poisoned(), disk.durable_lsn()), (true, Lsn::ZERO));
     let disk = store.open_or_create(DISK, DISK_BYTES).expect("open again");
@@ -247,6 +250,28 @@ fn a_piece_that_failed_on_its_way_fails_the_commit_and_the_disk_is_opened_again(
         open(&memory.crash(Tearing::Whole, |_| 0)).disk(DISK).expect("disk").durable_lsn(),
         frames.last().expect("frames").last
     );
+}
+
+#[test]
+fn a_piece_that_failed_on_its_way_fails_an_append() {
+    let (_, store, frames, go_on) = holding(Then::Fails);
+    go_on.send(()).expect("it waits");
+    std::thread::sleep(SHORT);
+    let failed = frames[HELD_FRAMES..].iter().find_map(|made| append(&store, made).err());
+    assert_eq!(failed.map(|error| error.kind()), Some(StoreErrorKind::Io));
+    assert!(store.disk(DISK).expect("disk").is_poisoned());
+}
+
+#[test]
+fn whoever_keeps_a_disk_of_a_closed_store_can_read_it_and_changes_nothing() {
+    let (model, storage) = some_store(&mut Random::new(31));
+    let store = open(&storage);
+    let disk = store.disk(DISK).expect("disk");
+    let newest = disk.newest().expect("a point").lsn;
+    drop(store);
+    let refused = disk.add_bookmark("late", newest).expect_err("another may have the store");
+    assert_eq!(refused.kind(), StoreErrorKind::Poisoned);
+    check_point(&disk, &model, newest, &mut Random::new(32));
 }
 
 #[test]

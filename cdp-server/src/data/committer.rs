@@ -16,7 +16,7 @@ use crate::data::plane::{Backing, Effect, Plane, Reply, Request, SessionId};
 use crate::data::queue::{Queue, Weighty};
 use crate::data::spares::Spares;
 use crate::error::ServerError;
-use crate::limits::{BATCH_BYTES, DISK_BATCH_BYTES, LARGE_BATCH_BYTES, LINGER, LINGER_MOST, MAX_BATCH_BYTES};
+use crate::limits::{BATCH_BYTES, DISK_BATCH_BYTES, LINGER, LINGER_MOST, MAX_BATCH_BYTES};
 
 /// What a connection asks of the data plane.
 #[derive(Debug)]
@@ -82,7 +82,7 @@ impl Committer<'_> {
         if !self.told && self.core.store.writes_through_cache() {
             self.told = true;
             tracing::info!(
-                "the store's file system or device takes no direct I/O; data goes through the page cache, which takes more of the processor's time"
+                "data went through the page cache, which takes more of the processor's time: the store's file system or device takes no direct I/O, or a data file could not be opened for it just then"
             );
         }
     }
@@ -172,10 +172,10 @@ impl Committer<'_> {
 /// How long a batch of so many bytes, which should have `worth` if so many wait, waits for more when it was begun so long ago; `None`
 /// if it is to be made durable.
 fn patience(bytes: usize, worth: usize, age: Duration) -> Option<Duration> {
-    if (LARGE_BATCH_BYTES..worth.max(BATCH_BYTES)).contains(&bytes) && age < LINGER_MOST {
-        return Some(LINGER);
+    if bytes < worth {
+        return Some(Duration::ZERO);
     }
-    (bytes < worth).then_some(Duration::ZERO)
+    (bytes < BATCH_BYTES && age < LINGER_MOST).then_some(LINGER)
 }
 
 #[cfg(test)]
@@ -183,16 +183,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_a_large_batch_waits_for_more_and_not_for_long() {
+    fn only_a_batch_that_is_worth_it_waits_for_more_and_not_for_long() {
         let (now, old) = (Duration::ZERO, LINGER_MOST);
         // One disk: a frame or two are made durable at once, unless more is there.
-        assert_eq!(patience(500_000, DISK_BATCH_BYTES, now), Some(Duration::ZERO));
-        assert_eq!(patience(LARGE_BATCH_BYTES, DISK_BATCH_BYTES, now), Some(LINGER));
-        assert_eq!(patience(LARGE_BATCH_BYTES, DISK_BATCH_BYTES, old), None);
+        assert_eq!(patience(500_000, DISK_BATCH_BYTES, old), Some(Duration::ZERO));
+        assert_eq!(patience(DISK_BATCH_BYTES, DISK_BATCH_BYTES, now), Some(LINGER));
+        assert_eq!(patience(DISK_BATCH_BYTES, DISK_BATCH_BYTES, old), None);
         assert_eq!(patience(BATCH_BYTES, DISK_BATCH_BYTES, now), None);
-        // Many disks: as much as is there, however old; waiting only while it is young.
+        // Many disks: as much as is there, however old, and nobody waits for more.
         let worth = 40 * DISK_BATCH_BYTES;
-        assert_eq!(patience(BATCH_BYTES, worth, now), Some(LINGER));
         assert_eq!(patience(BATCH_BYTES, worth, old), Some(Duration::ZERO));
         assert_eq!(patience(worth, worth, now), None);
     }

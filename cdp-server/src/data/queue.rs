@@ -147,11 +147,17 @@ mod tests {
         assert_eq!(queue.take_more(1, long), Some(vec![3]));
         assert_eq!(queue.take_more(100, none), Some(vec![4]));
         let consumer = Arc::clone(&queue);
-        let thread = std::thread::spawn(move || consumer.take_more(100, long));
+        let (done, taken) = mpsc::channel();
+        let thread = std::thread::spawn(move || done.send(consumer.take_more(100, long)));
         queue.push(5).expect("open");
-        assert_eq!(thread.join().expect("ends"), Some(vec![5]));
+        assert_eq!(taken.recv_timeout(long / 2).expect("at once"), Some(vec![5]));
+        thread.join().expect("ends").expect("the test waits");
+        // Whoever waits when it is closed is told.
+        let ((done, ended), consumer) = (mpsc::channel(), Arc::clone(&queue));
+        let thread = std::thread::spawn(move || done.send(consumer.take_more(100, long)));
         queue.close();
-        assert_eq!(queue.take_more(100, long), None, "nothing comes any more");
+        assert_eq!(ended.recv_timeout(long / 2).expect("at once"), None, "nothing comes any more");
+        thread.join().expect("ends").expect("the test waits");
     }
 
     #[test]

@@ -75,6 +75,8 @@ impl Piece {
             shared.cached.store(true, Ordering::Relaxed);
         }
         shared.put(pages);
+        // Whoever waits for it finds the file closed and the memory given back.
+        drop((file, shared));
         ticket.lands(written.map(drop));
     }
 }

@@ -156,8 +156,9 @@ impl Gathered {
             self.pages = self.shared.free.take().unwrap_or_default();
         }
         if self.pages.len() < pages {
-            let most = self.most_pages();
-            let more = if self.is_large() { most } else { pages.max(self.pages.len() * 2).min(most) };
+            // Of a step that is large itself much more will come; a disk that only had a large one before holds what it needs.
+            let (most, is_large) = (self.most_pages(), self.step_bytes >= self.shared.piece_bytes);
+            let more = if is_large { most } else { pages.max(self.pages.len() * 2).min(most) };
             self.pages.resize(more, Page::new_zeroed());
         }
     }
@@ -215,12 +216,15 @@ mod tests {
         assert_eq!(pieces[..SMALL_PIECES], [(1, false); SMALL_PIECES]);
         assert_eq!(pieces[SMALL_PIECES..], [(SMALL_PIECES, true); 2]);
         gathered.finish().unwrap();
+        assert!(shared.free.bytes() >= SMALL_PIECES * PAGE, "memory of pieces comes back");
+        drop(shared.free.take());
         gathered.fill(&[1; 2 * PAGE]);
         assert_eq!(
             (gathered.len(), gathered.is_large()),
             (2 * PAGE, true),
             "the next step will be large too"
         );
+        assert_eq!(gathered.pages.len(), 2, "but it holds what it was given");
         gathered.write(&file, 0).unwrap();
         gathered.clear();
         gathered.finish().unwrap();

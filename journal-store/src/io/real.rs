@@ -197,7 +197,8 @@ mod tests {
 
     /// Eight pages of memory among which one begins where a page does, and where that is.
     fn pages() -> (Vec<u8>, usize) {
-        let bytes: Vec<u8> = (0..8 * 4096_u32).map(|at| (at / 7) as u8).collect();
+        // No digits, wherever the page begins: a file below reads numbers.
+        let bytes: Vec<u8> = (0..8 * 4096_u32).map(|at| (at / 7) as u8 | 0x80).collect();
         let begin = bytes.as_ptr().align_offset(4096);
         (bytes, begin)
     }
