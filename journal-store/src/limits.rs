@@ -30,7 +30,7 @@ pub const OPEN_DATA_FILES: usize = 32;
 pub const WAITING_BYTES: usize = 16 << 10;
 
 /// Data of a durability step is gathered in memory and written in pieces of this many bytes, past the page cache: the processor's time for a
-/// write of this size is a third of what the page cache takes. Until a step has brought so much, unless the one before did, pieces are
+/// write of this size is a third of what the page cache takes. Until a step has brought so much, unless the one before had four of them, pieces are
 /// smaller and go through the cache: a write past it is waited for, and many disks that have little each would wait one after the other.
 pub const PIECE_BYTES: usize = 1 << 20;
 

@@ -15,6 +15,10 @@ use crate::pool::Pool;
 /// So many times smaller pieces are until a step is large.
 const SMALL_PIECES: usize = 16;
 
+/// A step of so many pieces has the next begin with a large one. Of many disks that have a piece or two each, as a commit of them
+/// all brings, the pieces would need more memory than is kept.
+const LARGE_PIECES: usize = 4;
+
 const PAGE: usize = PAGE_BYTES as usize;
 
 /// A page of memory that begins where a page begins, as writing past the page cache needs it.
@@ -58,7 +62,7 @@ pub(super) struct Gathered {
     used_bytes: usize,
     /// Bytes of this durability step that were written, or are on their way.
     step_bytes: usize,
-    /// Whether the step before was large: the next will most likely be.
+    /// Whether the step before had [`LARGE_PIECES`]: the next will most likely be large.
     was_large: bool,
     under_way: UnderWay,
 }
@@ -144,7 +148,8 @@ impl Gathered {
     /// # Errors
     /// As [`Gathered::write`].
     pub(super) fn finish(&mut self) -> io::Result<()> {
-        self.was_large = self.step_bytes.saturating_add(self.used_bytes) >= self.shared.piece_bytes;
+        let step_bytes = self.step_bytes.saturating_add(self.used_bytes);
+        self.was_large = step_bytes >= LARGE_PIECES * self.shared.piece_bytes;
         (self.used_bytes, self.step_bytes) = (0, 0);
         self.shared.put(std::mem::take(&mut self.pages));
         self.under_way.all()
@@ -206,7 +211,7 @@ mod tests {
         let shared = Arc::new(PageWriting::new(SMALL_PIECES * PAGE, 0));
         let mut gathered = Gathered::new(Arc::clone(&shared));
         let mut pieces = Vec::new();
-        for _ in 0..SMALL_PIECES + 2 {
+        for _ in 0..SMALL_PIECES + LARGE_PIECES - 1 {
             gathered.fill(&vec![1; SMALL_PIECES * PAGE]);
             assert!(gathered.is_full());
             gathered.write(&file, 0).unwrap();
@@ -214,7 +219,7 @@ mod tests {
             gathered.clear();
         }
         assert_eq!(pieces[..SMALL_PIECES], [(1, false); SMALL_PIECES]);
-        assert_eq!(pieces[SMALL_PIECES..], [(SMALL_PIECES, true); 2]);
+        assert_eq!(pieces[SMALL_PIECES..], [(SMALL_PIECES, true); LARGE_PIECES - 1]);
         gathered.finish().unwrap();
         assert!(shared.free.bytes() >= SMALL_PIECES * PAGE, "memory of pieces comes back");
         drop(shared.free.take());
