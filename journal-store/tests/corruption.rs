@@ -21,16 +21,7 @@ const DISK_BYTES: u64 = 24 << 10;
 type Files = BTreeMap<PathBuf, Vec<u8>>;
 
 fn config() -> StoreConfig {
-    StoreConfig {
-        segment_data_bytes: 200_000,
-        segment_meta_bytes: 1 << 20,
-        segment_records: 25,
-        cache_bytes: 1 << 20,
-        sync_threads: 1,
-        waiting_bytes: 4 << 10,
-        piece_bytes: 8 << 10,
-        pieces_under_way: 0,
-    }
+    StoreConfig { segment_data_bytes: 200_000, segment_records: 25, ..support::config() }
 }
 
 /// A small store of some segments, closed: its files, what the disk holds at each LSN, and a frame that would come next.

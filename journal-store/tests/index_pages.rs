@@ -25,16 +25,7 @@ const FRAME_RECORDS: u64 = 100;
 type Files = BTreeMap<PathBuf, Vec<u8>>;
 
 fn config() -> StoreConfig {
-    StoreConfig {
-        segment_data_bytes: 1 << 20,
-        segment_meta_bytes: 1 << 20,
-        segment_records: 1000,
-        cache_bytes: 1 << 20,
-        sync_threads: 1,
-        waiting_bytes: 4 << 10,
-        piece_bytes: 8 << 10,
-        pieces_under_way: 0,
-    }
+    StoreConfig { segment_data_bytes: 1 << 20, segment_records: 1000, ..support::config() }
 }
 
 /// A closed store of two sealed segments and an active one, each with writes to nearly all chunks: an index has two pages of
@@ -70,6 +61,16 @@ impl Sample {
 
     fn file(&self, name: &str) -> &PathBuf {
         self.files.keys().find(|path| path.ends_with(name)).expect("the file")
+    }
+
+    /// Opens the disk with each place of an index rotten, as a reader and as a writer.
+    fn with_rot(&self, path: &Path, mut look: impl FnMut(usize, bool, &MemStorage, &Opened)) {
+        for at in self.places(path) {
+            for writable in [false, true] {
+                let storage = self.flipped(path, at);
+                look(at, writable, &storage, &open(&storage, writable));
+            }
+        }
     }
 
     fn flipped(&self, path: &Path, at: usize) -> MemStorage {
@@ -212,18 +213,14 @@ fn rot_in_any_page_is_not_looked_for_at_opening_and_costs_no_reader_anything() {
 fn verifying_checks_pages_that_nobody_has_read_and_a_writer_mends_them() {
     let sample = Sample::new();
     let path = sample.index(1);
-    for at in sample.places(path) {
-        for writable in [false, true] {
-            let storage = sample.flipped(path, at);
-            let disk = open(&storage, writable);
-            let found = verify(&disk);
-            assert_eq!(found.len(), 1, "byte {at}: {found:?}");
-            assert_eq!((&*found[0].path, found[0].kind), (&**path, DamageKind::Index), "byte {at}");
-            assert_eq!(storage.files()[path] == sample.files[path], writable, "byte {at}");
-            assert_eq!(verify(&disk).is_empty(), writable, "byte {at}");
-            sample.compare(&disk, &format!("byte {at}")).expect("all can be read");
-        }
-    }
+    sample.with_rot(path, |at, writable, storage, disk| {
+        let found = verify(disk);
+        assert_eq!(found.len(), 1, "byte {at}: {found:?}");
+        assert_eq!((&*found[0].path, found[0].kind), (&**path, DamageKind::Index), "byte {at}");
+        assert_eq!(storage.files()[path] == sample.files[path], writable, "byte {at}");
+        assert_eq!(verify(disk).is_empty(), writable, "byte {at}");
+        sample.compare(disk, &format!("byte {at}")).expect("all can be read");
+    });
 }
 
 #[test]
@@ -308,21 +305,17 @@ fn an_index_that_cannot_be_written_again_is_kept_in_memory() {
 fn many_readers_that_come_to_the_same_bad_page_are_all_answered() {
     let sample = Sample::new();
     let path = sample.index(1);
-    for at in sample.places(path) {
-        for writable in [false, true] {
-            let storage = sample.flipped(path, at);
-            let disk = open(&storage, writable);
-            let want = contents(&view(&sample.good, Lsn(700))).expect("undamaged");
-            std::thread::scope(|scope| {
-                for _ in 0..8 {
-                    scope.spawn(|| {
-                        let got = contents(&view(&disk, Lsn(700))).expect("read");
-                        assert!(got == want, "byte {at}: wrong");
-                    });
-                }
-            });
-            assert_noted(&disk.known_damage(), path, at, "noted once");
-            assert_eq!(storage.files()[path] == sample.files[path], writable);
-        }
-    }
+    sample.with_rot(path, |at, writable, storage, disk| {
+        let want = contents(&view(&sample.good, Lsn(700))).expect("undamaged");
+        std::thread::scope(|scope| {
+            for _ in 0..8 {
+                scope.spawn(|| {
+                    let got = contents(&view(disk, Lsn(700))).expect("read");
+                    assert!(got == want, "byte {at}: wrong");
+                });
+            }
+        });
+        assert_noted(&disk.known_damage(), path, at, "noted once");
+        assert_eq!(storage.files()[path] == sample.files[path], writable);
+    });
 }

@@ -1,8 +1,8 @@
 //! The committer: one thread that drives the [`Plane`] for all agents: it appends frames of all disks, makes them durable
 //! together, and acknowledges.
 //!
-//! While one commit runs the next batch gathers in the queue; so the batch size follows the load. A batch that is large already is
-//! a sign of more to come, and waits a moment for it.
+//! While one commit runs the next batch gathers in the queue; so the batch size follows the load. A batch that is worth a
+//! commit already is a sign of more to come, and waits a moment for it.
 
 use std::collections::HashMap;
 use std::sync::Arc;

@@ -53,7 +53,7 @@ impl IndexShape {
         let index = shape.open(bytes);
         shape.check_frames(&index)?;
         shape.check_wide_and_marks(&index)?;
-        check_pages(&index)?;
+        check_first_chunks(&index)?;
         Ok(shape)
     }
 
@@ -239,7 +239,7 @@ fn check_chunks(chunks: &[RawChunk]) -> Result<(), FormatError> {
 }
 
 /// The pages' first chunks, of which a search believes the order before it looks at a page.
-fn check_pages(index: &Index<'_>) -> Result<(), FormatError> {
+fn check_first_chunks(index: &Index<'_>) -> Result<(), FormatError> {
     let (of_chunks, of_extents) = index.pages.split_at_checked(index.chunk_pages()).unwrap_or_default();
     if !of_chunks.is_sorted_by(|one, next| one.first_chunk.get() < next.first_chunk.get()) {
         return bad("the pages of chunks are out of order");

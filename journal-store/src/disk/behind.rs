@@ -3,7 +3,7 @@
 
 use std::io;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::Builder;
 
@@ -41,10 +41,12 @@ impl Behind {
 
     fn start(&self) -> Option<SyncSender<Piece>> {
         // One is being written, the others wait.
-        let (sender, pieces) = sync_channel(self.most.checked_sub(1)?);
-        let all = move |pieces: Receiver<Piece>| pieces.into_iter().for_each(Piece::write);
+        let (sender, pieces) = sync_channel::<Piece>(self.most.checked_sub(1)?);
         // Without a thread everything takes longer, and works.
-        Builder::new().name("cdp-write".to_owned()).spawn(move || all(pieces)).ok()?;
+        Builder::new()
+            .name("cdp-write".to_owned())
+            .spawn(move || pieces.into_iter().for_each(Piece::write))
+            .ok()?;
         Some(sender)
     }
 }
