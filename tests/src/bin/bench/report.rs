@@ -239,7 +239,7 @@ impl Report {
         );
         for (number, (variant, ratio)) in bars.iter().enumerate() {
             let (y, width) = (26 + 22 * number, 340.0 * ratio / longest);
-            let color = if variant.starts_with("qemu-cdp") { "#1a6fb5" } else { "#9aa5ad" };
+            let color = if is_ours(variant) { "#1a6fb5" } else { "#9aa5ad" };
             let _ = writeln!(
                 svg,
                 "<text x=\"4\" y=\"{}\">{variant}</text><rect x=\"240\" y=\"{y}\" width=\"{width:.1}\" height=\"16\" fill=\"{color}\"/>\
@@ -263,8 +263,8 @@ fn short(value: f64) -> String {
     }
 }
 
-/// Medians of two runs side by side, by their ratios to each table's first variant; fails when one of ours got worse by a
-/// tenth or more in its table's main value, or in a tail.
+/// Medians of two runs side by side, by their ratios to each table's first variant, or as they are in tables whose first one is
+/// ours, too; fails when one of ours got worse by a tenth or more in its table's main value, or in a tail.
 pub(crate) fn compare(old: &Path, new: &Path) -> ExitCode {
     let (Some(old), Some(new)) = (read(old), read(new)) else { return ExitCode::from(2) };
     let mut worse = 0;
@@ -274,21 +274,35 @@ pub(crate) fn compare(old: &Path, new: &Path) -> ExitCode {
             for value in
                 main.into_iter().chain(["p99_us", "max_ms"].into_iter().filter(|tail| Some(*tail) != main))
             {
-                let pair = old.ratio(table, variant, value).zip(new.ratio(table, variant, value));
-                let Some((Spread(before, ..), Spread(after, ..))) = pair else { continue };
+                let by_itself = new.variants(table).first().is_some_and(|first| is_ours(first));
+                let median = |report: &Report| {
+                    if by_itself {
+                        report.spread(table, variant, value)
+                    } else {
+                        report.ratio(table, variant, value)
+                    }
+                };
+                let Some((Spread(before, ..), Spread(after, ..))) = median(&old).zip(median(&new)) else {
+                    continue;
+                };
+                let times = if by_itself { "" } else { "× " };
                 let change = if more_is_better(value) { before / after } else { after / before };
-                let verdict = if change >= 1.1 && variant.starts_with("qemu-cdp") {
+                let verdict = if change >= 1.1 && is_ours(variant) {
                     worse += 1;
                     "WORSE"
                 } else {
                     ""
                 };
-                println!("{table} | {variant} | {value} | × {before:.3} → × {after:.3} {verdict}");
+                println!("{table} | {variant} | {value} | {times}{before:.3} → {times}{after:.3} {verdict}");
             }
         }
     }
     println!("{worse} worse");
     if worse == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+fn is_ours(variant: &str) -> bool {
+    variant.starts_with("qemu-cdp")
 }
 
 /// Rates; everything else is a time, a size or a share.
