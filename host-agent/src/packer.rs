@@ -2,10 +2,9 @@
 
 use std::time::Duration;
 
-use journal_format::codec::FrameCompressor;
 use journal_format::frame::{FrameMeta, encode_head};
 use journal_format::limits::MAX_RECORD_DATA_BYTES;
-use journal_format::{DiskId, Epoch, FormatError, Op, Record};
+use journal_format::{DiskId, Epoch, FormatError, Op, Record, codec};
 
 use crate::limits::{
     FRAME_FEW_AGE, FRAME_FEW_RECORDS, FRAME_MAX_AGE, FRAME_MAX_RECORDS, FRAME_TARGET_BYTES, ZSTD_LEVEL,
@@ -25,7 +24,6 @@ pub struct Packer {
     data: Vec<u8>,
     /// Memory of an earlier frame, for what compression makes.
     spare: Vec<u8>,
-    compressor: FrameCompressor,
     opened: Option<Duration>,
     /// It has the record that begins the epoch.
     begins_epoch: bool,
@@ -42,7 +40,6 @@ impl Packer {
             records: Vec::with_capacity(FRAME_MAX_RECORDS),
             data: Vec::with_capacity(FRAME_TARGET_BYTES + MAX_RECORD_DATA_BYTES as usize),
             spare: Vec::new(),
-            compressor: FrameCompressor::default(),
             opened: None,
             begins_epoch: false,
         }
@@ -121,7 +118,7 @@ impl Packer {
         let (first_lsn, last_lsn, last_stamp) = (first.lsn, last.lsn, last.stamp);
         let raw_bytes = u32::try_from(self.data.len()).unwrap_or(u32::MAX);
         let mut data = std::mem::take(&mut self.spare);
-        let codec = self.compressor.compress(&mut self.data, ZSTD_LEVEL, &mut data);
+        let codec = codec::compress(&mut self.data, ZSTD_LEVEL, &mut data);
         let meta = FrameMeta {
             disk: self.disk,
             epoch: self.epoch,
@@ -142,7 +139,7 @@ impl Packer {
 
 #[cfg(test)]
 mod tests {
-    use journal_format::{ByteRange, DataSpan, Frame, GapReason, Lsn, Stamp, codec};
+    use journal_format::{ByteRange, DataSpan, Frame, GapReason, Lsn, Stamp};
     use proptest::prelude::*;
 
     use super::*;

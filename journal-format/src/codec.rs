@@ -26,12 +26,6 @@ const MOST_DOUBTS: usize = 2;
 /// How far a sample is moved in its stripe against the one before, around it: what repeats every 4, 8 or 64 KiB (pages that
 /// begin or end alike) shows all its parts.
 const SAMPLE_STEP_BYTES: usize = 9_497;
-/// After so many probed frames in a row of which nothing paid, only a glimpse is taken of the next ones ...
-const QUIET_FRAMES: u32 = 8;
-/// ... in samples of one stripe in so many, in turn, ...
-const GLIMPSE_STRIPES: usize = 4;
-/// ... and one in so many is probed all the same.
-const QUIET_PERIOD: u32 = 16;
 /// Blocks of a file system, whose first bytes tell whether one comes twice.
 const BLOCK_BYTES: usize = 4 << 10;
 
@@ -44,46 +38,6 @@ const BLOCK_BYTES: usize = 4 << 10;
 /// sixteenth of the frame, at the same level: it misses what pays in so few places that hardly a sample hits them.
 #[must_use]
 pub fn compress(raw: &mut Vec<u8>, level: i32, out: &mut Vec<u8>) -> Codec {
-    pack(raw, level, out, worth)
-}
-
-/// [`compress`] for the frames of a disk, one after the other. What does not compress comes in long stretches, in which knowing that costs less:
-/// of a frame after eight (2 MiB and more) of which nothing paid, only a glimpse is taken, a quarter of the probe, and if that
-/// shows nothing it is kept raw. Where such a stretch ends, that frame is probed as any other. What a glimpse may miss are pieces
-/// of less than 64 KiB, which did not show in any of eight frames, and what saves a little everywhere (pages that begin
-/// alike): that is found by one frame in sixteen, which is probed all the same.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct FrameCompressor {
-    /// Probed frames in a row of which nothing paid.
-    quiet: u32,
-}
-
-impl FrameCompressor {
-    /// As [`compress`], for the next frame.
-    #[must_use]
-    pub fn compress(&mut self, raw: &mut Vec<u8>, level: i32, out: &mut Vec<u8>) -> Codec {
-        let (raw_bytes, turn) = (raw.len(), self.quiet as usize);
-        let is_known = self.quiet >= QUIET_FRAMES && !self.quiet.is_multiple_of(QUIET_PERIOD);
-        let codec = pack(raw, level, out, |context, raw| {
-            if is_known && raw.len() >= PROBED_FROM_BYTES && !glimpse(context, raw, turn) {
-                return Vec::new();
-            }
-            worth(context, raw)
-        });
-        if raw_bytes >= PROBED_FROM_BYTES {
-            self.quiet = if out.len() < raw_bytes { 0 } else { self.quiet.saturating_add(1) };
-        }
-        codec
-    }
-}
-
-/// [`compress`], where `worth` says which groups to try; none that it does not speak of.
-fn pack(
-    raw: &mut Vec<u8>,
-    level: i32,
-    out: &mut Vec<u8>,
-    worth: impl FnOnce(&mut Compressor<'_>, &[u8]) -> Vec<Worth>,
-) -> Codec {
     out.clear();
     let raw_bytes = raw.len();
     let mut lengths = Vec::new();
@@ -203,12 +157,11 @@ fn worth(context: &mut Compressor<'_>, raw: &[u8]) -> Vec<Worth> {
     let (mut sampled, mut left) = (0_usize, 0_usize);
     let mut worth = Vec::with_capacity(groups.len());
     for (number, group) in groups.enumerate() {
-        let first = number.saturating_mul(GROUP_BYTES / STRIPE_BYTES);
-        let sample = sample_of((first..).zip(group.chunks(STRIPE_BYTES)));
+        let sample = sample_of(group, number.saturating_mul(GROUP_BYTES / STRIPE_BYTES));
         let packed = context.compress_to_buffer(&sample, &mut out).unwrap_or(sample.len());
         sampled = sampled.saturating_add(sample.len());
         left = left.saturating_add(packed.min(sample.len()));
-        let repeats = || repeats(group);
+        let repeats = || group.chunks(PART_RAW_BYTES as usize).any(repeats);
         worth.push(match packed {
             // zstd gives up a block that saves less than 1/64: the least that it says counts.
             _ if packed < most_stored(sample.len()) || repeats() => Worth::Something,
@@ -229,24 +182,10 @@ fn worth(context: &mut Compressor<'_>, raw: &[u8]) -> Vec<Worth> {
     own.map(|(at, worth)| if beside(at) { Worth::Something } else { *worth }).collect()
 }
 
-/// Whether a few samples of a frame show that there may be something to compress: one stripe in [`GLIMPSE_STRIPES`], those of
-/// `turn`, as many at a time as those of a group.
-fn glimpse(context: &mut Compressor<'_>, raw: &[u8], turn: usize) -> bool {
-    let mut out = Vec::with_capacity(compress_bound(GROUP_BYTES / STRIPE_BYTES * SAMPLE_BYTES));
-    let at = turn.checked_rem(GLIMPSE_STRIPES).unwrap_or_default();
-    let mut shows = |groups: &[u8]| {
-        let stripes = groups.chunks(STRIPE_BYTES).enumerate().skip(at).step_by(GLIMPSE_STRIPES);
-        // Other places in their stripes each time.
-        let sample = sample_of(stripes.map(|(number, stripe)| (number.saturating_add(turn), stripe)));
-        context.compress_to_buffer(&sample, &mut out).is_ok_and(|packed| packed < most_stored(sample.len()))
-    };
-    raw.chunks(GROUP_BYTES * GLIMPSE_STRIPES).any(|groups| shows(groups) || repeats(groups))
-}
-
-/// A piece of each stripe, one behind the other; which one, its number says.
-fn sample_of<'a>(stripes: impl Iterator<Item = (usize, &'a [u8])>) -> Vec<u8> {
+/// A piece of each stripe of a group, one behind the other; `first` is the number of its first stripe in the frame.
+fn sample_of(group: &[u8], first: usize) -> Vec<u8> {
     let mut sample = Vec::with_capacity(GROUP_BYTES / STRIPE_BYTES * SAMPLE_BYTES);
-    for (number, stripe) in stripes {
+    for (number, stripe) in (first..).zip(group.chunks(STRIPE_BYTES)) {
         let places = stripe.len().saturating_sub(SAMPLE_BYTES).saturating_add(1);
         let at = number.wrapping_mul(SAMPLE_STEP_BYTES).checked_rem(places).unwrap_or_default();
         sample.extend(stripe.iter().skip(at).take(SAMPLE_BYTES));
@@ -254,13 +193,9 @@ fn sample_of<'a>(stripes: impl Iterator<Item = (usize, &'a [u8])>) -> Vec<u8> {
     sample
 }
 
-/// Whether a part of these has blocks that come again often enough to pay even if nothing in them can be compressed. No sample
-/// would show that.
-fn repeats(groups: &[u8]) -> bool {
-    groups.chunks(PART_RAW_BYTES as usize).any(has_blocks_twice)
-}
-
-fn has_blocks_twice(part: &[u8]) -> bool {
+/// Whether a part has blocks that come again often enough to pay even if nothing in them can be compressed. No sample would
+/// show that.
+fn repeats(part: &[u8]) -> bool {
     let mut heads: Vec<[u8; 8]> =
         part.chunks(BLOCK_BYTES).filter_map(|block| block.first_chunk().copied()).collect();
     let blocks = heads.len();
@@ -446,105 +381,6 @@ mod tests {
                 assert!(stored(&raw) < FRAME - FRAME / 16, "eighth {place} of each {page} bytes is zero");
             }
         }
-    }
-
-    /// A stream that has seen so much noise that it only takes glimpses, each next one at another turn.
-    fn quiet_streams() -> impl Iterator<Item = FrameCompressor> {
-        let noise = noise(FRAME);
-        let mut stream = FrameCompressor::default();
-        let mut out = Vec::new();
-        std::iter::repeat_with(move || {
-            let _raw = stream.compress(&mut noise.clone(), 1, &mut out);
-            assert_eq!(out.len(), FRAME + parts::table_bytes(FRAME as u32) as usize);
-            stream
-        })
-        .filter(|stream| stream.quiet >= QUIET_FRAMES && !stream.quiet.is_multiple_of(QUIET_PERIOD))
-    }
-
-    /// What is stored of the next frame.
-    fn stored_next(mut stream: FrameCompressor, raw: &[u8]) -> usize {
-        let mut out = Vec::new();
-        let codec = stream.compress(&mut raw.to_vec(), 1, &mut out);
-        let raw_bytes = u32::try_from(raw.len()).unwrap();
-        assert_eq!(decompress(codec, &out, raw_bytes).unwrap(), raw);
-        let has_paid = raw.len() >= PROBED_FROM_BYTES && out.len() < raw.len();
-        assert_eq!(stream.quiet == 0, has_paid, "what pays ends a quiet stretch");
-        out.len() - if codec == Codec::Parts { parts::table_bytes(raw_bytes) as usize } else { 0 }
-    }
-
-    #[test]
-    fn where_a_stretch_of_noise_ends_the_frame_is_probed_as_any_other() {
-        let letters: Vec<u8> = noise(FRAME).iter().map(|byte| byte & 3).collect();
-        let twice: Vec<u8> =
-            noise(FRAME / 2).chunks(BLOCK_BYTES).flat_map(|block| [block, block].concat()).collect();
-        for stream in quiet_streams().take(40) {
-            for raw in [&[0; FRAME][..], &letters, &twice, &[0; PROBED_FROM_BYTES], &[0; 5000]] {
-                assert_eq!(stored_next(stream, raw), stored(raw), "{stream:?}");
-            }
-            // All of it in one piece that a glimpse cannot miss, wherever it lies.
-            for piece in (0..=FRAME - (64 << 10)).step_by(24 << 10) {
-                let mut raw = noise(FRAME);
-                raw[piece..piece + (64 << 10)].fill(0);
-                assert_eq!(stored_next(stream, &raw), stored(&raw), "{stream:?}, zeroes from {piece} on");
-            }
-        }
-    }
-
-    /// The price: pages among noise, so few that eight frames in a row had none.
-    #[test]
-    fn of_what_pays_here_and_there_little_is_missed() {
-        let block = BLOCK_BYTES;
-        for one_in in [2, 8, 32, 128, 512] {
-            let (mut stream, mut out) = (FrameCompressor::default(), Vec::new());
-            let (mut raw_bytes, mut with, mut without) = (0, 0, 0);
-            let mut x = 7_u64;
-            for _ in 0..60 {
-                let mut raw = noise(FRAME);
-                for page in raw.chunks_mut(block) {
-                    x = x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-                    if (x >> 33).is_multiple_of(one_in) {
-                        page[8..].fill(0);
-                    }
-                }
-                raw_bytes += raw.len();
-                without += stored(&raw);
-                let _codec = stream.compress(&mut raw, 1, &mut out);
-                with += out.len();
-            }
-            let missed = with.saturating_sub(without) as f64 / raw_bytes as f64;
-            println!("one page in {one_in}: {missed:.4} of all bytes missed");
-            assert!(missed < 0.01, "one page in {one_in}: {missed} of all bytes");
-        }
-    }
-
-    #[test]
-    fn what_saves_a_little_everywhere_is_found_after_a_while() {
-        let mut pages = noise(FRAME);
-        for (number, page) in pages.chunks_mut(BLOCK_BYTES).enumerate() {
-            page[..512].copy_from_slice(&noise(512));
-            page[..8].copy_from_slice(&(number as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes());
-        }
-        let mut context = Compressor::new(1).unwrap();
-        for stream in quiet_streams().take(20) {
-            let turn = stream.quiet as usize;
-            assert!(!glimpse(&mut context, &pages, turn), "or this test shows nothing");
-            let (mut stream, mut out) = (stream, Vec::new());
-            let late = (0..QUIET_PERIOD).position(|_| {
-                let _codec = stream.compress(&mut pages.clone(), 1, &mut out);
-                out.len() < FRAME
-            });
-            assert!(late.is_some(), "{stream:?}");
-        }
-    }
-
-    /// Data that shrinks a little everywhere, by less than what pays, is not tried again and again.
-    #[test]
-    fn in_a_stretch_of_what_does_not_pay_nothing_is_tried() {
-        let mut weak = noise(FRAME);
-        weak.iter_mut().step_by(16).for_each(|byte| *byte = 0);
-        let mut context = Compressor::new(1).unwrap();
-        assert!(worth(&mut context, &weak).contains(&Worth::Doubtful));
-        assert!((0..40).all(|turn| !glimpse(&mut context, &weak, turn)));
     }
 
     #[test]
