@@ -49,6 +49,7 @@ pub mod limits;
 mod pool;
 mod segment;
 mod store;
+mod syncing;
 mod timeline;
 mod view;
 
