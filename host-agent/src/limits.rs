@@ -25,6 +25,9 @@ pub const FRAME_MAX_AGE: Duration = Duration::from_micros(1500);
 /// its files.
 pub const FRAME_FEW_RECORDS: usize = 16;
 
+/// Bytes of data from which on a frame is worth that, however few records it has: as many as so many of 4 KiB.
+pub const FRAME_FEW_BYTES: usize = FRAME_FEW_RECORDS * 4096;
+
 /// Age at which a frame is closed however few records it has. So long may a slow writer's last writes be on their way; one
 /// that waits for the server is not kept waiting by it.
 pub const FRAME_FEW_AGE: Duration = Duration::from_millis(5);

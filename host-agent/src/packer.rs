@@ -7,7 +7,8 @@ use journal_format::limits::MAX_RECORD_DATA_BYTES;
 use journal_format::{DiskId, Epoch, FormatError, Op, Record, codec};
 
 use crate::limits::{
-    FRAME_FEW_AGE, FRAME_FEW_RECORDS, FRAME_MAX_AGE, FRAME_MAX_RECORDS, FRAME_TARGET_BYTES, ZSTD_LEVEL,
+    FRAME_FEW_AGE, FRAME_FEW_BYTES, FRAME_FEW_RECORDS, FRAME_MAX_AGE, FRAME_MAX_RECORDS, FRAME_TARGET_BYTES,
+    ZSTD_LEVEL,
 };
 use crate::outbox::PackedFrame;
 
@@ -104,7 +105,8 @@ impl Packer {
     #[must_use]
     pub fn is_due(&self, now: Duration) -> bool {
         let full = self.data.len() >= FRAME_TARGET_BYTES || self.records.len() >= FRAME_MAX_RECORDS;
-        let age = if self.records.len() < FRAME_FEW_RECORDS { FRAME_FEW_AGE } else { FRAME_MAX_AGE };
+        let few = self.records.len() < FRAME_FEW_RECORDS && self.data.len() < FRAME_FEW_BYTES;
+        let age = if few { FRAME_FEW_AGE } else { FRAME_MAX_AGE };
         let old = self.opened.is_some_and(|opened| now.saturating_sub(opened) >= age);
         full || old || self.begins_epoch
     }
@@ -221,6 +223,16 @@ mod tests {
         let rest = FRAME_TARGET_BYTES - 100 * FRAME_FEW_RECORDS;
         assert!(put(&mut packer, now, FRAME_FEW_RECORDS as u64 + 1, &vec![1; rest]).is_none());
         assert!(packer.is_due(now));
+    }
+
+    #[test]
+    fn few_large_records_wait_no_longer_than_many_small_ones() {
+        let mut packer = packer();
+        let now = Duration::ZERO;
+        put(&mut packer, now, 1, &vec![1; FRAME_FEW_BYTES - 1]);
+        assert!(!packer.is_due(now + FRAME_MAX_AGE), "a byte less than what is worth a frame");
+        put(&mut packer, now, 2, &[1]);
+        assert!(!packer.is_due(now) && packer.is_due(now + FRAME_MAX_AGE));
     }
 
     #[test]
