@@ -163,7 +163,7 @@ pub const EVENT_QUEUE: usize = 4096;
 /// Most requests of the server that may wait for one disk.
 pub const MAX_WAITERS: usize = 256;
 
-const _: () = assert!(FRAME_FEW_RECORDS < FRAME_MAX_RECORDS);
+const _: () = assert!(FRAME_FEW_RECORDS < FRAME_MAX_RECORDS && FRAME_FEW_BYTES < FRAME_TARGET_BYTES);
 const _: () = assert!(FRAME_MAX_AGE.as_micros() < FRAME_FEW_AGE.as_micros());
 const _: () = assert!(MIN_OUTBOX_BYTES as usize >= 2 * (MAX_FRAME_BYTES + 4096));
 const _: () = assert!(FRAME_MAX_RECORDS <= journal_format::limits::MAX_FRAME_RECORDS as usize);

@@ -1,6 +1,7 @@
 //! The store: its disks, and committing across them.
 
 use std::collections::BTreeMap;
+use std::io::Error;
 use std::path::Path;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
@@ -206,9 +207,10 @@ impl Store {
         let mut failures = Vec::new();
         for commit in commits {
             let disk = commit.disk();
-            // Both of its files; `zip` would stop at the first failure and leave the other behind.
-            let (data, meta) = (results.next(), results.next());
-            let synced = data.unwrap_or(Ok(())).and(meta.unwrap_or(Ok(())));
+            // Both of its files.
+            let both = results.next().zip(results.next());
+            let unknown = || StoreError::io("sync", &self.env.root)(Error::other("nobody knows how it went"));
+            let synced = both.ok_or_else(unknown).and_then(|(data, meta)| data.and(meta));
             if let Err(error) = commit.finish(synced) {
                 failures.push((disk, error));
             }

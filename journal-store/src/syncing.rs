@@ -94,8 +94,7 @@ impl Shared {
             let idle = |helpers: &mut Helpers| helpers.jobs.is_empty() && !helpers.is_over;
             let waited = self.called.wait_while(self.lock(), idle);
             let Some(job) = waited.unwrap_or_else(PoisonError::into_inner).jobs.pop_front() else { return };
-            // The file at which it panicked has no result; the others are left to whoever comes.
-            let _panicked = catch_unwind(AssertUnwindSafe(|| job.work()));
+            job.work();
         }
     }
 }
@@ -111,15 +110,15 @@ struct Job {
 struct State {
     /// Which nobody has taken, by their numbers.
     waiting: VecDeque<(usize, Named)>,
-    /// `None` until a file is done, and for ever where doing it panicked.
-    results: Vec<Option<Result<(), StoreError>>>,
+    results: Vec<Result<(), StoreError>>,
     /// Files that are waiting or being done.
     left: usize,
 }
 
 impl Job {
     fn new(files: Vec<Named>) -> Self {
-        let (left, results) = (files.len(), files.iter().map(|_| None).collect());
+        let nobody_came = |(_, path): &Named| Err(failed("nobody tried", path));
+        let (left, results) = (files.len(), files.iter().map(nobody_came).collect());
         let state = State { waiting: files.into_iter().enumerate().collect(), results, left };
         Self { state: Mutex::new(state), ended: Condvar::new() }
     }
@@ -133,41 +132,34 @@ impl Job {
     fn work(&self) {
         loop {
             let Some((number, (file, path))) = self.lock().waiting.pop_front() else { return };
-            let mut doing = Doing { job: self, number, result: None };
-            doing.result = Some(file.sync().map_err(StoreError::io("sync", &path)));
+            // A panic is that file's failure and nobody else's.
+            let synced = catch_unwind(AssertUnwindSafe(|| file.sync()));
+            let result = match synced {
+                Ok(synced) => synced.map_err(StoreError::io("sync", &path)),
+                Err(_) => Err(failed("it panicked", &path)),
+            };
+            // Whoever waits for it finds it closed.
+            drop(file);
+            let mut state = self.lock();
+            if let Some(place) = state.results.get_mut(number) {
+                *place = result;
+            }
+            state.left -= 1;
+            if state.left == 0 {
+                self.ended.notify_all();
+            }
         }
     }
 
     /// Waits for the files that others have taken.
     fn wait(&self) -> Vec<Result<(), StoreError>> {
         let state = self.ended.wait_while(self.lock(), |state| state.left > 0);
-        let results = std::mem::take(&mut state.unwrap_or_else(PoisonError::into_inner).results);
-        let panicked =
-            || Err(StoreError::io("sync", Path::new("a segment"))(io::Error::other("the thread panicked")));
-        results.into_iter().map(|result| result.unwrap_or_else(panicked)).collect()
+        std::mem::take(&mut state.unwrap_or_else(PoisonError::into_inner).results)
     }
 }
 
-/// A file that is being made durable, and what came of it, also if that was a panic.
-struct Doing<'a> {
-    job: &'a Job,
-    number: usize,
-    result: Option<Result<(), StoreError>>,
-}
-
-impl Drop for Doing<'_> {
-    fn drop(&mut self) {
-        let mut state = self.job.lock();
-        if let Some(place) = state.results.get_mut(self.number) {
-            *place = self.result.take();
-        }
-        state.left -= 1;
-        let is_last = state.left == 0;
-        drop(state);
-        if is_last {
-            self.job.ended.notify_all();
-        }
-    }
+fn failed(why: &str, path: &Path) -> StoreError {
+    StoreError::io("sync", path)(io::Error::other(why.to_owned()))
 }
 
 #[cfg(test)]
@@ -181,7 +173,7 @@ mod tests {
     use crate::io::{Answer, Call, CallKind, Hook, HookStorage, MemStorage, Storage};
 
     /// Counts how often each file is made durable and by whom; the third fails, the fifth panics if that is wanted. Each waits
-    /// until so many are being made durable at once.
+    /// until so many have been begun.
     #[derive(Default, Debug)]
     struct Syncs {
         state: Mutex<Seen>,
@@ -229,7 +221,7 @@ mod tests {
         paths.map(|path| (storage.create(&path).unwrap(), path)).collect()
     }
 
-    fn failed(results: &[Result<(), StoreError>]) -> Vec<usize> {
+    fn failing(results: &[Result<(), StoreError>]) -> Vec<usize> {
         (0..results.len()).filter(|number| results[*number].is_err()).collect()
     }
 
@@ -239,7 +231,7 @@ mod tests {
             let (syncing, syncs) = (Syncing::new(most), Arc::new(Syncs::default()));
             for round in 1..20 {
                 let results = syncing.sync(files(count, &syncs));
-                assert_eq!(failed(&results), if count > 2 { vec![2] } else { vec![] });
+                assert_eq!(failing(&results), if count > 2 { vec![2] } else { vec![] });
                 let seen = syncs.state.lock().unwrap();
                 assert_eq!(seen.files.len(), count);
                 assert!(seen.files.values().all(|times| *times == round));
@@ -254,7 +246,7 @@ mod tests {
         let (syncing, syncs) = (Syncing::new(16), Arc::new(Syncs { together: 2, ..Syncs::default() }));
         for _ in 0..20 {
             syncs.state.lock().unwrap().inside = 0;
-            assert_eq!(failed(&syncing.sync(files(2, &syncs))), []);
+            assert_eq!(failing(&syncing.sync(files(2, &syncs))), []);
         }
         assert_eq!(syncs.state.lock().unwrap().threads.len(), 2, "this one and a helper");
         let shared: Weak<Shared> = Arc::downgrade(&syncing.shared);
@@ -267,15 +259,27 @@ mod tests {
     }
 
     #[test]
-    fn a_panic_fails_its_own_file_only_and_its_thread_stays() {
-        let panicking = Arc::new(Syncs { panics: true, together: 2, ..Syncs::default() });
-        let calm = Arc::new(Syncs { together: 2, ..Syncs::default() });
-        let syncing = Syncing::new(2);
-        // It may be this thread that takes that file.
-        if let Ok(results) = catch_unwind(AssertUnwindSafe(|| syncing.sync(files(5, &panicking)))) {
-            assert_eq!(failed(&results), [2, 4]);
+    fn a_panic_fails_its_own_file_only_whoever_had_it() {
+        for (most, together) in [(1, 0), (2, 2)] {
+            let panicking = Arc::new(Syncs { panics: true, together, ..Syncs::default() });
+            let calm = Arc::new(Syncs { together, ..Syncs::default() });
+            let syncing = Syncing::new(most);
+            for _ in 0..20 {
+                assert_eq!(failing(&syncing.sync(files(5, &panicking))), [2, 4]);
+            }
+            assert_eq!(failing(&syncing.sync(files(2, &calm))), []);
+            assert_eq!(calm.state.lock().unwrap().threads.len(), most, "nobody is missing");
         }
-        assert_eq!(failed(&syncing.sync(files(2, &calm))), []);
-        assert_eq!(syncing.shared.lock().count, 1);
+    }
+
+    #[test]
+    fn nobody_keeps_a_file_that_was_made_durable() {
+        let (syncing, syncs) = (Syncing::new(16), Arc::new(Syncs::default()));
+        for _ in 0..500 {
+            let files = files(8, &syncs);
+            let kept: Vec<Weak<dyn File>> = files.iter().map(|(file, _)| Arc::downgrade(file)).collect();
+            let _results = syncing.sync(files);
+            assert!(kept.iter().all(|file| file.strong_count() == 0));
+        }
     }
 }
