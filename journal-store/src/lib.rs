@@ -49,7 +49,6 @@ pub mod limits;
 mod pool;
 mod segment;
 mod store;
-mod syncing;
 mod timeline;
 mod view;
 

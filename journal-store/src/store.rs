@@ -2,10 +2,11 @@
 
 use std::collections::BTreeMap;
 use std::io::Error;
-use std::path::Path;
-use std::sync::atomic::AtomicU64;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering::Relaxed;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::atomic::{AtomicU64, AtomicUsize};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::thread::Builder;
 
 use journal_format::{DiskId, Frame};
 
@@ -15,8 +16,8 @@ use crate::disk::pages::PageWriting;
 use crate::disk::{Commit, DiskStore, Env, create, exists, open};
 use crate::error::StoreError;
 use crate::files;
-use crate::io::{Lock, RealStorage, Storage};
-use crate::syncing::Syncing;
+use crate::io::{File, Lock, RealStorage, Storage};
+use crate::limits::FILES_PER_SYNC_THREAD;
 
 /// A folder of disks' journals.
 #[derive(Debug)]
@@ -27,7 +28,6 @@ pub struct Store {
     damaged: RwLock<BTreeMap<DiskId, Arc<StoreError>>>,
     /// One commit, and one opening of a disk, at a time.
     changing: Mutex<()>,
-    syncing: Syncing,
     /// `None` when opened for reading only.
     lock: Option<Box<dyn Lock>>,
 }
@@ -94,7 +94,6 @@ impl Store {
     ) -> Result<Self, StoreError> {
         let data = Cache::new(config.cache_bytes);
         let pages = Arc::new(PageWriting::new(config.piece_bytes, config.pieces_under_way));
-        let syncing = Syncing::new(config.sync_threads);
         let (root_dir, openings) = (root.to_owned(), AtomicU64::new(0));
         let env = Arc::new(Env { root: root_dir, storage, config, data, pages, openings });
         let store = Self {
@@ -102,7 +101,6 @@ impl Store {
             disks: RwLock::default(),
             damaged: RwLock::default(),
             changing: Mutex::default(),
-            syncing,
             lock,
         };
         let dir = files::disks_dir(root);
@@ -203,14 +201,13 @@ impl Store {
         let disks: Vec<_> = self.disks_ref().values().cloned().collect();
         let commits: Vec<Commit<'_>> = disks.iter().filter_map(|disk| disk.begin_commit()).collect();
         let files: Vec<_> = commits.iter().flat_map(Commit::files).collect();
-        let mut results = self.syncing.sync(files).into_iter();
+        let mut results = sync_all(&files, self.env.config.sync_threads).into_iter();
         let mut failures = Vec::new();
         for commit in commits {
             let disk = commit.disk();
-            // Both of its files.
-            let both = results.next().zip(results.next());
-            let unknown = || StoreError::io("sync", &self.env.root)(Error::other("nobody knows how it went"));
-            let synced = both.ok_or_else(unknown).and_then(|(data, meta)| data.and(meta));
+            // Both of its files; `zip` would stop at the first failure and leave the other behind.
+            let (data, meta) = (results.next(), results.next());
+            let synced = data.unwrap_or(Ok(())).and(meta.unwrap_or(Ok(())));
             if let Err(error) = commit.finish(synced) {
                 failures.push((disk, error));
             }
@@ -259,5 +256,75 @@ impl Drop for Store {
     fn drop(&mut self) {
         // Before the lock is given up: views may keep a disk for longer.
         self.disks_ref().values().for_each(|disk| disk.stop_writing());
+    }
+}
+
+/// Makes files durable, some at the same time; the results are in the order of the files.
+fn sync_all(files: &[(Arc<dyn File>, PathBuf)], threads: usize) -> Vec<Result<(), StoreError>> {
+    let results: Vec<OnceLock<Result<(), StoreError>>> = files.iter().map(|_| OnceLock::new()).collect();
+    let next = AtomicUsize::new(0);
+    let nth = |number| files.get(number).zip(results.get(number));
+    // ORDERING: nothing is published by it, it only counts; the results are seen because the threads are joined.
+    let take = || next.fetch_add(1, Relaxed);
+    let work = || {
+        while let Some(((file, path), result)) = nth(take()) {
+            let _set_once = result.set(file.sync().map_err(StoreError::io("sync", path)));
+        }
+    };
+    let threads = files.len().div_ceil(FILES_PER_SYNC_THREAD).max(2).min(files.len()).min(threads);
+    std::thread::scope(|scope| {
+        // With fewer threads than asked for it only takes longer.
+        let start = |_| Builder::new().name("cdp-sync".to_owned()).spawn_scoped(scope, work).ok();
+        let others: Vec<_> = (1..threads).filter_map(start).collect();
+        work();
+        for other in others {
+            // A file whose thread panicked has no result.
+            let _ended = other.join();
+        }
+    });
+    let died = || Err(StoreError::io("sync", Path::new("a segment"))(Error::other("the thread panicked")));
+    results.into_iter().map(|result| result.into_inner().unwrap_or_else(died)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::sync::Mutex;
+
+    use super::*;
+    use crate::io::{Answer, Call, CallKind, Hook, HookStorage, MemStorage};
+
+    /// Counts how often each file is made durable, and lets that fail for the third.
+    #[derive(Default, Debug)]
+    struct Syncs(Mutex<BTreeMap<PathBuf, usize>>);
+
+    impl Hook for Syncs {
+        fn before(&self, call: &Call<'_>) -> Answer {
+            if call.kind != CallKind::Sync {
+                return Answer::Go;
+            }
+            *self.0.lock().unwrap().entry(call.path.to_owned()).or_default() += 1;
+            if call.path == Path::new("/folder/2") {
+                Answer::Fail(Error::other("planted"))
+            } else {
+                Answer::Go
+            }
+        }
+    }
+
+    #[test]
+    fn each_file_is_made_durable_once_and_has_its_own_result() {
+        for (count, threads) in [(0, 16), (1, 16), (2, 1), (7, 3), (64, 16), (200, 16)] {
+            let (memory, syncs) = (Arc::new(MemStorage::new()), Arc::new(Syncs::default()));
+            let storage = HookStorage::new(memory, Arc::clone(&syncs) as Arc<dyn Hook>);
+            storage.create_dir(Path::new("/folder")).unwrap();
+            let paths: Vec<_> = (0..count).map(|number| PathBuf::from(format!("/folder/{number}"))).collect();
+            let files: Vec<_> =
+                paths.iter().map(|path| (storage.create(path).unwrap(), path.clone())).collect();
+            let failed: Vec<_> = sync_all(&files, threads).iter().map(Result::is_err).collect();
+            assert_eq!(failed, (0..count).map(|number| number == 2).collect::<Vec<_>>());
+            let once: BTreeMap<_, _> = paths.into_iter().map(|path| (path, 1)).collect();
+            assert_eq!(*syncs.0.lock().unwrap(), once);
+        }
     }
 }

@@ -7,7 +7,7 @@
 //! | `cdp-send` | 1 per agent | writes what others queued for that agent | the network |
 //! | `cdp-commit` | 1 | appends, commits, acknowledges, for all disks | the store |
 //! | `cdp-write` | 1, from the first large step on | writes large pieces of all disks' data | the disk |
-//! | `cdp-sync` | up to 15, from the first commit with so many files on | make files durable | the disk |
+//! | `cdp-sync` | up to 15 while a commit runs | make files durable | the disk |
 //! | `cdp-hash` | 2 | hashes what journals hold, for agents that compare | the store |
 //!
 //! No async runtime here: a thread that waits for a disk holds up nobody who answers REST requests.
