@@ -536,10 +536,11 @@ fn an_agent_that_stops_meanwhile_begins_no_capture() {
     let Bench { server, agent, filter: _filter, dir: _dir } = bench;
     let (was_late, answer) = std::thread::scope(|scope| {
         let asked = scope.spawn(|| server.set_protection(&id, true));
-        std::thread::sleep(Duration::from_millis(25));
-        let was_late = disk.is_attached();
+        std::thread::sleep(Duration::from_millis(10));
         stopper.stop();
-        (was_late, asked.join().unwrap())
+        // Where the ring was there sooner, the capture that was just beginning has begun then.
+        std::thread::sleep(Duration::from_millis(5));
+        (disk.is_attached(), asked.join().unwrap())
     });
     server.withhold_acks(false);
     agent.wait().unwrap();
