@@ -270,22 +270,15 @@ pub(crate) fn compare(old: &Path, new: &Path) -> ExitCode {
     let mut worse = 0;
     for table in new.tables().iter().filter(|table| old.tables().contains(table)) {
         let main = new.main_value(table);
+        let by_itself = new.variants(table).first().is_some_and(|first| is_ours(first));
+        let (median, times) =
+            if by_itself { (Report::spread as Median, "") } else { (Report::ratio as Median, "× ") };
         for variant in new.variants(table) {
             for value in
                 main.into_iter().chain(["p99_us", "max_ms"].into_iter().filter(|tail| Some(*tail) != main))
             {
-                let by_itself = new.variants(table).first().is_some_and(|first| is_ours(first));
-                let median = |report: &Report| {
-                    if by_itself {
-                        report.spread(table, variant, value)
-                    } else {
-                        report.ratio(table, variant, value)
-                    }
-                };
-                let Some((Spread(before, ..), Spread(after, ..))) = median(&old).zip(median(&new)) else {
-                    continue;
-                };
-                let times = if by_itself { "" } else { "× " };
+                let pair = median(&old, table, variant, value).zip(median(&new, table, variant, value));
+                let Some((Spread(before, ..), Spread(after, ..))) = pair else { continue };
                 let change = if more_is_better(value) { before / after } else { after / before };
                 let verdict = if change >= 1.1 && is_ours(variant) {
                     worse += 1;
@@ -300,6 +293,9 @@ pub(crate) fn compare(old: &Path, new: &Path) -> ExitCode {
     println!("{worse} worse");
     if worse == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
+
+/// How a value of a table's variant is taken for a comparison.
+type Median = fn(&Report, &str, &str, &str) -> Option<Spread>;
 
 fn is_ours(variant: &str) -> bool {
     variant.starts_with("qemu-cdp")
