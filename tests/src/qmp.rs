@@ -35,8 +35,8 @@ impl Qmp {
     /// # Panics
     /// When the command fails.
     pub fn run(&mut self, command: &str, arguments: Value) -> Value {
-        let request = json!({"execute": command, "arguments": arguments});
-        writeln!(self.reader.get_mut(), "{request}").expect("the monitor takes commands");
+        let request = format!("{}\n", json!({"execute": command, "arguments": arguments}));
+        self.reader.get_mut().write_all(request.as_bytes()).expect("the monitor takes commands");
         loop {
             let answer = self.receive();
             if let Some(value) = answer.get("return") {

@@ -106,9 +106,11 @@ impl Site {
     pub fn storage_daemon(&self, agent: &Agent) -> Ends {
         self.create("raw", "disk", "8M");
         let mut command = self.filtered("qemu-storage-daemon", agent);
-        self.exporting(&mut command, "disk")
+        // The monitor first: QEMU sets it up in a thread of its own, and a client must not come before that is done.
+        command
             .args(["--chardev", &format!("socket,id=q,path={},server=on,wait=off", self.inside("qmp"))])
             .args(["--monitor", "chardev=q"]);
+        self.exporting(&mut command, "disk");
         Ends(command.spawn().unwrap())
     }
 

@@ -35,6 +35,9 @@ impl Export {
         let sink = variant.start_sink(sink_core, directory, &sink_socket, DISK_BYTES);
         ours.pin(sink_core);
         let mut command = machine::pinned(GUEST_CORE, "qemu-storage-daemon");
+        // The monitor first, as the tests' storage daemon has it and says why.
+        command.args(["--chardev", &format!("socket,id=qmp,path={},server=on,wait=off", monitor.display())]);
+        command.args(["--monitor", "chardev=qmp"]);
         if variant == Variant::Throttle {
             command.args(["--object", "throttle-group,id=none"]);
         }
@@ -52,8 +55,6 @@ impl Export {
         ]);
         let export = serde_json::json!({"type": "nbd", "id": "export0", "name": "disk", "node-name": variant.top(), "writable": true});
         command.args(["--export", &export.to_string()]);
-        command.args(["--chardev", &format!("socket,id=qmp,path={},server=on,wait=off", monitor.display())]);
-        command.args(["--monitor", "chardev=qmp"]);
         if variant.is_ours() {
             ours.load(&mut command, if variant == Variant::OursOn { vm } else { "bench-off" });
         }
