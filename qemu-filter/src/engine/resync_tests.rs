@@ -12,13 +12,15 @@ const CHUNK: u64 = DIRTY_CHUNK_BYTES;
 /// Steps until the resync wants to pause for long (it has nothing to do) and returns the steps' count of reads.
 fn settle(resync: &mut Resync, disk: &Disk) -> usize {
     let (mut answer, mut reads) = (Answer::None, 0);
+    let mut now = Duration::ZERO;
     for _ in 0..100_000 {
-        let step = resync.step(answer, Duration::ZERO);
+        let step = resync.step(answer, now);
         match step {
             Step::Pause(pause) if pause >= IDLE_PAUSE => return reads,
+            Step::Pause(pause) => now += pause,
             Step::Stop => return reads,
             Step::Read { .. } => reads += 1,
-            Step::Status { .. } | Step::Pause(_) => {}
+            Step::Status { .. } => {}
         }
         answer = disk.answer(step).expect("not stopped");
     }
@@ -45,22 +47,110 @@ fn zero_fill(offset: u64, length: u64) -> Op {
 }
 
 #[test]
-fn an_empty_disk_is_one_zero_record_whatever_its_size() {
+fn an_empty_disk_is_one_read_and_one_zero_record_more_whatever_its_size() {
     let bytes = 1 << 30;
     let (capture, mut replica) = capture(bytes, 4 << 20, 64);
     let mut resync = Resync::new(capture);
     let mut answer = Answer::None;
+    let mut reads = 0;
     loop {
         answer = match resync.step(answer, Duration::ZERO) {
             Step::Status { length, .. } => Answer::Status { length, zero: true },
+            Step::Read { .. } => {
+                reads += 1;
+                Answer::Read { zero: true }
+            }
             Step::Pause(pause) if pause < IDLE_PAUSE => Answer::None,
-            Step::Pause(_) => break,
-            step => panic!("{step:?}"),
+            _ => break,
         }
     }
     replica.drain();
     let begin = Op::GapBegin { reason: GapReason::Attach, generation: 1 };
-    assert_eq!(replica.records, [begin, zero_fill(0, bytes), Op::GapEnd { generation: 1 }]);
+    let (first, rest) = (zero_fill(0, FILL_BYTES), zero_fill(FILL_BYTES, bytes - FILL_BYTES));
+    assert_eq!(replica.records, [begin, first, rest, Op::GapEnd { generation: 1 }]);
+    assert_eq!(reads, 1);
+}
+
+/// What the resync does with a disk of `bytes` whose `data` is not zero and all else a hole: its reads, and what it asks about.
+fn looks(bytes: u64, data: std::ops::Range<u64>) -> (Vec<ByteRange>, Vec<u64>) {
+    let (capture, mut replica) = capture(bytes, 4 << 20, 1024);
+    let mut resync = Resync::new(capture);
+    let (mut answer, mut now) = (Answer::None, Duration::ZERO);
+    let (mut reads, mut asked) = (Vec::new(), Vec::new());
+    loop {
+        answer = match resync.step(answer, now) {
+            Step::Status { offset, length } => {
+                asked.push(offset);
+                let zero = !data.contains(&offset);
+                let end = if zero && offset >= data.end {
+                    bytes
+                } else if zero {
+                    data.start
+                } else {
+                    data.end
+                };
+                Answer::Status { length: length.min(end - offset), zero }
+            }
+            Step::Read { offset, length, pieces } => {
+                let zero = offset >= data.end || offset + length <= data.start;
+                fill(pieces, &vec![u8::from(!zero); length as usize]);
+                reads.push(ByteRange::new(offset, length).expect("a range"));
+                Answer::Read { zero }
+            }
+            Step::Pause(pause) if pause < IDLE_PAUSE => {
+                now += pause;
+                Answer::None
+            }
+            _ => break,
+        };
+        replica.drain();
+    }
+    replica.drain();
+    assert_eq!(replica.gap, None);
+    (reads, asked)
+}
+
+#[test]
+fn data_is_read_without_asking_whether_it_is_there() {
+    let bytes = 32 * FILL_BYTES;
+    let (reads, asked) = looks(bytes, 0..bytes);
+    assert_eq!((reads.len(), asked), (32, vec![]));
+}
+
+#[test]
+fn behind_a_read_of_zeroes_it_is_asked_how_far_they_reach() {
+    let (bytes, data) = (64 * FILL_BYTES, 16 * FILL_BYTES..32 * FILL_BYTES);
+    let (reads, asked) = looks(bytes, data.clone());
+    // The first of each hole is read, then asked about, twice as ever.
+    assert_eq!(asked, [FILL_BYTES, FILL_BYTES, data.end + FILL_BYTES, data.end + FILL_BYTES]);
+    let offsets: Vec<u64> = reads.iter().map(|range| range.offset()).collect();
+    let all: Vec<u64> = std::iter::once(0).chain((16..=32).map(|at| at * FILL_BYTES)).collect();
+    assert_eq!(offsets, all);
+}
+
+#[test]
+fn zeroes_that_are_no_hole_are_asked_about_once() {
+    let bytes = 32 * FILL_BYTES;
+    let (capture, mut replica) = capture(bytes, 4 << 20, 1024);
+    let mut resync = Resync::new(capture);
+    let (mut answer, mut now, mut asked) = (Answer::None, Duration::ZERO, 0);
+    loop {
+        answer = match resync.step(answer, now) {
+            Step::Status { length, .. } => {
+                asked += 1;
+                Answer::Status { length, zero: false }
+            }
+            Step::Read { .. } => Answer::Read { zero: true },
+            Step::Pause(pause) if pause < IDLE_PAUSE => {
+                now += pause;
+                Answer::None
+            }
+            _ => break,
+        };
+        replica.drain();
+    }
+    replica.drain();
+    assert_eq!((asked, replica.gap), (1, None));
 }
 
 #[test]
@@ -122,26 +212,31 @@ fn a_guest_write_that_races_with_the_read_wins() {
 
 #[test]
 fn a_hole_that_is_written_to_between_the_two_looks_is_read() {
-    let (capture, mut replica) = capture(CHUNK, 4 << 20, 64);
-    let disk = Disk::new(CHUNK as usize);
+    // What lies behind the first read is asked about.
+    let bytes = FILL_BYTES + CHUNK;
+    let (capture, mut replica) = capture(bytes, 4 << 20, 64);
+    let disk = Disk::new(bytes as usize);
     let mut resync = Resync::new(capture);
-    let mut answer = Answer::None;
+    let (mut answer, mut now) = (Answer::None, Duration::ZERO);
     let mut looks = 0;
     loop {
-        let step = resync.step(answer, Duration::ZERO);
+        let step = resync.step(answer, now);
         match step {
             Step::Status { .. } if looks == 0 => {
                 looks += 1;
                 answer = disk.answer(step).expect("an answer");
                 // Not a captured write: the resync has to notice by itself.
-                disk.write(0, &[3; SECTOR], 1).expect("inside");
+                disk.write(FILL_BYTES, &[3; SECTOR], 1).expect("inside");
                 continue;
             }
+            Step::Status { .. } => looks += 1,
             Step::Pause(pause) if pause >= IDLE_PAUSE => break,
+            Step::Pause(pause) => now += pause,
             _ => {}
         }
         answer = disk.answer(step).expect("an answer");
     }
+    assert_eq!(looks, 2);
     replica.drain();
     assert_eq!((replica.bytes, replica.gap), (disk.contents(), None));
 }
@@ -258,9 +353,11 @@ fn a_new_gap_during_a_sync_ends_only_with_its_own_end() {
     let (capture, mut replica) = capture(2 * CHUNK, 4 << 20, 64);
     let disk = Disk::new(2 * CHUNK as usize);
     let mut resync = Resync::new(Arc::clone(&capture));
-    let _ = resync.step(Answer::None, Duration::ZERO);
+    // It has read the old contents, and they change before it says so.
+    let answer = disk.answer(resync.step(Answer::None, Duration::ZERO)).expect("an answer");
     capture.contents_changed();
     disk.write(0, &[5; SECTOR], 1).expect("inside");
+    let _ = resync.step(answer, Duration::ZERO);
     settle(&mut resync, &disk);
     replica.drain();
     assert_eq!((replica.bytes.clone(), replica.gap), (disk.contents(), None));
