@@ -206,8 +206,9 @@ impl Store {
         for commit in commits {
             let disk = commit.disk();
             // Both of its files; `zip` would stop at the first failure and leave the other behind.
-            let (data, meta) = (results.next(), results.next());
-            let synced = data.unwrap_or(Ok(())).and(meta.unwrap_or(Ok(())));
+            let mut next = || results.next().unwrap_or_else(not_synced);
+            let (data, meta) = (next(), next());
+            let synced = data.and(meta);
             if let Err(error) = commit.finish(synced) {
                 failures.push((disk, error));
             }
@@ -282,8 +283,12 @@ fn sync_all(files: &[(Arc<dyn File>, PathBuf)], threads: usize) -> Vec<Result<()
             let _ended = other.join();
         }
     });
-    let died = || Err(StoreError::io("sync", Path::new("a segment"))(Error::other("the thread panicked")));
-    results.into_iter().map(|result| result.into_inner().unwrap_or_else(died)).collect()
+    results.into_iter().map(|result| result.into_inner().unwrap_or_else(not_synced)).collect()
+}
+
+/// For a file of which nobody has said that it is durable.
+fn not_synced() -> Result<(), StoreError> {
+    Err(StoreError::io("sync", Path::new("a segment"))(Error::other("the thread panicked")))
 }
 
 #[cfg(test)]
