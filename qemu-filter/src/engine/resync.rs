@@ -13,11 +13,13 @@
 //!
 //! # Holes
 //!
-//! A hole becomes one zero record, whatever its length, and is not read. Whether there is one is asked only after a read
-//! that brought nothing but zeroes: QEMU asks the file system where the data ends, however little it was asked about, and
-//! the whole program waits for that (7 ms for a file of 1 GiB on tmpfs, which looks at each page). Then it is asked
-//! twice: once as a hint, before a slot is reserved, to know what to reserve, and, if so, once more with the slot in
-//! hand.
+//! A hole becomes one zero record and is not read, as far as QEMU's answer goes (a raw file's goes to its end, that of a
+//! qcow2 image 32 MiB). That is asked twice: once as a hint, before a slot is reserved, to know what to reserve, and, if
+//! it is one, once more with the slot in hand. Asking has a price: QEMU asks the file system where the data ends,
+//! however little it was asked about, and the whole program waits for that (7 ms for a file of 1 GiB on tmpfs, which
+//! looks at each page). So it is asked before reading only where most may never have been written: when capture
+//! begins and when all contents have changed. What a guest has written meanwhile is read, and asked about only
+//! behind zeroes.
 //!
 //! Before the first chunk of a generation, two grace periods pass; `grace` says why. The gap ends when no bit is
 //! set, nothing taken is left and the generation is still the same.
@@ -30,9 +32,9 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use capture_ring::{FillTicket, Mode, Resync as End};
-use journal_format::ByteRange;
+use capture_ring::{FillTicket, Mode, ModeWord, Resync as End};
 use journal_format::limits::DIRTY_CHUNK_BYTES;
+use journal_format::{ByteRange, GapReason};
 
 use super::capture::Capture;
 use super::fault::guard;
@@ -91,7 +93,9 @@ pub struct Resync {
     /// Taken out of the bitmap and not read yet; empty for none.
     pending: ByteRange,
     extent: Extent,
-    /// The last read brought only zeroes: a hole may follow.
+    /// Holes are looked for before reading.
+    ask_first: bool,
+    /// What came last in this run was zeroes, read or a hole: a hole may follow.
     zeroes: bool,
     /// Where the bitmap is searched from.
     cursor: u64,
@@ -120,6 +124,7 @@ impl Resync {
             grace: Grace::Due,
             pending: NOTHING,
             extent: Extent { end: 0, zero: false },
+            ask_first: true,
             zeroes: false,
             cursor: 0,
             not_before: Duration::ZERO,
@@ -202,7 +207,7 @@ impl Resync {
             self.capture.producer().mark_dirty(rest);
             // It cannot fail: the range is not empty.
             let _ = self.capture.producer().complete_fill_zero(ticket, hole);
-            self.zeroes = false;
+            self.zeroes = true;
         }
     }
 
@@ -247,7 +252,7 @@ impl Resync {
             self.grace = Grace::Due;
         }
         if self.grace != Grace::Over {
-            return self.wait_for_grace(word.generation);
+            return self.wait_for_grace(word);
         }
         if !self.capture.producer().ring().gap_is_open() {
             return Next::Pause(IDLE_PAUSE);
@@ -259,17 +264,18 @@ impl Resync {
     }
 
     /// Two grace periods after the generation was seen to be capturing.
-    fn wait_for_grace(&mut self, generation: u64) -> Next {
+    fn wait_for_grace(&mut self, word: ModeWord) -> Next {
         let count = self.capture.count();
         match self.grace {
             Grace::Due => {
-                self.generation = generation;
+                self.generation = word.generation;
+                self.ask_first = word.generation == 1 || word.reason == Some(GapReason::ContentsChanged);
                 count.begin_grace();
                 self.grace = Grace::First;
             }
             Grace::First | Grace::Second if !count.is_over() => return Next::Pause(SHORT_PAUSE),
             // Another generation has begun meanwhile: from the start.
-            Grace::First | Grace::Second if generation != self.generation => self.grace = Grace::Due,
+            Grace::First | Grace::Second if word.generation != self.generation => self.grace = Grace::Due,
             Grace::First => {
                 count.begin_grace();
                 self.grace = Grace::Second;
@@ -288,6 +294,7 @@ impl Resync {
         self.pending = run.unwrap_or(NOTHING);
         self.cursor = self.pending.end();
         self.extent.end = 0;
+        self.zeroes = false;
         !self.pending.is_empty()
     }
 
@@ -303,7 +310,7 @@ impl Resync {
     fn ask(&mut self, now: Duration) -> Next {
         let start = self.pending.offset();
         if self.extent.end <= start || self.extent.end > self.pending.end() {
-            if self.zeroes {
+            if self.ask_first || self.zeroes {
                 self.asked = Asked::Hint;
                 return Next::Status(self.pending);
             }

@@ -47,110 +47,22 @@ fn zero_fill(offset: u64, length: u64) -> Op {
 }
 
 #[test]
-fn an_empty_disk_is_one_read_and_one_zero_record_more_whatever_its_size() {
+fn an_empty_disk_is_one_zero_record_whatever_its_size() {
     let bytes = 1 << 30;
     let (capture, mut replica) = capture(bytes, 4 << 20, 64);
     let mut resync = Resync::new(capture);
     let mut answer = Answer::None;
-    let mut reads = 0;
     loop {
         answer = match resync.step(answer, Duration::ZERO) {
             Step::Status { length, .. } => Answer::Status { length, zero: true },
-            Step::Read { .. } => {
-                reads += 1;
-                Answer::Read { zero: true }
-            }
             Step::Pause(pause) if pause < IDLE_PAUSE => Answer::None,
-            _ => break,
+            Step::Pause(_) => break,
+            step => panic!("{step:?}"),
         }
     }
     replica.drain();
     let begin = Op::GapBegin { reason: GapReason::Attach, generation: 1 };
-    let (first, rest) = (zero_fill(0, FILL_BYTES), zero_fill(FILL_BYTES, bytes - FILL_BYTES));
-    assert_eq!(replica.records, [begin, first, rest, Op::GapEnd { generation: 1 }]);
-    assert_eq!(reads, 1);
-}
-
-/// What the resync does with a disk of `bytes` whose `data` is not zero and all else a hole: its reads, and what it asks about.
-fn looks(bytes: u64, data: std::ops::Range<u64>) -> (Vec<ByteRange>, Vec<u64>) {
-    let (capture, mut replica) = capture(bytes, 4 << 20, 1024);
-    let mut resync = Resync::new(capture);
-    let (mut answer, mut now) = (Answer::None, Duration::ZERO);
-    let (mut reads, mut asked) = (Vec::new(), Vec::new());
-    loop {
-        answer = match resync.step(answer, now) {
-            Step::Status { offset, length } => {
-                asked.push(offset);
-                let zero = !data.contains(&offset);
-                let end = if zero && offset >= data.end {
-                    bytes
-                } else if zero {
-                    data.start
-                } else {
-                    data.end
-                };
-                Answer::Status { length: length.min(end - offset), zero }
-            }
-            Step::Read { offset, length, pieces } => {
-                let zero = offset >= data.end || offset + length <= data.start;
-                fill(pieces, &vec![u8::from(!zero); length as usize]);
-                reads.push(ByteRange::new(offset, length).expect("a range"));
-                Answer::Read { zero }
-            }
-            Step::Pause(pause) if pause < IDLE_PAUSE => {
-                now += pause;
-                Answer::None
-            }
-            _ => break,
-        };
-        replica.drain();
-    }
-    replica.drain();
-    assert_eq!(replica.gap, None);
-    (reads, asked)
-}
-
-#[test]
-fn data_is_read_without_asking_whether_it_is_there() {
-    let bytes = 32 * FILL_BYTES;
-    let (reads, asked) = looks(bytes, 0..bytes);
-    assert_eq!((reads.len(), asked), (32, vec![]));
-}
-
-#[test]
-fn behind_a_read_of_zeroes_it_is_asked_how_far_they_reach() {
-    let (bytes, data) = (64 * FILL_BYTES, 16 * FILL_BYTES..32 * FILL_BYTES);
-    let (reads, asked) = looks(bytes, data.clone());
-    // The first of each hole is read, then asked about, twice as ever.
-    assert_eq!(asked, [FILL_BYTES, FILL_BYTES, data.end + FILL_BYTES, data.end + FILL_BYTES]);
-    let offsets: Vec<u64> = reads.iter().map(|range| range.offset()).collect();
-    let all: Vec<u64> = std::iter::once(0).chain((16..=32).map(|at| at * FILL_BYTES)).collect();
-    assert_eq!(offsets, all);
-}
-
-#[test]
-fn zeroes_that_are_no_hole_are_asked_about_once() {
-    let bytes = 32 * FILL_BYTES;
-    let (capture, mut replica) = capture(bytes, 4 << 20, 1024);
-    let mut resync = Resync::new(capture);
-    let (mut answer, mut now, mut asked) = (Answer::None, Duration::ZERO, 0);
-    loop {
-        answer = match resync.step(answer, now) {
-            Step::Status { length, .. } => {
-                asked += 1;
-                Answer::Status { length, zero: false }
-            }
-            Step::Read { .. } => Answer::Read { zero: true },
-            Step::Pause(pause) if pause < IDLE_PAUSE => {
-                now += pause;
-                Answer::None
-            }
-            _ => break,
-        };
-        replica.drain();
-    }
-    replica.drain();
-    assert_eq!((asked, replica.gap), (1, None));
+    assert_eq!(replica.records, [begin, zero_fill(0, bytes), Op::GapEnd { generation: 1 }]);
 }
 
 #[test]
@@ -212,33 +124,57 @@ fn a_guest_write_that_races_with_the_read_wins() {
 
 #[test]
 fn a_hole_that_is_written_to_between_the_two_looks_is_read() {
-    // What lies behind the first read is asked about.
-    let bytes = FILL_BYTES + CHUNK;
-    let (capture, mut replica) = capture(bytes, 4 << 20, 64);
-    let disk = Disk::new(bytes as usize);
+    let (capture, mut replica) = capture(CHUNK, 4 << 20, 64);
+    let disk = Disk::new(CHUNK as usize);
     let mut resync = Resync::new(capture);
-    let (mut answer, mut now) = (Answer::None, Duration::ZERO);
+    let mut answer = Answer::None;
     let mut looks = 0;
     loop {
-        let step = resync.step(answer, now);
+        let step = resync.step(answer, Duration::ZERO);
         match step {
             Step::Status { .. } if looks == 0 => {
                 looks += 1;
                 answer = disk.answer(step).expect("an answer");
                 // Not a captured write: the resync has to notice by itself.
-                disk.write(FILL_BYTES, &[3; SECTOR], 1).expect("inside");
+                disk.write(0, &[3; SECTOR], 1).expect("inside");
                 continue;
             }
-            Step::Status { .. } => looks += 1,
             Step::Pause(pause) if pause >= IDLE_PAUSE => break,
-            Step::Pause(pause) => now += pause,
             _ => {}
         }
         answer = disk.answer(step).expect("an answer");
     }
-    assert_eq!(looks, 2);
     replica.drain();
     assert_eq!((replica.bytes, replica.gap), (disk.contents(), None));
+}
+
+#[test]
+fn what_is_written_into_a_hole_between_the_two_looks_is_read_wherever_it_is() {
+    let bytes = 8 * CHUNK + 3 * SECTOR as u64;
+    for at in [0, 2 * CHUNK + SECTOR as u64, 8 * CHUNK + SECTOR as u64] {
+        let (capture, mut replica) = capture(bytes, 4 << 20, 64);
+        let disk = Disk::new(bytes as usize);
+        let mut resync = Resync::new(capture);
+        let (mut answer, mut now, mut looks) = (Answer::None, Duration::ZERO, 0);
+        loop {
+            let step = resync.step(answer, now);
+            let is_look = matches!(step, Step::Status { .. });
+            match step {
+                Step::Pause(pause) if pause >= IDLE_PAUSE => break,
+                Step::Pause(pause) => now += pause,
+                _ => {}
+            }
+            answer = disk.answer(step).expect("an answer");
+            looks += usize::from(is_look);
+            if is_look && looks == 1 {
+                disk.write(at, &[3; SECTOR], 1).expect("inside");
+            }
+        }
+        replica.drain();
+        assert!(looks >= 2, "{looks} looks");
+        assert_eq!(replica.gap, None, "written at {at}");
+        assert!(replica.bytes == disk.contents(), "written at {at}");
+    }
 }
 
 #[test]
@@ -350,17 +286,26 @@ fn nothing_is_read_before_what_ran_beside_a_tracked_request_has_ended() {
 
 #[test]
 fn a_new_gap_during_a_sync_ends_only_with_its_own_end() {
-    let (capture, mut replica) = capture(2 * CHUNK, 4 << 20, 64);
-    let disk = Disk::new(2 * CHUNK as usize);
+    let bytes = 2 * FILL_BYTES;
+    let (capture, mut replica) = capture(bytes, 4 << 20, 64);
+    let disk = Disk::new(bytes as usize);
+    disk.write(0, &vec![4; bytes as usize], usize::MAX).expect("inside");
     let mut resync = Resync::new(Arc::clone(&capture));
-    // It has read the old contents, and they change before it says so.
-    let answer = disk.answer(resync.step(Answer::None, Duration::ZERO)).expect("an answer");
+    // Half of it has been read when the contents change.
+    let (mut answer, mut reads) = (Answer::None, 0);
+    while reads < 1 {
+        let step = resync.step(answer, Duration::ZERO);
+        reads += usize::from(matches!(step, Step::Read { .. }));
+        answer = disk.answer(step).expect("an answer");
+    }
     capture.contents_changed();
     disk.write(0, &[5; SECTOR], 1).expect("inside");
+    disk.write(FILL_BYTES, &[6; SECTOR], 1).expect("inside");
     let _ = resync.step(answer, Duration::ZERO);
     settle(&mut resync, &disk);
     replica.drain();
-    assert_eq!((replica.bytes.clone(), replica.gap), (disk.contents(), None));
+    assert_eq!(replica.gap, None);
+    assert!(replica.bytes == disk.contents(), "the new contents");
     ends_with(&replica, &[Op::GapEnd { generation: 2 }]);
 }
 
@@ -382,4 +327,98 @@ fn a_detached_capture_stops_its_resync_and_is_idle_then() {
     assert!(capture.is_idle());
     replica.drain();
     assert!(replica.gap.is_some(), "the sync did not finish");
+}
+
+/// What a resync does that reads back what a guest has written while its ring was full: all of a disk of `bytes`, whose
+/// `data` is not zero and all else a hole, of which an answer says at most `clip` bytes. Where it reads, and asks.
+fn looks(bytes: u64, data: std::ops::Range<u64>, clip: u64) -> (Vec<u64>, Vec<u64>) {
+    let (capture, mut replica, mut resync, disk) = synced(bytes);
+    capture.producer().enter_tracking(GapReason::Overflow);
+    capture.producer().mark_dirty(ByteRange::new(0, bytes).expect("a range"));
+    let noise = vec![7; (data.end - data.start) as usize];
+    disk.write(data.start, &noise, usize::MAX).expect("inside");
+    assert!(capture.resume());
+    let (mut answer, mut now) = (Answer::None, Duration::ZERO);
+    let (mut reads, mut asked) = (Vec::new(), Vec::new());
+    loop {
+        let step = resync.step(answer, now);
+        match step {
+            Step::Status { offset, .. } => asked.push(offset),
+            Step::Read { offset, .. } => reads.push(offset),
+            Step::Pause(pause) if pause >= IDLE_PAUSE => break,
+            Step::Pause(pause) => now += pause,
+            Step::Stop => panic!("stopped"),
+        }
+        answer = match disk.answer(step).expect("an answer") {
+            Answer::Status { length, zero } => Answer::Status { length: length.min(clip), zero },
+            answer => answer,
+        };
+        replica.drain();
+    }
+    replica.drain();
+    assert_eq!(replica.gap, None);
+    assert!(replica.bytes == disk.contents(), "what was read back is the disk");
+    (reads, asked)
+}
+
+fn fills(range: std::ops::Range<u64>) -> Vec<u64> {
+    range.map(|at| at * FILL_BYTES).collect()
+}
+
+#[test]
+fn what_a_guest_has_written_is_read_without_asking_whether_it_is_there() {
+    let bytes = 32 * FILL_BYTES;
+    assert_eq!(looks(bytes, 0..bytes, u64::MAX), (fills(0..32), vec![]));
+}
+
+#[test]
+fn behind_a_read_of_zeroes_it_is_asked_how_far_they_reach() {
+    let (bytes, data) = (64 * FILL_BYTES, 16 * FILL_BYTES..32 * FILL_BYTES);
+    let (reads, asked) = looks(bytes, data.clone(), u64::MAX);
+    // Each hole twice, and once where the first ends.
+    assert_eq!(asked, [FILL_BYTES, FILL_BYTES, data.start, data.end + FILL_BYTES, data.end + FILL_BYTES]);
+    assert_eq!(reads, [fills(0..1), fills(16..33)].concat());
+}
+
+#[test]
+fn of_a_hole_that_is_answered_in_pieces_only_the_beginning_is_read() {
+    let (reads, asked) = looks(64 * FILL_BYTES, 0..FILL_BYTES, 4 * FILL_BYTES);
+    assert_eq!(reads, fills(0..2));
+    assert_eq!(asked.len(), 2 * 62_usize.div_ceil(4));
+}
+
+#[test]
+fn zeroes_of_one_run_are_no_reason_to_ask_in_the_next() {
+    let bytes = 8 * CHUNK;
+    let (capture, mut replica, mut resync, disk) = synced(bytes);
+    capture.producer().enter_tracking(GapReason::Overflow);
+    // A chunk of zeroes, then one of data.
+    for chunk in [1, 4] {
+        capture.producer().mark_dirty(ByteRange::new(chunk * CHUNK, CHUNK).expect("a range"));
+    }
+    disk.write(4 * CHUNK, &vec![7; CHUNK as usize], usize::MAX).expect("inside");
+    assert!(capture.resume());
+    let (mut answer, mut now) = (Answer::None, Duration::ZERO);
+    loop {
+        let step = resync.step(answer, now);
+        match step {
+            Step::Status { .. } => panic!("asked"),
+            Step::Pause(pause) if pause >= IDLE_PAUSE => break,
+            Step::Pause(pause) => now += pause,
+            _ => {}
+        }
+        answer = disk.answer(step).expect("an answer");
+    }
+    replica.drain();
+    assert!(replica.gap.is_none() && replica.bytes == disk.contents());
+}
+
+#[test]
+fn when_all_contents_have_changed_holes_are_looked_for_first() {
+    let bytes = 32 * FILL_BYTES;
+    let (capture, mut replica, mut resync, disk) = synced(bytes);
+    capture.contents_changed();
+    assert_eq!(settle(&mut resync, &disk), 0, "reads of an empty disk");
+    replica.drain();
+    assert_eq!(replica.gap, None);
 }
