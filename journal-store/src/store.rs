@@ -288,7 +288,7 @@ fn sync_all(files: &[(Arc<dyn File>, PathBuf)], threads: usize) -> Vec<Result<()
 
 /// For a file of which nobody has said that it is durable.
 fn not_synced() -> Result<(), StoreError> {
-    Err(StoreError::io("sync", Path::new("a segment"))(Error::other("the thread panicked")))
+    Err(StoreError::io("sync", Path::new("a segment"))(Error::other("nobody has said that it is durable")))
 }
 
 #[cfg(test)]

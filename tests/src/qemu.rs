@@ -208,11 +208,7 @@ impl Qemu {
 
 fn daemon(qmp: &Path, nbd: &Path, nodes: &[Value], iothreads: &[&str], exports: &[Value]) -> Command {
     let mut command = Command::new("qemu-storage-daemon");
-    // The monitor comes first. It lives in a thread of its own, which sets its handlers up while the main thread goes on
-    // with the arguments; a client that the main loop accepts before they are there meets two threads at its socket: two
-    // greetings, lost input, even a crash (one start in ten when the monitor is last; QEMU 10.0).
-    command.args(["--chardev", &format!("socket,id=qmp,path={},server=on,wait=off", qmp.display())]);
-    command.args(["--monitor", "chardev=qmp"]);
+    command.args(Qmp::arguments(qmp));
     for blockdev in nodes {
         command.args(["--blockdev", &blockdev.to_string()]);
     }

@@ -15,6 +15,16 @@ pub struct Qmp {
 }
 
 impl Qmp {
+    /// The arguments that give `qemu-storage-daemon` a monitor with that socket. They come before all others: the monitor
+    /// lives in a thread of its own, which sets its handlers up while the main thread goes on with the arguments. A client
+    /// that the main loop accepts before they are there meets two threads at its socket: two greetings, lost input, even
+    /// a crash (one start in ten when the monitor is last; QEMU 10.0).
+    #[must_use]
+    pub fn arguments(socket: &Path) -> [String; 4] {
+        let chardev = format!("socket,id=qmp,path={},server=on,wait=off", socket.display());
+        ["--chardev".to_owned(), chardev, "--monitor".to_owned(), "chardev=qmp".to_owned()]
+    }
+
     /// Connects as soon as the socket is there, and leaves negotiation mode.
     ///
     /// # Panics

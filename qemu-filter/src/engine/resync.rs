@@ -32,7 +32,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use capture_ring::{FillTicket, Mode, ModeWord, Resync as End};
+use capture_ring::{FillTicket, Mode, Resync as End};
 use journal_format::limits::DIRTY_CHUNK_BYTES;
 use journal_format::{ByteRange, GapReason};
 
@@ -93,8 +93,6 @@ pub struct Resync {
     /// Taken out of the bitmap and not read yet; empty for none.
     pending: ByteRange,
     extent: Extent,
-    /// Holes are looked for before reading.
-    ask_first: bool,
     /// What came last in this run was zeroes, read or a hole: a hole may follow.
     zeroes: bool,
     /// Where the bitmap is searched from.
@@ -124,7 +122,6 @@ impl Resync {
             grace: Grace::Due,
             pending: NOTHING,
             extent: Extent { end: 0, zero: false },
-            ask_first: true,
             zeroes: false,
             cursor: 0,
             not_before: Duration::ZERO,
@@ -252,7 +249,7 @@ impl Resync {
             self.grace = Grace::Due;
         }
         if self.grace != Grace::Over {
-            return self.wait_for_grace(word);
+            return self.wait_for_grace(word.generation);
         }
         if !self.capture.producer().ring().gap_is_open() {
             return Next::Pause(IDLE_PAUSE);
@@ -260,22 +257,22 @@ impl Resync {
         if self.pending.is_empty() && !self.take_run() {
             return self.finish();
         }
-        self.ask(now)
+        let ask_first = word.generation == 1 || word.reason == Some(GapReason::ContentsChanged);
+        self.ask(now, ask_first)
     }
 
     /// Two grace periods after the generation was seen to be capturing.
-    fn wait_for_grace(&mut self, word: ModeWord) -> Next {
+    fn wait_for_grace(&mut self, generation: u64) -> Next {
         let count = self.capture.count();
         match self.grace {
             Grace::Due => {
-                self.generation = word.generation;
-                self.ask_first = word.generation == 1 || word.reason == Some(GapReason::ContentsChanged);
+                self.generation = generation;
                 count.begin_grace();
                 self.grace = Grace::First;
             }
             Grace::First | Grace::Second if !count.is_over() => return Next::Pause(SHORT_PAUSE),
             // Another generation has begun meanwhile: from the start.
-            Grace::First | Grace::Second if word.generation != self.generation => self.grace = Grace::Due,
+            Grace::First | Grace::Second if generation != self.generation => self.grace = Grace::Due,
             Grace::First => {
                 count.begin_grace();
                 self.grace = Grace::Second;
@@ -306,11 +303,11 @@ impl Resync {
         }
     }
 
-    /// Asks for the next bytes of `pending`.
-    fn ask(&mut self, now: Duration) -> Next {
+    /// Asks for the next bytes of `pending`; with `ask_first` whether they are a hole before they are read.
+    fn ask(&mut self, now: Duration, ask_first: bool) -> Next {
         let start = self.pending.offset();
         if self.extent.end <= start || self.extent.end > self.pending.end() {
-            if self.ask_first || self.zeroes {
+            if ask_first || self.zeroes {
                 self.asked = Asked::Hint;
                 return Next::Status(self.pending);
             }

@@ -9,22 +9,32 @@ use crate::ffi::testing::fill;
 
 const CHUNK: u64 = DIRTY_CHUNK_BYTES;
 
-/// Steps until the resync wants to pause for long (it has nothing to do) and returns the steps' count of reads.
-fn settle(resync: &mut Resync, disk: &Disk) -> usize {
-    let (mut answer, mut reads) = (Answer::None, 0);
-    let mut now = Duration::ZERO;
+/// Steps until the resync wants to pause for long (it has nothing to do) and returns where it read, and where it asked.
+/// An answer speaks of at most `clip` bytes; `each` comes after each step.
+fn follow(resync: &mut Resync, disk: &Disk, clip: u64, mut each: impl FnMut()) -> (Vec<u64>, Vec<u64>) {
+    let (mut answer, mut now) = (Answer::None, Duration::ZERO);
+    let (mut reads, mut asked) = (Vec::new(), Vec::new());
     for _ in 0..100_000 {
         let step = resync.step(answer, now);
         match step {
-            Step::Pause(pause) if pause >= IDLE_PAUSE => return reads,
+            Step::Status { offset, .. } => asked.push(offset),
+            Step::Read { offset, .. } => reads.push(offset),
+            Step::Pause(pause) if pause >= IDLE_PAUSE => return (reads, asked),
             Step::Pause(pause) => now += pause,
-            Step::Stop => return reads,
-            Step::Read { .. } => reads += 1,
-            Step::Status { .. } => {}
+            Step::Stop => return (reads, asked),
         }
-        answer = disk.answer(step).expect("not stopped");
+        answer = match disk.answer(step).expect("not stopped") {
+            Answer::Status { length, zero } => Answer::Status { length: length.min(clip), zero },
+            answer => answer,
+        };
+        each();
     }
     panic!("the resync never comes to rest");
+}
+
+/// The same, with whole answers: how often it read.
+fn settle(resync: &mut Resync, disk: &Disk) -> usize {
+    follow(resync, disk, u64::MAX, || {}).0.len()
 }
 
 fn synced(bytes: u64) -> (Arc<Capture>, Replica, Resync, Disk) {
@@ -120,32 +130,6 @@ fn a_guest_write_that_races_with_the_read_wins() {
     let _ = resync.step(answer, Duration::ZERO);
     replica.drain();
     assert_eq!(replica.bytes[..SECTOR], [2; SECTOR]);
-}
-
-#[test]
-fn a_hole_that_is_written_to_between_the_two_looks_is_read() {
-    let (capture, mut replica) = capture(CHUNK, 4 << 20, 64);
-    let disk = Disk::new(CHUNK as usize);
-    let mut resync = Resync::new(capture);
-    let mut answer = Answer::None;
-    let mut looks = 0;
-    loop {
-        let step = resync.step(answer, Duration::ZERO);
-        match step {
-            Step::Status { .. } if looks == 0 => {
-                looks += 1;
-                answer = disk.answer(step).expect("an answer");
-                // Not a captured write: the resync has to notice by itself.
-                disk.write(0, &[3; SECTOR], 1).expect("inside");
-                continue;
-            }
-            Step::Pause(pause) if pause >= IDLE_PAUSE => break,
-            _ => {}
-        }
-        answer = disk.answer(step).expect("an answer");
-    }
-    replica.drain();
-    assert_eq!((replica.bytes, replica.gap), (disk.contents(), None));
 }
 
 #[test]
@@ -338,27 +322,11 @@ fn looks(bytes: u64, data: std::ops::Range<u64>, clip: u64) -> (Vec<u64>, Vec<u6
     let noise = vec![7; (data.end - data.start) as usize];
     disk.write(data.start, &noise, usize::MAX).expect("inside");
     assert!(capture.resume());
-    let (mut answer, mut now) = (Answer::None, Duration::ZERO);
-    let (mut reads, mut asked) = (Vec::new(), Vec::new());
-    loop {
-        let step = resync.step(answer, now);
-        match step {
-            Step::Status { offset, .. } => asked.push(offset),
-            Step::Read { offset, .. } => reads.push(offset),
-            Step::Pause(pause) if pause >= IDLE_PAUSE => break,
-            Step::Pause(pause) => now += pause,
-            Step::Stop => panic!("stopped"),
-        }
-        answer = match disk.answer(step).expect("an answer") {
-            Answer::Status { length, zero } => Answer::Status { length: length.min(clip), zero },
-            answer => answer,
-        };
-        replica.drain();
-    }
+    let seen = follow(&mut resync, &disk, clip, || replica.drain());
     replica.drain();
     assert_eq!(replica.gap, None);
     assert!(replica.bytes == disk.contents(), "what was read back is the disk");
-    (reads, asked)
+    seen
 }
 
 fn fills(range: std::ops::Range<u64>) -> Vec<u64> {
@@ -398,17 +366,7 @@ fn zeroes_of_one_run_are_no_reason_to_ask_in_the_next() {
     }
     disk.write(4 * CHUNK, &vec![7; CHUNK as usize], usize::MAX).expect("inside");
     assert!(capture.resume());
-    let (mut answer, mut now) = (Answer::None, Duration::ZERO);
-    loop {
-        let step = resync.step(answer, now);
-        match step {
-            Step::Status { .. } => panic!("asked"),
-            Step::Pause(pause) if pause >= IDLE_PAUSE => break,
-            Step::Pause(pause) => now += pause,
-            _ => {}
-        }
-        answer = disk.answer(step).expect("an answer");
-    }
+    assert_eq!(follow(&mut resync, &disk, u64::MAX, || {}), (vec![CHUNK, 4 * CHUNK], vec![]));
     replica.drain();
     assert!(replica.gap.is_none() && replica.bytes == disk.contents());
 }

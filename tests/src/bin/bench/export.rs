@@ -35,9 +35,7 @@ impl Export {
         let sink = variant.start_sink(sink_core, directory, &sink_socket, DISK_BYTES);
         ours.pin(sink_core);
         let mut command = machine::pinned(GUEST_CORE, "qemu-storage-daemon");
-        // The monitor first, as the tests' storage daemon has it and says why.
-        command.args(["--chardev", &format!("socket,id=qmp,path={},server=on,wait=off", monitor.display())]);
-        command.args(["--monitor", "chardev=qmp"]);
+        command.args(Qmp::arguments(&monitor));
         if variant == Variant::Throttle {
             command.args(["--object", "throttle-group,id=none"]);
         }
