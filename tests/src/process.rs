@@ -1,5 +1,6 @@
 //! A program that runs beside the test and never survives it.
 
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
@@ -9,6 +10,18 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::wait_for;
+
+/// A command that runs in a session of its own, as a service does, and is killed when the calling thread ends.
+///
+/// The kernel shares a core out among sessions first, and within each among its threads. A program that is measured, or
+/// measured beside, must not have its share with those that it serves: with all in one session, what the kernel does at the end
+/// of a write to the disk waited up to 250 ms for its turn on a core that agent and server filled.
+#[must_use]
+pub fn service(program: impl AsRef<OsStr>) -> Command {
+    let mut command = Command::new("setsid");
+    command.args(["setpriv", "--pdeathsig", "KILL", "--"]).arg(program);
+    command
+}
 
 /// A running program with its output in files. Dropping it kills it; while a test panics, its log is printed first.
 #[derive(Debug)]

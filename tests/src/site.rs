@@ -9,7 +9,7 @@ use cdp_api::{Client, ClientError, DiskSummary, Kind, PointSpec, Points, Protect
 use tempfile::TempDir;
 
 use crate::network::{Network, Watch};
-use crate::process::Process;
+use crate::process::{Process, service};
 use crate::programs::program;
 use crate::wait_for;
 
@@ -388,14 +388,14 @@ fn private_directory(parent: &Path) -> TempDir {
 }
 
 fn start_server(directory: &Path, data: &str, http: &str, arguments: &[String]) -> Process {
-    let mut command = Command::new(program("cdp-server"));
+    let mut command = service(program("cdp-server"));
     command.arg("--store").arg(directory.join("store")).args(["--listen", data, "--http", http]);
     command.args(arguments);
     Process::start(directory, "server", &mut command)
 }
 
 fn start_agent(directory: &Path, data: &str, arguments: &[String]) -> Process {
-    let mut command = Command::new(program("cdp-agent"));
+    let mut command = service(program("cdp-agent"));
     command.args(["--server", data]).arg("--socket").arg(directory.join("agent.sock"));
     command.arg("--spool-dir").arg(directory.join("spool")).args(arguments);
     let mut agent = Process::start(directory, "agent", &mut command);

@@ -7,6 +7,7 @@ use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use cdp_tests::process::service;
 use cdp_tests::programs::program;
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::time::{ClockId, clock_getcpuclockid, clock_gettime};
@@ -97,9 +98,9 @@ fn ticks_per_second() -> f64 {
     100.0
 }
 
-/// A command that runs on one core only.
+/// A command that runs on one core only, and as a service.
 pub(crate) fn pinned(core: &str, program: impl AsRef<OsStr>) -> Command {
-    let mut command = Command::new("taskset");
+    let mut command = service("taskset");
     command.args(["-c", core]).arg(program);
     command
 }
@@ -154,7 +155,7 @@ pub(crate) fn describe(command: &str) -> Vec<(String, String)> {
         (
             "pinning".to_owned(),
             format!(
-                "load and QEMU on core {GUEST_CORE}; agent, server and the peers' sinks on core {SINK_CORE}"
+                "load and QEMU on core {GUEST_CORE}; agent, server and the peers' sinks on core {SINK_CORE}; each program in a session of its own"
             ),
         ),
     ]

@@ -1,11 +1,13 @@
 //! What a guest feels when the other end of its protection stands still: agent, server or network for ours, the sink for the
 //! peers.
 
+use std::path::Path;
 use std::process::Child;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use cdp_tests::network::Weather;
+use cdp_tests::process::Process;
 
 use crate::Effort;
 use crate::export::{Directories, Export, finish};
@@ -25,14 +27,17 @@ const GRACE: Duration = Duration::from_secs(2);
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Stalled {
     Nobody,
+    /// Nobody, and a program that only computes fills the other core: what the machine itself does to a guest then.
+    NobodyBesideWork,
     Sink,
     Agent,
     Server,
     Network,
 }
 
-const CASES: [(Variant, Stalled, &str); 9] = [
+const CASES: [(Variant, Stalled, &str); 10] = [
     (Variant::Plain, Stalled::Nobody, "plain"),
+    (Variant::Plain, Stalled::NobodyBesideWork, "plain, the other core busy"),
     (Variant::OursOn, Stalled::Server, "qemu-cdp, server frozen"),
     (Variant::OursOn, Stalled::Agent, "qemu-cdp, agent frozen"),
     (Variant::OursOn, Stalled::Network, "qemu-cdp, network frozen"),
@@ -59,12 +64,12 @@ pub(crate) fn run(effort: Effort, report: &mut Report) {
             Stall { name: "2 s", seconds: Some(2.0), rounds: effort.rounds, cases: all },
             Stall { name: "for good", seconds: None, rounds: effort.rounds, cases: all },
             // Once, and with one peer: it says the same, thirty times as long.
-            Stall { name: "60 s", seconds: Some(60.0), rounds: 1, cases: 5 },
+            Stall { name: "60 s", seconds: Some(60.0), rounds: 1, cases: 6 },
         ]
     } else {
         vec![
             Stall { name: "0.5 s", seconds: Some(0.5), rounds: 1, cases: all },
-            Stall { name: "for good", seconds: None, rounds: 1, cases: 5 },
+            Stall { name: "for good", seconds: None, rounds: 1, cases: 6 },
         ]
     };
     // The network is a thread of this process.
@@ -91,10 +96,12 @@ fn measure(
     round: usize,
 ) -> Row {
     const VM: &str = "bench-stall";
-    let mut export = Export::start(ours, variant, directories.of(variant), VM, SINK_CORE);
+    let directory = directories.of(variant);
+    let mut export = Export::start(ours, variant, directory, VM, SINK_CORE);
+    let _busy = (stalled == Stalled::NobodyBesideWork).then(|| work(directory));
     let freeze = |frozen: bool| {
         let process = match stalled {
-            Stalled::Nobody => return,
+            Stalled::Nobody | Stalled::NobodyBesideWork => return,
             Stalled::Network => {
                 return ours.site.network().set(if frozen { Weather::Stalled } else { Weather::Clear });
             }
@@ -128,6 +135,13 @@ fn measure(
     }
     export.daemon.terminate();
     row
+}
+
+/// A program that keeps the other core busy until it is dropped.
+fn work(directory: &Path) -> Process {
+    let mut command = machine::pinned(SINK_CORE, "sh");
+    command.args(["-c", "while :; do :; done"]);
+    Process::start(directory, "work", &mut command)
 }
 
 /// Whether a load has not ended after that time.
