@@ -115,6 +115,12 @@ pub(crate) fn pin(pid: u32, core: &str) {
     assert!((0..10).any(|_| pinned()), "cannot pin process {pid}");
 }
 
+/// Gives the session of a process a tenth of a core's share, as the slice of `docs/operating/running.md` gives it to agent and
+/// server: guests, and what the kernel does for them, go first. Where the kernel makes no groups of sessions, nothing changes.
+pub(crate) fn give_way(pid: u32) {
+    let _without_groups = fs::write(format!("/proc/{pid}/autogroup"), "10");
+}
+
 /// What the kernel does for shared memory that asks for huge pages: the word in brackets.
 fn huge_pages() -> String {
     let text = fs::read_to_string("/sys/kernel/mm/transparent_hugepage/shmem_enabled").unwrap_or_default();
@@ -155,7 +161,15 @@ pub(crate) fn describe(command: &str) -> Vec<(String, String)> {
         (
             "pinning".to_owned(),
             format!(
-                "load and QEMU on core {GUEST_CORE}; agent, server and the peers' sinks on core {SINK_CORE}; each program in a session of its own"
+                "load and QEMU on core {GUEST_CORE}; agent, server and the peers' sinks on core {SINK_CORE}"
+            ),
+        ),
+        (
+            "sessions".to_owned(),
+            format!(
+                "one for each program; agent and server have a tenth of the weight (the kernel's switch for that: {})",
+                fs::read_to_string("/proc/sys/kernel/sched_autogroup_enabled")
+                    .map_or("missing".to_owned(), |on| on.trim().to_owned())
             ),
         ),
     ]

@@ -39,6 +39,9 @@ impl Ours {
     fn pinned(site: Site) -> Self {
         let this = Self { site };
         this.pin(SINK_CORE);
+        for process in [&this.site.agent, &this.site.server] {
+            machine::give_way(process.pid());
+        }
         this
     }
 
