@@ -156,3 +156,24 @@ impl Drop for Process {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_service_has_its_own_session_and_ends_with_the_thread_that_started_it() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let started = || {
+            let mut command = service("sh");
+            command.args(["-c", "echo ready pid=$$; exec sleep 1000"]);
+            let mut process = Process::start(directory.path(), "sh", &mut command);
+            assert_eq!(process.ready("pid"), process.pid().to_string(), "nobody comes between");
+            let pid = Pid::from_raw(process.pid().cast_signed());
+            assert_eq!(nix::unistd::getsid(Some(pid)), Ok(pid));
+            process
+        };
+        let mut process = std::thread::scope(|scope| scope.spawn(started).join()).expect("it starts");
+        assert_eq!(process.wait().signal(), Some(Signal::SIGKILL as i32));
+    }
+}

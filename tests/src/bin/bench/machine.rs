@@ -116,9 +116,17 @@ pub(crate) fn pin(pid: u32, core: &str) {
 }
 
 /// Gives the session of a process a tenth of a core's share, as the slice of `docs/operating/running.md` gives it to agent and
-/// server: guests, and what the kernel does for them, go first. Where the kernel makes no groups of sessions, nothing changes.
+/// server: guests, and what the kernel does for them, go first. A kernel without groups of sessions has no such share.
 pub(crate) fn give_way(pid: u32) {
-    let _without_groups = fs::write(format!("/proc/{pid}/autogroup"), "10");
+    let group = format!("/proc/{pid}/autogroup");
+    if has_session_groups() {
+        fs::write(&group, "10").unwrap_or_else(|e| panic!("cannot lower the weight in {group}: {e}"));
+    }
+}
+
+/// Whether the kernel gives each session a share of a core.
+fn has_session_groups() -> bool {
+    fs::read_to_string("/proc/sys/kernel/sched_autogroup_enabled").is_ok_and(|on| on.trim() == "1")
 }
 
 /// What the kernel does for shared memory that asks for huge pages: the word in brackets.
@@ -166,11 +174,10 @@ pub(crate) fn describe(command: &str) -> Vec<(String, String)> {
         ),
         (
             "sessions".to_owned(),
-            format!(
-                "one for each program; agent and server have a tenth of the weight (the kernel's switch for that: {})",
-                fs::read_to_string("/proc/sys/kernel/sched_autogroup_enabled")
-                    .map_or("missing".to_owned(), |on| on.trim().to_owned())
-            ),
+            match has_session_groups() {
+                true => "one for each program; agent and server have a tenth of the weight".to_owned(),
+                false => "one for each program; the kernel does not weigh them".to_owned(),
+            },
         ),
     ]
 }
