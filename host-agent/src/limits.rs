@@ -57,10 +57,6 @@ pub const MAX_OUTBOX_BYTES: u64 = *OUTBOX_MIB.end() << 20;
 /// Sizes of a disk's spool that may be asked for, in MiB: up to 16 TiB.
 pub const SPOOL_MIB: RangeInclusive<u64> = (MIN_SPOOL_BYTES >> 20)..=16_777_216;
 
-/// An empty outbox whose position is past this begins again at its start: while the server keeps up, only so much of
-/// the memory is ever touched.
-pub const OUTBOX_REUSE_BYTES: u64 = 8 << 20;
-
 /// Frames moved from the spool into the outbox in one step of a drain.
 pub const REFILL_BATCH: usize = 8;
 

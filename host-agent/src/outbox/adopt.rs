@@ -4,6 +4,7 @@
 
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::arithmetic_side_effects)]
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
@@ -16,8 +17,8 @@ use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use zerocopy::FromBytes;
 
 use super::layout::{
-    AREA_START, DATA_AT, DATA_BYTES, ENTRY_ALIGN, ENTRY_HEADER_BYTES, ENTRY_MAGIC, HEADER_MAGIC, Header,
-    KIND_FRAME, KIND_SKIP, RECORDS_AT, RawEntry, RawStaged, STAGED_BYTES, VERSION, crc_of, entry_bytes,
+    AREA_START, DATA_AT, DATA_BYTES, ENTRY_HEADER_BYTES, ENTRY_MAGIC, HEADER_MAGIC, Header, KIND_FRAME,
+    KIND_SKIP, RECORDS_AT, RawEntry, RawStaged, SEGMENT_BYTES, STAGED_BYTES, VERSION, crc_of, entry_bytes,
 };
 use super::{Outbox, OutboxWriter, Packed, PackedFrame};
 use crate::limits::{FRAME_MAX_RECORDS, MAX_OUTBOX_BYTES};
@@ -105,7 +106,8 @@ fn read_header(kept: &File, disk: DiskId, epoch: Epoch) -> io::Result<Header> {
     }
     let area = header.area_bytes.get();
     let size = (AREA_START as u64).checked_add(area);
-    if area > MAX_OUTBOX_BYTES || !area.is_multiple_of(ENTRY_ALIGN) || Some(kept.metadata()?.len()) != size {
+    if area > MAX_OUTBOX_BYTES || !area.is_multiple_of(SEGMENT_BYTES) || Some(kept.metadata()?.len()) != size
+    {
         return Err(bad("its size is impossible"));
     }
     if header.packed_lsn.get().max(header.last_lsn.get()) >= u64::MAX / 2 {
@@ -129,10 +131,12 @@ fn copy_frames(
     if area == 0 || tail.wrapping_sub(at) > area {
         return Err(bad("more bytes are in use than it has"));
     }
+    let segments = read_segments(kept, area);
     let mut last: Option<Packed> = None;
     while at < tail {
-        let place = at.checked_rem(area).unwrap_or(0);
-        let to_end = area.wrapping_sub(place);
+        let (run, used) = (at / SEGMENT_BYTES, at % SEGMENT_BYTES);
+        let segment = segments.get(&run).ok_or(bad("a segment is not there"))?;
+        let (place, to_end) = (segment.saturating_add(used), SEGMENT_BYTES.saturating_sub(used));
         let entry = read_entry(kept, at, (AREA_START as u64, place))?;
         if entry.kind.get() == KIND_SKIP {
             at = at.saturating_add(to_end);
@@ -152,6 +156,24 @@ fn copy_frames(
         at = at.saturating_add(need);
     }
     Ok(last)
+}
+
+/// Where in the area each run of positions lies. The first entry of a segment says it, also when it is not in use any more; of what
+/// is no such entry nothing is known.
+fn read_segments(kept: &File, area: u64) -> HashMap<u64, u64> {
+    let mut segments = HashMap::new();
+    for number in 0..area / SEGMENT_BYTES {
+        let place = number.saturating_mul(SEGMENT_BYTES);
+        let mut bytes = [0; ENTRY_HEADER_BYTES];
+        let read = kept.read_exact_at(&mut bytes, (AREA_START as u64).saturating_add(place));
+        if let (Ok(()), Ok(entry)) = (read, RawEntry::read_from_bytes(&bytes))
+            && entry.position.get().is_multiple_of(SEGMENT_BYTES)
+            && entry.crc.get() == crc_of(&bytes)
+        {
+            segments.insert(entry.position.get() / SEGMENT_BYTES, place);
+        }
+    }
+    segments
 }
 
 /// Reads the entry at a position: where its area begins in the file, and where in the area it lies.

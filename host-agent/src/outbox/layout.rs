@@ -1,7 +1,8 @@
 //! The bytes of the outbox memfd. Authority: `docs/formats/outbox.md`; a test compares it with this module.
 
-use journal_format::limits::MAX_RECORD_DATA_BYTES;
+use journal_format::limits::{MAX_FRAME_BYTES, MAX_RECORD_DATA_BYTES};
 use journal_format::record::RawRecord;
+use journal_format::wire::MESSAGE_HEADER_BYTES;
 use journal_format::{DiskId, Epoch, Lsn};
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -16,14 +17,18 @@ pub const ENTRY_MAGIC: [u8; 4] = *b"OENT";
 /// First eight bytes of a spool file.
 pub const SPOOL_MAGIC: [u8; 8] = *b"CDPSPOOL";
 /// The version that this code writes, and the only one it adopts.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
+/// That of spool files.
+pub const SPOOL_VERSION: u32 = 1;
 /// An entry that holds a frame.
 pub const KIND_FRAME: u32 = 1;
-/// An entry that says that the rest of the area is not used.
+/// An entry that says that the rest of the segment is not used.
 pub const KIND_SKIP: u32 = 2;
 
 /// Alignment of entries.
 pub const ENTRY_ALIGN: u64 = 64;
+/// Bytes of a segment of the area: the largest frame fits.
+pub const SEGMENT_BYTES: u64 = 5 << 20;
 /// Bytes in front of a message.
 pub const ENTRY_HEADER_BYTES: usize = size_of::<RawEntry>();
 /// Bytes of one staged record.
@@ -117,7 +122,7 @@ impl SpoolHeader {
     pub(crate) fn new(disk: DiskId, epoch: Epoch, first_lsn: Lsn) -> Self {
         let mut header = Self {
             magic: SPOOL_MAGIC,
-            version: U32::new(VERSION),
+            version: U32::new(SPOOL_VERSION),
             reserved: U32::new(0),
             disk: disk.0,
             epoch: U64::new(epoch.0),
@@ -137,6 +142,8 @@ impl SpoolHeader {
 
 const _: () = assert!(size_of::<SpoolHeader>() as u64 == ENTRY_ALIGN);
 const _: () = assert!(ENTRY_HEADER_BYTES == 64 && STAGED_BYTES == 128);
+const _: () = assert!(SEGMENT_BYTES.is_multiple_of(4096));
+const _: () = assert!(MAX_FRAME_BYTES + MESSAGE_HEADER_BYTES + ENTRY_HEADER_BYTES < SEGMENT_BYTES as usize);
 
 impl RawEntry {
     /// The header of an entry at `position` with that frame.

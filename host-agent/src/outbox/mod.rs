@@ -5,6 +5,9 @@
 //! moment a record is in the ring, in the outbox, or durable, and an agent that takes over from one that was killed
 //! ([`adopt`]) loses none. Bytes and argument: `docs/formats/outbox.md`.
 //!
+//! The area is used in *segments*, and the one that became free last is the next: while the server keeps up, frames go
+//! through the same few MiB, however large the outbox is, and the rest of its memory is never touched.
+//!
 //! *Threads*: the drain thread owns the [`OutboxWriter`]; the hub reads and releases through the [`Outbox`].
 
 pub mod adopt;
@@ -25,10 +28,9 @@ use zerocopy::IntoBytes;
 use zerocopy::little_endian::{U32, U64};
 
 use self::layout::{
-    AREA_START, DATA_AT, ENTRY_ALIGN, ENTRY_HEADER_BYTES, HEADER_MAGIC, Header, KIND_FRAME, KIND_SKIP,
-    MAX_BLOCKS, RECORDS_AT, RawEntry, RawStaged, STAGED_BYTES, VERSION, crc_of, entry_bytes,
+    AREA_START, DATA_AT, ENTRY_HEADER_BYTES, HEADER_MAGIC, Header, KIND_FRAME, KIND_SKIP, MAX_BLOCKS,
+    RECORDS_AT, RawEntry, RawStaged, SEGMENT_BYTES, STAGED_BYTES, VERSION, crc_of, entry_bytes,
 };
-use crate::limits::OUTBOX_REUSE_BYTES;
 use crate::seam::memory::{Memory, MemoryWriter};
 
 /// How far the records of an epoch have been packed into frames.
@@ -55,7 +57,9 @@ pub struct Entry {
     pub len: usize,
     /// Raw bytes of data in it.
     pub raw_bytes: u32,
-    /// Position behind it, for the head.
+    /// Its position, for the head.
+    start: u64,
+    /// Position behind it.
     end: u64,
 }
 
@@ -68,8 +72,64 @@ struct State {
     entries: VecDeque<Entry>,
     head: u64,
     tail: u64,
+    segments: Segments,
     raw_bytes: u64,
     durable: Lsn,
+}
+
+/// Which segment of the area each run of [`SEGMENT_BYTES`] positions is in.
+#[derive(Debug)]
+struct Segments {
+    /// Those of positions in use, in order.
+    used: VecDeque<u64>,
+    /// Number of the first of these runs.
+    first: u64,
+    /// The others. The last is the next: its memory was used a moment ago.
+    free: Vec<u64>,
+}
+
+impl Segments {
+    fn new(count: u64) -> Self {
+        Self { used: VecDeque::new(), first: 0, free: (0..count).rev().collect() }
+    }
+
+    /// Takes a segment for the run that begins at `start`, the one after the last; false when there is none.
+    fn open(&mut self, start: u64) -> bool {
+        let Some(segment) = self.free.pop() else { return false };
+        if self.used.is_empty() {
+            self.first = start / SEGMENT_BYTES;
+        }
+        self.used.push_back(segment);
+        true
+    }
+
+    /// Gives back what lies before the run of `head`.
+    fn free_before(&mut self, head: u64) {
+        while self.first < head / SEGMENT_BYTES {
+            let Some(segment) = self.used.pop_front() else { break };
+            self.free.push(segment);
+            self.first += 1;
+        }
+    }
+
+    /// Where a position in use lies in the memory.
+    fn at(&self, position: u64) -> usize {
+        let run = position / SEGMENT_BYTES - self.first;
+        let segment = usize::try_from(run).ok().and_then(|run| self.used.get(run));
+        let segment = segment.unwrap_or_else(|| panic!("position {position} is in no segment"));
+        // The area's length is a usize, so what lies in it is too.
+        AREA_START + (segment * SEGMENT_BYTES + position % SEGMENT_BYTES) as usize
+    }
+}
+
+/// A place for an entry.
+#[derive(Debug)]
+struct Room {
+    start: u64,
+    at: usize,
+    /// Position and place of what is left of the segment before, which is not used.
+    skipped: Option<(u64, usize)>,
+    head: u64,
 }
 
 /// The reading side.
@@ -91,7 +151,7 @@ pub struct OutboxWriter {
 }
 
 impl Outbox {
-    /// Makes an empty outbox with room for `bytes` of entries, for records after `packed`; frames up to `last` have
+    /// Makes an empty outbox with room for `bytes` of entries, in whole segments and at least one, for records after `packed`; frames up to `last` have
     /// been in an outbox before.
     ///
     /// # Errors
@@ -103,7 +163,8 @@ impl Outbox {
         packed: Packed,
         last: Lsn,
     ) -> io::Result<(Arc<Self>, OutboxWriter)> {
-        let area = bytes / ENTRY_ALIGN * ENTRY_ALIGN;
+        let segments = (bytes / SEGMENT_BYTES).max(1);
+        let area = segments * SEGMENT_BYTES;
         let len = usize::try_from(area).map_err(io::Error::other)?.saturating_add(AREA_START);
         let (memory, mut writer) = Memory::create(c"cdp-outbox", len)?;
         let mut header = Header {
@@ -126,7 +187,8 @@ impl Outbox {
         };
         header.crc = U32::new(header.computed_crc());
         writer.copy_in(0, header.as_bytes());
-        let state = State { entries: VecDeque::new(), head: 0, tail: 0, raw_bytes: 0, durable: Lsn::ZERO };
+        let (entries, segments) = (VecDeque::new(), Segments::new(segments));
+        let state = State { entries, head: 0, tail: 0, segments, raw_bytes: 0, durable: Lsn::ZERO };
         let outbox = Arc::new(Self { memory, area, state: Mutex::new(state), room: Condvar::new() });
         Ok((Arc::clone(&outbox), OutboxWriter { outbox, memory: writer, staged: 0 }))
     }
@@ -163,9 +225,11 @@ impl Outbox {
         state.durable = state.durable.max(durable);
         while let Some(entry) = state.entries.front().copied().filter(|entry| entry.last_lsn <= durable) {
             state.entries.pop_front();
-            state.head = entry.end;
+            state.head = state.entries.front().map_or(state.tail, |next| next.start);
             state.raw_bytes = state.raw_bytes.saturating_sub(u64::from(entry.raw_bytes));
         }
+        let head = state.head;
+        state.segments.free_before(head);
         drop(state);
         self.room.notify_all();
     }
@@ -182,7 +246,7 @@ impl Outbox {
         self.lock().entries.front().map(|entry| entry.first_lsn)
     }
 
-    /// Bytes in use.
+    /// Bytes in use, with what is left over at the ends of segments.
     #[must_use]
     pub fn used_bytes(&self) -> u64 {
         let state = self.lock();
@@ -269,17 +333,17 @@ impl OutboxWriter {
     pub fn refill(&mut self, frame: &PackedFrame) -> Result<(), Full> {
         let message_bytes = MESSAGE_HEADER_BYTES + frame.bytes();
         let need = entry_bytes(message_bytes);
-        let (start, skip, head) = self.find_room(need).ok_or(Full)?;
+        let Room { start, at, skipped, head } = self.find_room(need).ok_or(Full)?;
         // Before anything that the old head might still point to is overwritten.
         self.memory.store(offset_of!(Header, head), head);
-        if skip > 0 {
-            self.write_entry(start - skip, KIND_SKIP, frame, 0);
+        if let Some((position, at)) = skipped {
+            self.write_entry(at, RawEntry::new(position, KIND_SKIP, frame, 0));
         }
         let wire = MessageHeader::new(MessageType::Frame, frame.bytes());
         let wire =
             wire.unwrap_or_else(|error: FormatError| panic!("the packer made too large a frame: {error}"));
-        let at = self.at(start) + ENTRY_HEADER_BYTES;
-        self.write_entry(start, KIND_FRAME, frame, message_bytes);
+        self.write_entry(at, RawEntry::new(start, KIND_FRAME, frame, message_bytes));
+        let at = at + ENTRY_HEADER_BYTES;
         self.memory.copy_in(at, wire.as_bytes());
         self.memory.copy_in(at + MESSAGE_HEADER_BYTES, &frame.head);
         self.memory.copy_in(at + MESSAGE_HEADER_BYTES + frame.head.len(), &frame.data);
@@ -293,6 +357,7 @@ impl OutboxWriter {
                 at,
                 len: message_bytes,
                 raw_bytes: frame.raw_bytes,
+                start,
                 end: start + need,
             },
         );
@@ -333,28 +398,26 @@ impl OutboxWriter {
         state.raw_bytes += u64::from(frame.raw_bytes);
     }
 
-    /// Position for `need` bytes in one run, how many bytes before it are skipped to reach it, and the head.
-    fn find_room(&self, need: u64) -> Option<(u64, u64, u64)> {
-        let area = self.outbox.area;
+    /// A place for `need` bytes in one segment.
+    fn find_room(&self, need: u64) -> Option<Room> {
         let mut state = self.outbox.lock();
-        if state.entries.is_empty() && state.tail % area > OUTBOX_REUSE_BYTES {
-            state.tail = state.tail.next_multiple_of(area);
-            state.head = state.tail;
+        let State { entries, head, tail, segments, .. } = &mut *state;
+        if entries.is_empty() {
+            // From the beginning of the same segment again.
+            *tail = tail.next_multiple_of(SEGMENT_BYTES);
+            *head = *tail;
+            segments.free_before(*head);
         }
-        let to_end = area - state.tail % area;
-        let skip = if need > to_end { to_end } else { 0 };
-        let free = area - (state.tail - state.head);
-        (skip + need <= free).then_some((state.tail + skip, skip, state.head))
+        let (used, end) = (*tail % SEGMENT_BYTES, tail.next_multiple_of(SEGMENT_BYTES));
+        if used > 0 && used + need <= SEGMENT_BYTES {
+            return Some(Room { start: *tail, at: segments.at(*tail), skipped: None, head: *head });
+        }
+        let skipped = (used > 0).then(|| (*tail, segments.at(*tail)));
+        segments.open(end).then(|| Room { start: end, at: segments.at(end), skipped, head: *head })
     }
 
-    fn at(&self, position: u64) -> usize {
-        // The area's length is a usize, so a remainder by it is too.
-        AREA_START + (position % self.outbox.area) as usize
-    }
-
-    fn write_entry(&mut self, position: u64, kind: u32, frame: &PackedFrame, message_bytes: usize) {
-        let entry = RawEntry::new(position, kind, frame, message_bytes);
-        self.memory.copy_in(self.at(position), entry.as_bytes());
+    fn write_entry(&mut self, at: usize, entry: RawEntry) {
+        self.memory.copy_in(at, entry.as_bytes());
     }
 }
 
