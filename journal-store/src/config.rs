@@ -20,6 +20,9 @@ pub struct StoreConfig {
     pub waiting_bytes: usize,
     /// Bytes of data that are gathered in memory and written together, for each disk: whole pages, at least one.
     pub piece_bytes: usize,
+    /// Disks of one commit that may gather a whole piece before their step has brought one, and pieces whose memory is kept for the
+    /// next, for the whole store; with 0 every step begins with small ones.
+    pub whole_pieces: usize,
     /// Pieces of large steps that a thread of the store may have before it while the next is gathered, for the whole store; with 0 they
     /// are written by whoever appends, and the order of I/O is always the same.
     pub pieces_under_way: usize,
@@ -35,6 +38,7 @@ impl Default for StoreConfig {
             sync_threads: limits::SYNC_THREADS,
             waiting_bytes: limits::WAITING_BYTES,
             piece_bytes: limits::PIECE_BYTES,
+            whole_pieces: limits::WHOLE_PIECES,
             pieces_under_way: limits::PIECES_UNDER_WAY,
         }
     }

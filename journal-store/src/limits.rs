@@ -30,19 +30,21 @@ pub const OPEN_DATA_FILES: usize = 32;
 pub const WAITING_BYTES: usize = 16 << 10;
 
 /// Data of a durability step is gathered in memory and written in pieces of this many bytes, past the page cache: the processor's time for a
-/// write of this size is a third of what the page cache takes. Until a step has brought so much, unless the one before had four of them, pieces are
-/// smaller and go through the cache: a write past it is waited for, and many disks that have little each would wait one after the other.
+/// write of this size is a third of what the page cache takes. Of many disks in one commit only [`WHOLE_PIECES`] begin with one; pieces of the
+/// others are smaller and go through the cache until their step has brought so much: a write past it is waited for, and many disks that
+/// have little each would wait one after the other.
 pub const PIECE_BYTES: usize = 1 << 20;
 
 /// Pieces past the page cache that are under way while the next is gathered, for the whole store: one that is written and one that
 /// waits for that. More would only wait.
 pub const PIECES_UNDER_WAY: usize = 2;
 
-/// What is left over at the end of a large step goes past the page cache if it has at least this many bytes.
+/// What is left over at the end of a step goes past the page cache if it has at least this many bytes.
 pub const DIRECT_BYTES: usize = 128 << 10;
 
-/// Bytes of memory of pieces that were written and that are kept for the next, for the whole store.
-pub const FREE_PIECE_BYTES: usize = 16 << 20;
+/// Disks of one commit that may gather a whole piece before their step has brought one, and pieces whose memory is kept for the next,
+/// for the whole store.
+pub const WHOLE_PIECES: usize = 16;
 
 /// Most threads that a commit uses to make files durable at the same time. File systems make the changes of many files
 /// durable in one go, and disks merge their flushes, if all are asked for at once: with 256 disks 16 threads take half the

@@ -93,7 +93,8 @@ impl Store {
         lock: Option<Box<dyn Lock>>,
     ) -> Result<Self, StoreError> {
         let data = Cache::new(config.cache_bytes);
-        let pages = Arc::new(PageWriting::new(config.piece_bytes, config.pieces_under_way));
+        let StoreConfig { piece_bytes, whole_pieces, pieces_under_way, .. } = config;
+        let pages = Arc::new(PageWriting::new(piece_bytes, whole_pieces, pieces_under_way));
         let (root_dir, openings) = (root.to_owned(), AtomicU64::new(0));
         let env = Arc::new(Env { root: root_dir, storage, config, data, pages, openings });
         let store = Self {

@@ -1,23 +1,19 @@
 //! Whole pages that are gathered in memory before they are written: what can go past the page cache.
 
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use journal_format::segment::PAGE_BYTES;
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
 use super::behind::{Behind, Piece, UnderWay};
 use crate::io::File;
-use crate::limits::{DIRECT_BYTES, FREE_PIECE_BYTES};
+use crate::limits::DIRECT_BYTES;
 use crate::pool::Pool;
 
-/// So many times smaller pieces are until a step is large.
+/// So many times smaller a piece is where there is no room for a whole one.
 const SMALL_PIECES: usize = 16;
-
-/// A step of so many pieces has the next begin with a large one. Of many disks that have a piece or two each, as a commit of them
-/// all brings, the pieces would need more memory than is kept.
-const LARGE_PIECES: usize = 4;
 
 const PAGE: usize = PAGE_BYTES as usize;
 
@@ -37,13 +33,21 @@ pub(crate) struct PageWriting {
     pub(crate) cached: AtomicBool,
     pub(super) behind: Behind,
     piece_bytes: usize,
+    /// Disks that may still gather a whole piece before their step has brought one: as many as memory is kept for.
+    rooms: Mutex<usize>,
 }
 
 impl PageWriting {
-    /// For pieces of so many bytes, of which at most so many are under way while the next is gathered.
-    pub(crate) fn new(piece_bytes: usize, under_way: usize) -> Self {
-        let (free, cached) = (Pool::new(FREE_PIECE_BYTES), AtomicBool::new(false));
-        Self { free, cached, behind: Behind::new(under_way), piece_bytes }
+    /// For pieces of so many bytes, with memory for so many of them, of which at most so many are under way while the next is
+    /// gathered.
+    pub(crate) fn new(piece_bytes: usize, whole_pieces: usize, under_way: usize) -> Self {
+        let free = Pool::new(whole_pieces.saturating_mul(piece_bytes));
+        let (cached, rooms) = (AtomicBool::new(false), Mutex::new(whole_pieces));
+        Self { free, cached, behind: Behind::new(under_way), piece_bytes, rooms }
+    }
+
+    fn rooms(&self) -> MutexGuard<'_, usize> {
+        self.rooms.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Takes memory back.
@@ -57,13 +61,13 @@ impl PageWriting {
 #[derive(Debug)]
 pub(super) struct Gathered {
     shared: Arc<PageWriting>,
-    /// Grows as it is filled: a disk that writes little holds little.
+    /// Grows up to a small piece as it is filled: a disk that writes little holds little.
     pages: Vec<Page>,
     used_bytes: usize,
     /// Bytes of this durability step that were written, or are on their way.
     step_bytes: usize,
-    /// Whether the step before had [`LARGE_PIECES`]: the next will most likely be large.
-    was_large: bool,
+    /// Whether it has one of [`PageWriting::rooms`], until the step ends.
+    has_room: bool,
     under_way: UnderWay,
 }
 
@@ -71,7 +75,7 @@ impl Gathered {
     /// Nothing yet.
     pub(super) fn new(shared: Arc<PageWriting>) -> Self {
         let under_way = UnderWay::default();
-        Self { shared, pages: Vec::new(), used_bytes: 0, step_bytes: 0, was_large: false, under_way }
+        Self { shared, pages: Vec::new(), used_bytes: 0, step_bytes: 0, has_room: false, under_way }
     }
 
     /// Bytes that wait.
@@ -84,12 +88,12 @@ impl Gathered {
         self.used_bytes == self.most_pages() * PAGE
     }
 
-    /// Whether this step has had a piece's worth already, or the one before: then the next pieces are whole ones, past the page cache.
+    /// Whether pieces are whole ones now, past the page cache: there is room for one, or this step has had as much already.
     fn is_large(&self) -> bool {
-        self.was_large || self.step_bytes >= self.shared.piece_bytes
+        self.has_room || self.step_bytes >= self.shared.piece_bytes
     }
 
-    /// Pages that a piece may have now. Small ones until the step is large: one disk among many holds little.
+    /// Pages that a piece may have now. Small ones for one disk among many, until its step is large.
     fn most_pages(&self) -> usize {
         let most = self.shared.piece_bytes / PAGE;
         let most = if self.is_large() { most } else { most / SMALL_PIECES };
@@ -98,6 +102,9 @@ impl Gathered {
 
     /// Takes as much of `bytes` as it has room for; what is left.
     pub(super) fn fill<'a>(&mut self, bytes: &'a [u8]) -> &'a [u8] {
+        if !self.is_large() && self.used_bytes.saturating_add(bytes.len()) > self.most_pages() * PAGE {
+            self.take_room();
+        }
         let room = (self.most_pages() * PAGE).saturating_sub(self.used_bytes);
         let (now, later) = bytes.split_at(room.min(bytes.len()));
         let end = self.used_bytes.saturating_add(now.len());
@@ -107,6 +114,12 @@ impl Gathered {
         }
         self.used_bytes = end;
         later
+    }
+
+    /// Asks for room for a whole piece, which not all disks of a commit can have.
+    fn take_room(&mut self) {
+        let mut rooms = self.shared.rooms();
+        (*rooms, self.has_room) = rooms.checked_sub(1).map_or((0, false), |left| (left, true));
     }
 
     /// Writes what waits, with zeroes up to the end of the last page, at `position`: a full piece, or the rest of a step. A large one
@@ -148,11 +161,14 @@ impl Gathered {
     /// # Errors
     /// As [`Gathered::write`].
     pub(super) fn finish(&mut self) -> io::Result<()> {
-        let step_bytes = self.step_bytes.saturating_add(self.used_bytes);
-        self.was_large = step_bytes >= LARGE_PIECES * self.shared.piece_bytes;
         (self.used_bytes, self.step_bytes) = (0, 0);
         self.shared.put(std::mem::take(&mut self.pages));
-        self.under_way.all()
+        let written = self.under_way.all();
+        // Now the memory of what was on its way is there for the next.
+        if std::mem::take(&mut self.has_room) {
+            *self.shared.rooms() += 1;
+        }
+        written
     }
 
     /// Has memory for so many pages, at least. What it holds from before is never read before it is written.
@@ -161,9 +177,9 @@ impl Gathered {
             self.pages = self.shared.free.take().unwrap_or_default();
         }
         if self.pages.len() < pages {
-            // Of a step that is large itself much more will come; a disk that only had a large one before holds what it needs.
-            let (most, is_large) = (self.most_pages(), self.step_bytes >= self.shared.piece_bytes);
-            let more = if is_large { most } else { pages.max(self.pages.len() * 2).min(most) };
+            // Whoever has room for a whole piece takes it at once: growing costs a copy into new memory each time.
+            let most = self.most_pages();
+            let more = if self.is_large() { most } else { pages.max(self.pages.len() * 2).min(most) };
             self.pages.resize(more, Page::new_zeroed());
         }
     }
@@ -182,7 +198,7 @@ mod tests {
 
     #[test]
     fn it_holds_what_it_was_given_and_memory_only_while_something_waits() {
-        let shared = Arc::new(PageWriting::new(4 * SMALL_PIECES * PAGE, 0));
+        let shared = Arc::new(PageWriting::new(4 * SMALL_PIECES * PAGE, 2, 0));
         let mut gathered = Gathered::new(Arc::clone(&shared));
         assert_eq!(gathered.fill(&[1; 5000]).len(), 0);
         assert_eq!(gathered.fill(&[2; 100]).len(), 0);
@@ -190,10 +206,11 @@ mod tests {
         assert_eq!(gathered.len(), 5100);
         assert_eq!(gathered.padded(), expected);
         assert!(gathered.padded().as_ptr().cast::<Page>().is_aligned());
-        assert_eq!((gathered.fill(&[3; 4 * PAGE]).len(), gathered.is_full()), (5100, true));
+        assert_eq!((gathered.fill(&[3; 4 * PAGE]).len(), gathered.is_full()), (0, false));
+        assert_eq!(gathered.len(), 5100 + 4 * PAGE);
         gathered.finish().unwrap();
         assert_eq!(gathered.len(), 0);
-        assert!((4 * PAGE..8 * PAGE).contains(&shared.free.bytes()), "{}", shared.free.bytes());
+        assert_eq!(shared.free.bytes(), 4 * SMALL_PIECES * PAGE, "it had taken a whole piece");
         // What was there before shows nowhere.
         let mut other = Gathered::new(Arc::clone(&shared));
         other.fill(&[4; 10]);
@@ -204,36 +221,43 @@ mod tests {
     }
 
     #[test]
-    fn a_small_step_goes_through_the_cache_and_a_large_one_past_it() {
+    fn a_few_disks_gather_whole_pieces_and_many_do_when_their_step_is_large() {
         let storage = crate::io::MemStorage::new();
         crate::io::Storage::create_dir(&storage, std::path::Path::new("/")).unwrap();
         let file = crate::io::Storage::create(&storage, std::path::Path::new("/file")).unwrap();
-        let shared = Arc::new(PageWriting::new(SMALL_PIECES * PAGE, 0));
-        let mut gathered = Gathered::new(Arc::clone(&shared));
-        let mut pieces = Vec::new();
-        for _ in 0..SMALL_PIECES + LARGE_PIECES - 1 {
-            gathered.fill(&vec![1; SMALL_PIECES * PAGE]);
-            assert!(gathered.is_full());
-            gathered.write(&file, 0).unwrap();
-            pieces.push((gathered.len() / PAGE, gathered.is_large()));
-            gathered.clear();
+        let piece = 4 * SMALL_PIECES * PAGE;
+        let shared = Arc::new(PageWriting::new(piece, 4, 0));
+        let small = piece / SMALL_PIECES;
+        let mut few: Vec<Gathered> = (0..4).map(|_| Gathered::new(Arc::clone(&shared))).collect();
+        for one in &mut few {
+            assert_eq!(one.fill(&vec![1; small]).len(), 0);
+            assert_eq!((one.is_large(), one.is_full()), (false, true), "a small step needs no room");
+            assert_eq!(one.fill(&vec![1; small]).len(), 0);
+            assert_eq!((one.len(), one.is_large(), one.is_full()), (2 * small, true, false));
         }
-        assert_eq!(pieces[..SMALL_PIECES], [(1, false); SMALL_PIECES]);
-        assert_eq!(pieces[SMALL_PIECES..], [(SMALL_PIECES, true); LARGE_PIECES - 1]);
-        gathered.finish().unwrap();
-        assert!(shared.free.bytes() >= SMALL_PIECES * PAGE, "memory of pieces comes back");
-        drop(shared.free.take());
-        gathered.fill(&[1; 2 * PAGE]);
-        assert_eq!(
-            (gathered.len(), gathered.is_large()),
-            (2 * PAGE, true),
-            "the next step will be large too"
-        );
-        assert_eq!(gathered.pages.len(), 2, "but it holds what it was given");
-        gathered.write(&file, 0).unwrap();
-        gathered.clear();
-        gathered.finish().unwrap();
-        gathered.fill(&[1; 2 * PAGE]);
-        assert_eq!((gathered.len(), gathered.is_large()), (PAGE, false), "it was not: back to small pieces");
+        // No room is left: small pieces through the cache, until the step has brought a piece.
+        let mut more = Gathered::new(Arc::clone(&shared));
+        let mut pieces = Vec::new();
+        for _ in 0..SMALL_PIECES + 2 {
+            more.fill(&vec![1; piece]);
+            assert!(more.is_full());
+            more.write(&file, 0).unwrap();
+            pieces.push((more.len(), more.is_large()));
+            more.clear();
+        }
+        assert_eq!(pieces[..SMALL_PIECES], [(small, false); SMALL_PIECES]);
+        assert_eq!(pieces[SMALL_PIECES..], [(piece, true); 2]);
+        more.finish().unwrap();
+        assert!(shared.free.bytes() >= piece, "memory of pieces comes back");
+        // A step that ends, and a disk that goes, leave their room to others; whoever had none leaves none.
+        more.fill(&vec![1; 2 * small]);
+        assert_eq!((more.len(), more.is_large()), (small, false));
+        few[0].finish().unwrap();
+        more.clear();
+        more.fill(&vec![1; 2 * small]);
+        assert_eq!((more.len(), more.is_large()), (2 * small, true));
+        assert_eq!(*shared.rooms(), 0);
+        drop((few, more));
+        assert_eq!(*shared.rooms(), 4);
     }
 }

@@ -218,13 +218,13 @@ mod tests {
         Tail::of_meta(file, path, 4096, MOST)
     }
 
-    /// With pieces of two pages, and of one until there were two; so many of them under way at once.
-    fn behind(under_way: usize) -> impl Fn(Arc<dyn File>, PathBuf) -> Tail {
-        move |file, path| Tail::of_data(file, path, 4096, Arc::new(PageWriting::new(8192, under_way)))
+    /// With pieces of two pages, and of one until there were two where there is no room for whole ones; so many of them under way at once.
+    fn behind(whole: usize, under_way: usize) -> impl Fn(Arc<dyn File>, PathBuf) -> Tail {
+        move |file, path| Tail::of_data(file, path, 4096, Arc::new(PageWriting::new(8192, whole, under_way)))
     }
 
     fn data(file: Arc<dyn File>, path: PathBuf) -> Tail {
-        behind(0)(file, path)
+        behind(0, 0)(file, path)
     }
 
     #[test]
@@ -243,10 +243,12 @@ mod tests {
         let (_, writes) = appended(steps, meta);
         // A large one's header goes out with what waits.
         assert_eq!(writes, 2 + 3 + 3);
-        // Two pages by themselves, then the piece that is left of the step: no page twice.
+        // Two pages by themselves, then the piece that is left of the step, or whole pieces from the beginning: no page twice.
         for under_way in 0..4 {
-            let (_, writes) = appended(steps, behind(under_way));
+            let (_, writes) = appended(steps, behind(0, under_way));
             assert_eq!(writes, 3 + 3 + 2);
+            let (_, writes) = appended(steps, behind(1, under_way));
+            assert_eq!(writes, 2 + 2 + 1);
         }
     }
 
@@ -254,5 +256,7 @@ mod tests {
     fn a_step_that_ends_with_a_piece_writes_nothing_more() {
         let (bytes, writes) = appended(&[&[8192], &[8192 - 64, 64], &[8192, 1]], data);
         assert_eq!((bytes.len(), writes), (4096 + 3 * 8192 + 4096, 2 + 2 + 3));
+        let (whole, writes) = appended(&[&[8192], &[8192 - 64, 64], &[8192, 1]], behind(1, 0));
+        assert_eq!((whole == bytes, writes), (true, 1 + 1 + 2));
     }
 }

@@ -54,6 +54,7 @@ pub fn config() -> StoreConfig {
         // Each head, and each page of data, may be lost by itself.
         waiting_bytes: 0,
         piece_bytes: 4 << 10,
+        whole_pieces: 1,
         pieces_under_way: 0,
     }
 }

@@ -300,6 +300,7 @@ pub fn config() -> StoreConfig {
         sync_threads: 1,
         waiting_bytes: 4 << 10,
         piece_bytes: 8 << 10,
+        whole_pieces: 1,
         pieces_under_way: 0,
     }
 }
