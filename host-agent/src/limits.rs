@@ -3,7 +3,7 @@
 use core::ops::RangeInclusive;
 use core::time::Duration;
 
-use journal_format::limits::{MAX_FRAME_BYTES, TARGET_FRAME_RAW_BYTES};
+use journal_format::limits::TARGET_FRAME_RAW_BYTES;
 
 /// Most bytes of a Unix socket's path: `sun_path` of unix(7), without the byte that ends it.
 pub const MAX_SOCKET_PATH: usize = 107;
@@ -41,7 +41,7 @@ pub const DRAIN_IDLE: Duration = Duration::from_millis(4);
 /// Longest sleep of a drain thread: the bell wakes it for records and for its end.
 pub const DRAIN_NAP: Duration = Duration::from_secs(1);
 
-/// Smallest outbox: two of the largest frames, or the drain could wait for room that never comes.
+/// Smallest outbox: a few segments, each of which takes the largest frame.
 pub const MIN_OUTBOX_BYTES: u64 = 16 << 20;
 
 /// Sizes of a ring's arena that may be asked for, in MiB. The smallest takes two of the largest records. The same as the
@@ -161,7 +161,7 @@ pub const MAX_WAITERS: usize = 256;
 
 const _: () = assert!(FRAME_FEW_RECORDS < FRAME_MAX_RECORDS && FRAME_FEW_BYTES < FRAME_TARGET_BYTES);
 const _: () = assert!(FRAME_MAX_AGE.as_micros() < FRAME_FEW_AGE.as_micros());
-const _: () = assert!(MIN_OUTBOX_BYTES as usize >= 2 * (MAX_FRAME_BYTES + 4096));
+const _: () = assert!(MIN_OUTBOX_BYTES >= 3 * crate::outbox::layout::SEGMENT_BYTES);
 const _: () = assert!(FRAME_MAX_RECORDS <= journal_format::limits::MAX_FRAME_RECORDS as usize);
 const _: () = assert!(*RING_MIB.start() << 20 >= 2 * journal_format::limits::MAX_RECORD_DATA_BYTES as u64);
 const _: () = assert!(PING_AFTER.as_secs() * 2 < SERVER_SILENT.as_secs());

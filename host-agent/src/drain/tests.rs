@@ -112,8 +112,13 @@ impl Bench {
 
 /// Ships all frames of an outbox and returns what they hold.
 fn ship(outbox: &Outbox, seen: &mut Vec<(Lsn, Op, Vec<u8>)>) {
+    ship_to(outbox, Lsn::MAX, seen);
+}
+
+/// The same, up to an LSN.
+fn ship_to(outbox: &Outbox, to: Lsn, seen: &mut Vec<(Lsn, Op, Vec<u8>)>) {
     use std::os::unix::fs::FileExt;
-    for entry in outbox.entries(Lsn::ZERO, Lsn::MAX, usize::MAX, usize::MAX) {
+    for entry in outbox.entries(Lsn::ZERO, to, usize::MAX, usize::MAX) {
         let mut bytes = vec![0; entry.len];
         outbox.memory().file().read_exact_at(&mut bytes, entry.at as u64).unwrap();
         let frame = Frame::parse(&bytes[16..]).unwrap();
@@ -264,6 +269,35 @@ fn a_full_outbox_spools_and_everything_comes_out_in_order() {
     assert!(queued > 0 && seen.len() as u64 == writes + queued);
     assert_eq!(lsns(&seen), (FIRST.0..=bench.ring.captured_lsn().0).collect::<Vec<_>>());
     assert_eq!(worker.spool().used_bytes(), 0, "its files are gone");
+}
+
+/// A small outbox has three segments: begun in the middle of one, all may be in use before it is half full.
+#[test]
+fn a_frame_that_no_segment_takes_goes_to_the_spool() {
+    let (bench, mut worker) = Bench::new(MIN_OUTBOX_BYTES, 64 << 20, u64::MAX);
+    let (mut now, mut seen, mut number) = (Duration::ZERO, Vec::new(), 0);
+    let mut put = |worker: &mut Worker, now: &mut Duration, bytes| {
+        assert!(noisy(&bench, number, bytes), "the ring has room");
+        number += 1;
+        run(worker, now, None);
+    };
+    for _ in 0..10 {
+        put(&mut worker, &mut now, 512 << 10);
+    }
+    let first = worker.writer().outbox().entries(Lsn(0), Lsn::MAX, usize::MAX, usize::MAX)[7].last_lsn;
+    ship_to(worker.writer().outbox(), first, &mut seen);
+    while worker.writer().outbox().used_bytes() <= 7 << 20 {
+        put(&mut worker, &mut now, 512 << 10);
+    }
+    assert!(worker.writer().outbox().used_bytes() <= worker.writer().outbox().capacity_bytes() / 2);
+    assert_eq!(worker.spool().used_bytes(), 0);
+    put(&mut worker, &mut now, 4 << 20);
+    assert!(worker.spool().used_bytes() > 4 << 20, "nobody waits for an acknowledgement");
+    while run(&mut worker, &mut now, None) != Pace::Idle || worker.spool().used_bytes() > 0 {
+        ship(worker.writer().outbox(), &mut seen);
+    }
+    ship(worker.writer().outbox(), &mut seen);
+    assert_eq!(lsns(&seen), (FIRST.0..=bench.ring.captured_lsn().0).collect::<Vec<_>>());
 }
 
 /// Frames went to the spool, were read back, and others went to the outbox directly before the next ones came to the spool:

@@ -380,19 +380,35 @@ impl Worker {
         }
         let outbox = self.writer.outbox();
         let filled = outbox.used_bytes() > outbox.capacity_bytes() / 2;
-        if (filled || !self.spool.is_read()) && self.spool.append(now, &frame) {
-            self.writer.unstage(&frame);
+        // A small outbox may have no segment for a large frame before it is half full.
+        let is_placed = match filled {
+            true => self.put_in_spool(now, &frame) || self.put_in_outbox(&frame),
+            false => self.put_in_outbox(&frame) || self.put_in_spool(now, &frame),
+        };
+        if is_placed {
             self.packer.recycle(frame);
-            return true;
+        } else {
+            self.closed = Some(frame);
         }
-        // Frames in the spool come before it.
-        if self.spool.is_read() && self.writer.push(&frame).is_ok() {
+        is_placed
+    }
+
+    /// Puts a frame into the outbox, unless frames in the spool come before it or there is no room now.
+    fn put_in_outbox(&mut self, frame: &PackedFrame) -> bool {
+        let is_there = self.spool.is_read() && self.writer.push(frame).is_ok();
+        if is_there {
             self.packed = frame.last_lsn;
-            self.packer.recycle(frame);
-            return true;
         }
-        self.closed = Some(frame);
-        false
+        is_there
+    }
+
+    /// Puts a frame into the spool, unless it takes none now.
+    fn put_in_spool(&mut self, now: Duration, frame: &PackedFrame) -> bool {
+        let is_there = self.spool.append(now, frame);
+        if is_there {
+            self.writer.unstage(frame);
+        }
+        is_there
     }
 
     /// Moves frames from the spool into an outbox that has room; false when there was nothing to do.
