@@ -57,10 +57,8 @@ pub struct Entry {
     pub len: usize,
     /// Raw bytes of data in it.
     pub raw_bytes: u32,
-    /// Its position, for the head.
+    /// Its position, for head and tail.
     start: u64,
-    /// Position behind it.
-    end: u64,
 }
 
 /// There is no room now.
@@ -337,12 +335,12 @@ impl OutboxWriter {
         // Before anything that the old head might still point to is overwritten.
         self.memory.store(offset_of!(Header, head), head);
         if let Some((position, at)) = skipped {
-            self.write_entry(at, RawEntry::new(position, KIND_SKIP, frame, 0));
+            self.memory.copy_in(at, RawEntry::new(position, KIND_SKIP, frame, 0).as_bytes());
         }
         let wire = MessageHeader::new(MessageType::Frame, frame.bytes());
         let wire =
             wire.unwrap_or_else(|error: FormatError| panic!("the packer made too large a frame: {error}"));
-        self.write_entry(at, RawEntry::new(start, KIND_FRAME, frame, message_bytes));
+        self.memory.copy_in(at, RawEntry::new(start, KIND_FRAME, frame, message_bytes).as_bytes());
         let at = at + ENTRY_HEADER_BYTES;
         self.memory.copy_in(at, wire.as_bytes());
         self.memory.copy_in(at + MESSAGE_HEADER_BYTES, &frame.head);
@@ -358,7 +356,6 @@ impl OutboxWriter {
                 len: message_bytes,
                 raw_bytes: frame.raw_bytes,
                 start,
-                end: start + need,
             },
         );
         Ok(())
@@ -394,7 +391,7 @@ impl OutboxWriter {
         let mut state = self.outbox.lock();
         debug_assert!(state.entries.back().is_none_or(|last| last.last_lsn.next() == frame.first_lsn));
         state.entries.push_back(entry);
-        state.tail = entry.end;
+        state.tail = entry.start + entry_bytes(entry.len);
         state.raw_bytes += u64::from(frame.raw_bytes);
     }
 
@@ -414,10 +411,6 @@ impl OutboxWriter {
         }
         let skipped = (used > 0).then(|| (*tail, segments.at(*tail)));
         segments.open(end).then(|| Room { start: end, at: segments.at(end), skipped, head: *head })
-    }
-
-    fn write_entry(&mut self, at: usize, entry: RawEntry) {
-        self.memory.copy_in(at, entry.as_bytes());
     }
 }
 
