@@ -128,7 +128,7 @@ impl World {
         let sizes = Sizes {
             arena_bytes: pick(&mut random, &[512 << 10, 1 << 20, 2 << 20]),
             slots: pick(&mut random, &[64, 256, 1024]) as u32,
-            outbox_bytes: pick(&mut random, &[1 << 20, 2 << 20, 8 << 20]),
+            outbox_bytes: pick(&mut random, &[1 << 20, 2 << 20, 8 << 20, 10 << 20, 20 << 20]),
             spool: SpoolPlace {
                 folder: spool.path().to_owned(),
                 limit_bytes: pick(&mut random, &[0, 0, 512 << 10, 16 << 20]),
