@@ -161,14 +161,19 @@ impl Gathered {
     /// # Errors
     /// As [`Gathered::write`].
     pub(super) fn finish(&mut self) -> io::Result<()> {
+        // Then the memory of what was on its way is there for the next, too.
+        let written = self.under_way.all();
+        self.give_up();
+        written
+    }
+
+    /// Nothing waits any more, and the memory is for others; what is on its way is not waited for.
+    pub(super) fn give_up(&mut self) {
         (self.used_bytes, self.step_bytes) = (0, 0);
         self.shared.put(std::mem::take(&mut self.pages));
-        let written = self.under_way.all();
-        // Now the memory of what was on its way is there for the next.
         if std::mem::take(&mut self.has_room) {
             *self.shared.rooms() += 1;
         }
-        written
     }
 
     /// Has memory for so many pages, at least. What it holds from before is never read before it is written.
@@ -257,6 +262,11 @@ mod tests {
         more.fill(&vec![1; 2 * small]);
         assert_eq!((more.len(), more.is_large()), (2 * small, true));
         assert_eq!(*shared.rooms(), 0);
+        // As does one that will write no more, though somebody keeps it.
+        let memory = shared.free.bytes();
+        few[1].give_up();
+        assert_eq!((*shared.rooms(), few[1].len()), (1, 0));
+        assert!(shared.free.bytes() > memory);
         drop((few, more));
         assert_eq!(*shared.rooms(), 4);
     }

@@ -129,6 +129,14 @@ impl Tail {
         }
     }
 
+    /// Drops what waits, for its memory: nothing is appended any more.
+    pub(super) fn give_up(&mut self) {
+        match &mut self.waiting {
+            Waiting::Bytes { bytes, .. } => *bytes = Vec::new(),
+            Waiting::Pages(gathered) => gathered.give_up(),
+        }
+    }
+
     /// Everything up to the end is durable.
     pub(super) fn is_durable(&mut self) {
         self.fresh = true;

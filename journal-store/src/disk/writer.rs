@@ -101,10 +101,13 @@ impl Writer {
         }
     }
 
-    /// Refuses everything from now on if this failed.
+    /// Refuses everything from now on if this failed: what was appended since the last commit will come again, to another opening of
+    /// the disk.
     pub(super) fn poison_on<T>(&mut self, result: Result<T, StoreError>) -> Result<T, StoreError> {
         if let Err(error) = &result {
             self.poison.get_or_insert_with(|| error.to_string());
+            self.data.give_up();
+            self.meta.give_up();
         }
         result
     }
