@@ -84,6 +84,7 @@ const UNSAFE_IS_IN: &[&str] = &[
     "capture-ring/src/raw/",
     "host-agent/src/seam/",
     "journal-store/src/io/map.rs",
+    "journal-store/src/io/stream.rs",
     "qemu-filter/examples/",
     "qemu-filter/src/ffi/",
     "qemu-filter/src/qemu/",

@@ -1,14 +1,14 @@
 //! Whole pages that are gathered in memory before they are written: what can go past the page cache.
 
 use std::io;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use journal_format::segment::PAGE_BYTES;
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
 use super::behind::{Behind, Piece, UnderWay};
-use crate::io::File;
+use crate::io::{File, copy_around_caches};
 use crate::limits::DIRECT_BYTES;
 use crate::pool::Pool;
 
@@ -108,9 +108,15 @@ impl Gathered {
         let room = (self.most_pages() * PAGE).saturating_sub(self.used_bytes);
         let (now, later) = bytes.split_at(room.min(bytes.len()));
         let end = self.used_bytes.saturating_add(now.len());
+        let large = self.is_large();
         self.grow(end.div_ceil(PAGE));
         if let Some(place) = self.pages.as_mut_bytes().get_mut(self.used_bytes..end) {
-            place.copy_from_slice(now);
+            // ORDERING: Relaxed: it is only about speed. What goes through the page cache is read by this core next.
+            if large && !self.shared.cached.load(Ordering::Relaxed) {
+                copy_around_caches(place, now);
+            } else {
+                place.copy_from_slice(now);
+            }
         }
         self.used_bytes = end;
         later

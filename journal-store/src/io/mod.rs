@@ -10,11 +10,13 @@ mod hook;
 mod map;
 mod mem;
 mod real;
+mod stream;
 
 pub use hook::{Answer, Call, CallKind, Hook, HookStorage};
 pub use map::Bytes;
 pub use mem::{MemStorage, Tearing};
 pub use real::RealStorage;
+pub(crate) use stream::copy_around_caches;
 
 use std::fmt::Debug;
 use std::io;
