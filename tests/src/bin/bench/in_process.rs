@@ -4,8 +4,12 @@
 //! programs named `qemu-img` alone, so a copy under another name is run.
 
 use std::fs::{self, File};
+use std::hint::black_box;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
 
 use cdp_tests::process::Process;
 use cdp_tests::programs::program;
@@ -37,6 +41,11 @@ const FEWEST: u64 = 32;
 const BURST_US: f64 = 1000.0;
 const BURST_BYTES_PER_US: f64 = 100.0;
 const COPY_BYTES_PER_US: f64 = 10_000.0;
+/// In bursts a run has some 40 ms of writing, and what is looked for is less than a microsecond of each: so many times the rounds.
+const ROUNDS_IN_BURSTS: usize = 3;
+/// What the thread that only copies goes round, and copies at a time.
+const COPIED_BYTES: usize = 32 << 20;
+const COPY_BYTES: usize = 64 << 10;
 
 /// What one run cost, for each write in µs.
 #[derive(Clone, Copy, Debug)]
@@ -98,7 +107,8 @@ pub(crate) fn run(effort: Effort, report: &mut Report) {
             for section in sections {
                 let bursts = section == IN_BURSTS;
                 let loads = if bursts { in_bursts(&loads, effort.seconds * SHARE) } else { loads.clone() };
-                for round in 0..effort.rounds {
+                let times = if bursts && effort.patient { ROUNDS_IN_BURSTS } else { 1 };
+                for round in 0..effort.rounds * times {
                     report.begin_round(effort);
                     let costs: Vec<_> =
                         loads.iter().map(|(load, _)| (load.variant, bench.measure(&place, *load))).collect();
@@ -121,7 +131,50 @@ fn in_bursts(loads: &[(Load, f64)], seconds: f64) -> Vec<(Load, f64)> {
         let writes = (seconds * 1e6 * BURST_BYTES_PER_US / bytes) as u64;
         (Load { writes: writes.max(FEWEST), pause_us, ..*load }, *us)
     };
-    loads.iter().filter(|(load, _)| load.variant.is_local()).map(bursting).collect()
+    let beside =
+        loads.first().map(|(plain, us)| (Load { variant: Variant::PlainBesideCopies, ..*plain }, *us));
+    let mut local: Vec<_> = loads.iter().filter(|(load, _)| load.variant.is_local()).copied().collect();
+    // Next to the plain disk, which is first.
+    local.splice(1..1, beside);
+    local.iter().map(bursting).collect()
+}
+
+/// Copies memory on the other core until it is dropped.
+struct Copies {
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Copies {
+    fn start() -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let thread = thread::spawn(move || {
+            machine::pin_thread(SINK_CORE);
+            let (from, mut to) = (vec![1_u8; COPIED_BYTES], vec![2_u8; COPIED_BYTES]);
+            loop {
+                for (to, from) in to.chunks_mut(COPY_BYTES).zip(from.chunks(COPY_BYTES)) {
+                    // ORDERING: Relaxed: the flag stands alone.
+                    if stopped.load(Ordering::Relaxed) {
+                        return;
+                    }
+                    to.copy_from_slice(black_box(from));
+                    black_box(to);
+                }
+            }
+        });
+        Self { stop, thread: Some(thread) }
+    }
+}
+
+impl Drop for Copies {
+    fn drop(&mut self) {
+        // ORDERING: as above.
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            thread.join().expect("it only copies");
+        }
+    }
 }
 
 /// A round's rows: what was added is added to the plain disk of that very round.
@@ -225,6 +278,7 @@ impl Bench {
             self.ours.site.protect(&disk);
             disk
         });
+        let _copies = (load.variant == Variant::PlainBesideCopies).then(Copies::start);
         let sinks = || match (&sink, &disk) {
             (Some(sink), _) => [machine::cpu_seconds(sink.pid()), 0.0],
             (None, Some(_)) => self.ours.cpu_seconds(),

@@ -74,6 +74,8 @@ impl Medium {
 pub(crate) enum Variant {
     /// The disk alone.
     Plain,
+    /// The disk alone, and a thread that only copies memory on the other core: what the machine itself does to a guest then.
+    PlainBesideCopies,
     /// Below a filter that does nothing: what one more layer costs.
     Throttle,
     /// Our library is loaded, and the disk is not protected.
@@ -141,6 +143,7 @@ impl Variant {
     pub(crate) const fn name(self) -> &'static str {
         match self {
             Self::Plain => "plain",
+            Self::PlainBesideCopies => "plain, the other core copies",
             Self::Throttle => "throttle, no limit",
             Self::OursOff => "qemu-cdp, off",
             Self::OursOn => "qemu-cdp, on",
@@ -163,7 +166,13 @@ impl Variant {
     pub(crate) const fn is_local(self) -> bool {
         matches!(
             self,
-            Self::Plain | Self::Throttle | Self::OursOff | Self::OursOn | Self::BlkLogWrites | Self::Quorum
+            Self::Plain
+                | Self::PlainBesideCopies
+                | Self::Throttle
+                | Self::OursOff
+                | Self::OursOn
+                | Self::BlkLogWrites
+                | Self::Quorum
         )
     }
 
@@ -202,7 +211,7 @@ impl Variant {
         let logged = |log: Value| json!({"driver": "blklogwrites", "node-name": "top", "file": disk(), "log": log, "log-sector-size": 4096});
         let quorum = |second: Value| json!({"driver": "quorum", "node-name": "top", "vote-threshold": 2, "children": [disk(), second]});
         match self {
-            Self::Plain | Self::OursOff | Self::OursOn => vec![disk()],
+            Self::Plain | Self::PlainBesideCopies | Self::OursOff | Self::OursOn => vec![disk()],
             Self::Throttle => {
                 vec![
                     json!({"driver": "throttle", "node-name": "top", "throttle-group": "none", "file": disk()}),
