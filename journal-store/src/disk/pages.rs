@@ -205,7 +205,13 @@ impl Drop for Gathered {
 
 #[cfg(test)]
 mod tests {
+    use journal_format::{
+        ByteRange, Codec, DataSpan, DiskId, Epoch, Frame, FrameMeta, GapReason, Lsn, Op, Record, Stamp, frame,
+    };
+
     use super::*;
+    use crate::io::{Answer, Call, CallKind, Hook, HookStorage, MemStorage};
+    use crate::{Store, StoreConfig};
 
     #[test]
     fn it_holds_what_it_was_given_and_memory_only_while_something_waits() {
@@ -233,7 +239,7 @@ mod tests {
 
     #[test]
     fn a_few_disks_gather_whole_pieces_and_many_do_when_their_step_is_large() {
-        let storage = crate::io::MemStorage::new();
+        let storage = MemStorage::new();
         crate::io::Storage::create_dir(&storage, std::path::Path::new("/")).unwrap();
         let file = crate::io::Storage::create(&storage, std::path::Path::new("/file")).unwrap();
         let piece = 4 * SMALL_PIECES * PAGE;
@@ -275,5 +281,54 @@ mod tests {
         assert!(shared.free.bytes() > memory);
         drop((few, more));
         assert_eq!(*shared.rooms(), 4);
+    }
+    /// Fails writes to metadata files, once it is told to: a frame's data waits then, and its head never comes.
+    #[derive(Default, Debug)]
+    struct NoHeads(AtomicBool);
+
+    impl Hook for NoHeads {
+        fn before(&self, call: &Call<'_>) -> Answer {
+            let is_head = call.kind == CallKind::Write && call.path.to_string_lossy().contains("meta-");
+            if is_head && self.0.load(Ordering::Relaxed) {
+                return Answer::Fail(io::ErrorKind::StorageFull.into());
+            }
+            Answer::Go
+        }
+    }
+
+    #[test]
+    fn a_disk_that_is_poisoned_gives_its_memory_back_though_somebody_keeps_it() {
+        const DISK: DiskId = DiskId([7; 16]);
+        const BYTES: u32 = 256 << 10;
+        let hook = Arc::new(NoHeads::default());
+        let storage = HookStorage::new(Arc::new(MemStorage::new()), Arc::clone(&hook) as Arc<dyn Hook>);
+        let config = StoreConfig { waiting_bytes: 0, ..StoreConfig::default() };
+        let (rooms, piece) = (config.whole_pieces, config.piece_bytes);
+        let store = Store::open_with("/store", Arc::new(storage), config).unwrap();
+        let disk = store.open_or_create(DISK, 1 << 30).unwrap();
+        let frame = |first: u64, ops: &[Op]| {
+            let records: Vec<_> = (first..)
+                .zip(ops)
+                .map(|(lsn, op)| Record { lsn: Lsn(lsn), stamp: Stamp(lsn), op: *op })
+                .collect();
+            let meta = FrameMeta {
+                disk: DISK,
+                epoch: Epoch(1),
+                first_lsn: Lsn(first),
+                disk_bytes: 1 << 30,
+                codec: Codec::Raw,
+                raw_bytes: BYTES,
+            };
+            frame::encode(&meta, &records, &vec![1; BYTES as usize]).unwrap()
+        };
+        let range = ByteRange::new(0, BYTES.into()).unwrap();
+        let write = Op::Write { range, data: DataSpan { pos: 0, len: BYTES }, fill: false, fua: false };
+        let begins = Op::GapBegin { reason: GapReason::Attach, generation: 1 };
+        store.append(&Frame::parse(&frame(1, &[begins, write])).unwrap()).unwrap();
+        assert_eq!(*disk.env.pages.rooms(), rooms - 1, "more waits than a small piece has");
+        hook.0.store(true, Ordering::Relaxed);
+        store.append(&Frame::parse(&frame(3, &[write])).unwrap()).unwrap_err();
+        assert!(disk.is_poisoned());
+        assert_eq!((*disk.env.pages.rooms(), disk.env.pages.free.bytes()), (rooms, piece));
     }
 }

@@ -1,7 +1,8 @@
 //! A copy around the caches, into memory that a device reads next.
 #![allow(unsafe_code)]
 
-/// From how many bytes on it is worth it: 64 KiB of data are one record's.
+/// From how many bytes on it is worth it.
+#[cfg(any(target_arch = "x86_64", test))]
 const STREAM_BYTES: usize = 16 << 10;
 /// A cache line, in bytes.
 #[cfg(target_arch = "x86_64")]
@@ -20,16 +21,22 @@ pub(crate) fn copy_around_caches(to: &mut [u8], from: &[u8]) {
     assert_eq!(to.len(), from.len(), "as many bytes as there is room for");
     #[cfg(target_arch = "x86_64")]
     if from.len() >= STREAM_BYTES && is_amd() {
-        let head = to.as_ptr().align_offset(LINE).min(to.len());
-        let ((to_head, to), (from_head, from)) = (to.split_at_mut(head), from.split_at(head));
-        let (to_lines, to_tail) = to.as_chunks_mut();
-        let (from_lines, from_tail) = from.as_chunks();
-        to_head.copy_from_slice(from_head);
-        stream(to_lines, from_lines);
-        to_tail.copy_from_slice(from_tail);
+        copy_streamed(to, from);
         return;
     }
     to.copy_from_slice(from);
+}
+
+/// Copies as many bytes as both have: whole lines of the destination are streamed.
+#[cfg(target_arch = "x86_64")]
+fn copy_streamed(to: &mut [u8], from: &[u8]) {
+    let head = to.as_ptr().align_offset(LINE).min(to.len());
+    let ((to_head, to), (from_head, from)) = (to.split_at_mut(head), from.split_at(head));
+    let (to_lines, to_tail) = to.as_chunks_mut();
+    let (from_lines, from_tail) = from.as_chunks();
+    to_head.copy_from_slice(from_head);
+    stream(to_lines, from_lines);
+    to_tail.copy_from_slice(from_tail);
 }
 
 /// Whether the processor says that it is AMD's.
@@ -48,7 +55,7 @@ fn is_amd() -> bool {
 fn stream(to: &mut [[u8; LINE]], from: &[[u8; LINE]]) {
     use std::arch::x86_64::{__m128i, _mm_loadu_si128, _mm_sfence, _mm_stream_si128};
     const WORD: usize = size_of::<__m128i>();
-    assert!(to.as_ptr().cast::<__m128i>().is_aligned(), "a line begins where a word does");
+    assert!(to.is_empty() || to.as_ptr().cast::<__m128i>().is_aligned(), "a line begins where a word does");
     for (to, from) in to.iter_mut().zip(from) {
         let words = [0, 1, 2, 3].map(|word| {
             // SAFETY: a word of the line, which has four; SSE2 is part of x86-64.
@@ -67,43 +74,33 @@ fn stream(to: &mut [[u8; LINE]], from: &[[u8; LINE]]) {
 mod tests {
     use super::*;
 
-    #[test]
-    fn every_byte_is_copied_and_no_other_wherever_it_begins() {
-        let from: Vec<u8> = (0..4 * STREAM_BYTES).map(|at| (at % 251) as u8).collect();
-        for length in [
-            0,
-            1,
-            4096,
-            STREAM_BYTES - 1,
-            STREAM_BYTES,
-            STREAM_BYTES + 1,
-            STREAM_BYTES + 63,
-            3 * STREAM_BYTES + 65,
-        ] {
+    /// Copies between all sorts of places.
+    fn every_byte_is_copied_and_no_other(copy: fn(&mut [u8], &[u8])) {
+        let from: Vec<u8> = (0..4 * STREAM_BYTES).map(|at| (at % 251 + 1) as u8).collect();
+        let around = [STREAM_BYTES - 1, STREAM_BYTES, STREAM_BYTES + 1, STREAM_BYTES + 63];
+        for length in [0, 1, 63, 64, 65, 200, 4096, 3 * STREAM_BYTES + 65].into_iter().chain(around) {
             for (to_at, from_at) in [(0, 0), (0, 1), (1, 0), (15, 7), (48, 16), (63, 64), (64, 63)] {
-                let mut to = vec![255; 4 * STREAM_BYTES];
-                copy_around_caches(&mut to[to_at..][..length], &from[from_at..][..length]);
+                let mut to = vec![0; 4 * STREAM_BYTES];
+                copy(&mut to[to_at..][..length], &from[from_at..][..length]);
+                let what = format!("{length} bytes from {from_at} to {to_at}");
+                assert!(to[to_at..][..length] == from[from_at..][..length], "{what}");
                 assert!(
-                    to[to_at..][..length] == from[from_at..][..length],
-                    "{length} bytes from {from_at} to {to_at}"
-                );
-                assert!(
-                    to[..to_at].iter().chain(&to[to_at + length..]).all(|byte| *byte == 255),
-                    "no other byte"
+                    to[..to_at].iter().chain(&to[to_at + length..]).all(|byte| *byte == 0),
+                    "{what}: no other"
                 );
             }
         }
     }
 
     #[test]
+    fn the_copy_copies() {
+        every_byte_is_copied_and_no_other(copy_around_caches);
+    }
+
+    #[test]
     #[cfg(target_arch = "x86_64")]
-    fn streamed_lines_are_the_same_on_every_processor() {
-        let from: Vec<[u8; LINE]> = (0..100).map(|line| [line; LINE]).collect();
-        let mut memory = vec![0; 102 * LINE];
-        let at = memory.as_ptr().align_offset(LINE);
-        let (to, _) = memory[at..].as_chunks_mut::<LINE>();
-        stream(&mut to[..100], &from);
-        assert!(to[..100] == from[..] && to[100..].as_flattened().iter().all(|byte| *byte == 0));
+    fn a_streamed_copy_copies_on_every_processor() {
+        every_byte_is_copied_and_no_other(copy_streamed);
     }
 
     #[test]
