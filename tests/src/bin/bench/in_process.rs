@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::channel;
 use std::thread::{self, JoinHandle};
 
 use cdp_tests::process::Process;
@@ -146,12 +147,15 @@ struct Copies {
 }
 
 impl Copies {
+    /// It copies when this returns, and has all its memory.
     fn start() -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
+        let (copies, begun) = channel();
         let thread = thread::spawn(move || {
             machine::pin_thread(SINK_CORE);
             let (from, mut to) = (vec![1_u8; COPIED_BYTES], vec![2_u8; COPIED_BYTES]);
+            copies.send(()).expect("somebody waits");
             loop {
                 for (to, from) in to.chunks_mut(COPY_BYTES).zip(from.chunks(COPY_BYTES)) {
                     // ORDERING: Relaxed: the flag stands alone.
@@ -163,6 +167,7 @@ impl Copies {
                 }
             }
         });
+        begun.recv().expect("it begins");
         Self { stop, thread: Some(thread) }
     }
 }

@@ -24,7 +24,7 @@ const LOOK: Duration = Duration::from_millis(500);
 /// How long one table waits for quiet moments, all its rounds together: a full run fits an hour on a busy machine too.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Waits until the machine does nothing else, and takes that time from `patience`; whether it came to that.
+/// Waits until the machine does nothing else, and takes that time from `patience`, but for the first look; whether it came to that.
 pub(crate) fn wait_until_idle(patience: &mut Duration) -> bool {
     let began = Instant::now();
     loop {
@@ -33,7 +33,7 @@ pub(crate) fn wait_until_idle(patience: &mut Duration) -> bool {
         let busy = (busy_ticks() - before) as f64 / ticks_per_second() / LOOK.as_secs_f64();
         let quiet = busy < IDLE_BELOW;
         if quiet || began.elapsed() > *patience {
-            *patience = patience.saturating_sub(began.elapsed());
+            *patience = patience.saturating_sub(began.elapsed().saturating_sub(LOOK));
             return quiet;
         }
     }

@@ -20,6 +20,7 @@ mod rpo;
 mod space;
 mod stall;
 mod stored;
+mod summary;
 mod tools;
 mod variants;
 
@@ -79,12 +80,13 @@ fn main() -> ExitCode {
     let wanted = match words[..] {
         ["compare", old, new] => return report::compare(old.as_ref(), new.as_ref()),
         ["join", first, ref others @ ..] => return report::join(&out, first, others),
+        ["write", document, reports] => return summary::write(document.as_ref(), reports.as_ref()),
         ["all"] => None,
         [name] if TABLES.iter().any(|(table, _)| *table == name) => Some(name),
         _ => {
             let names = TABLES.map(|(name, _)| name).join("|");
             eprintln!(
-                "usage: bench {names}|all [--quick] [--only TEXT] [--out DIR]\n       bench compare OLD.json NEW.json\n       bench join PART.json... [--out DIR]"
+                "usage: bench {names}|all [--quick] [--only TEXT] [--out DIR]\n       bench compare OLD.json NEW.json\n       bench join PART.json... [--out DIR]\n       bench write DOCUMENT.md REPORTS"
             );
             return ExitCode::from(2);
         }

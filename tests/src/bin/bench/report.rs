@@ -59,12 +59,15 @@ pub(crate) struct Report {
 
 /// Median, least and greatest.
 #[derive(Clone, Copy, Debug)]
-struct Spread(f64, f64, f64);
+pub(crate) struct Spread(pub(crate) f64, pub(crate) f64, pub(crate) f64);
 
 impl Spread {
     fn of(mut values: Vec<f64>) -> Option<Self> {
         values.sort_by(f64::total_cmp);
-        Some(Self(values.get(values.len() / 2).copied()?, *values.first()?, *values.last()?))
+        let upper = *values.get(values.len() / 2)?;
+        // Of an even number the mean of the two in the middle.
+        let lower = if values.len().is_multiple_of(2) { *values.get(values.len() / 2 - 1)? } else { upper };
+        Some(Self(f64::midpoint(lower, upper), *values.first()?, *values.last()?))
     }
 }
 
@@ -152,7 +155,7 @@ impl Report {
         names
     }
 
-    fn spread(&self, table: &str, variant: &str, value: &str) -> Option<Spread> {
+    pub(crate) fn spread(&self, table: &str, variant: &str, value: &str) -> Option<Spread> {
         let rows = self.rows.iter().filter(|row| row.table() == table && row.variant == variant);
         Spread::of(rows.filter_map(|row| row.value(value)).collect())
     }
@@ -164,7 +167,7 @@ impl Report {
     }
 
     /// The variant's value over that of the table's first variant in the same round.
-    fn ratio(&self, table: &str, variant: &str, value: &str) -> Option<Spread> {
+    pub(crate) fn ratio(&self, table: &str, variant: &str, value: &str) -> Option<Spread> {
         let base = *self.variants(table).first()?;
         let find = |variant: &str, round: usize| {
             let mut rows = self.rows.iter().filter(|row| row.table() == table && row.variant == variant);
@@ -312,7 +315,10 @@ pub(crate) fn join(out: &Path, first: &str, others: &[&str]) -> ExitCode {
     for other in others {
         match read(other.as_ref()) {
             Some(part) if (&part.name, part.quick) == (&joined.name, joined.quick) => {
-                joined.rows.extend(part.rows)
+                // What was measured again takes the place of what there was.
+                let again = part.tables();
+                joined.rows.retain(|row| !again.contains(&row.table()));
+                joined.rows.extend(part.rows);
             }
             Some(_) => {
                 eprintln!("bench: {other} is of another table, or only one of them of a quick run");
@@ -326,7 +332,8 @@ pub(crate) fn join(out: &Path, first: &str, others: &[&str]) -> ExitCode {
     ExitCode::SUCCESS
 }
 
-fn read(path: &Path) -> Option<Report> {
+/// A report's JSON; `None` when there is none, which is said.
+pub(crate) fn read(path: &Path) -> Option<Report> {
     let text = fs::read_to_string(path).map_err(|e| e.to_string());
     let parsed = text.and_then(|text| serde_json::from_str::<Value>(&text).map_err(|e| e.to_string()));
     let value = parsed.inspect_err(|e| eprintln!("bench: {}: {e}", path.display())).ok()?;
@@ -353,4 +360,19 @@ fn read(path: &Path) -> Option<Report> {
         rows: rows.collect(),
         ..Report::new(&text(&value, "name"), value["quick"].as_bool()?, None)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_median_of_an_even_number_is_between_the_two_in_the_middle() {
+        let of = |values: &[f64]| Spread::of(values.to_vec()).map(|Spread(median, ..)| median);
+        assert_eq!(of(&[]), None);
+        assert_eq!(of(&[3.0]), Some(3.0));
+        assert_eq!(of(&[4.0, 1.0]), Some(2.5));
+        assert_eq!(of(&[9.0, 1.0, 2.0]), Some(2.0));
+        assert_eq!(of(&[9.0, 1.0, 2.0, 4.0]), Some(3.0));
+    }
 }
