@@ -129,11 +129,10 @@ impl Tail {
         }
     }
 
-    /// Drops what waits, for its memory: nothing is appended any more.
+    /// Drops the pages that wait, for their memory: nothing is appended any more.
     pub(super) fn give_up(&mut self) {
-        match &mut self.waiting {
-            Waiting::Bytes { bytes, .. } => *bytes = Vec::new(),
-            Waiting::Pages(gathered) => gathered.give_up(),
+        if let Waiting::Pages(gathered) = &mut self.waiting {
+            gathered.give_up();
         }
     }
 

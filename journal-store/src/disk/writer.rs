@@ -107,7 +107,6 @@ impl Writer {
         if let Err(error) = &result {
             self.poison.get_or_insert_with(|| error.to_string());
             self.data.give_up();
-            self.meta.give_up();
         }
         result
     }

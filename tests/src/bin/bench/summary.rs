@@ -19,7 +19,8 @@ struct Table {
     head: &'static str,
     choice: &'static str,
     columns: &'static [Line],
-    rows: &'static [Line],
+    /// In groups, as tables share some.
+    rows: &'static [&'static [Line]],
 }
 
 /// A row or a column: what stands there, and what it chooses.
@@ -32,33 +33,27 @@ const PATTERNS: &[Line] = &[
     ("1 MiB, depth 4", "pattern: 1 MiB, depth 4"),
 ];
 
-const IN_BURSTS: &[Line] = &[
-    ("plain, µs a write", "variant: plain; value: us_per_write"),
-    ("plain, the other core copies", "variant: plain, the other core copies; value: added_us"),
+/// A write of the plain disk, in process.
+const WRITE: &[Line] = &[("plain, µs a write", "variant: plain; value: us_per_write")];
+
+const BESIDE: &[Line] =
+    &[("plain, the other core copies", "variant: plain, the other core copies; value: added_us")];
+
+const ADDED: &[Line] = &[
     ("throttle, no limit", "variant: throttle, no limit; value: added_us"),
     ("qemu-cdp, off", "variant: qemu-cdp, off; value: added_us"),
     ("qemu-cdp, on", "variant: qemu-cdp, on; value: added_us"),
     ("blklogwrites, local", "variant: blklogwrites, local; value: added_us"),
     ("quorum of 2, local", "variant: quorum of 2, local; value: added_us"),
-    ("qemu-cdp on, processor time added in QEMU, µs", "variant: qemu-cdp, on; value: added_cpu_us"),
-    (
-        "qemu-cdp on, of what blklogwrites adds to it",
-        "variant: qemu-cdp, on; value: added_cpu_to_blklogwrites",
-    ),
-    ("qemu-cdp on, µs of the agent", "variant: qemu-cdp, on; value: cpu_agent_us"),
-    ("qemu-cdp on, µs of the server", "variant: qemu-cdp, on; value: cpu_server_us"),
 ];
 
-const UNPAUSED: &[Line] = &[
-    ("plain, µs a write", "variant: plain; value: us_per_write"),
-    ("throttle, no limit", "variant: throttle, no limit; value: added_us"),
-    ("qemu-cdp, off", "variant: qemu-cdp, off; value: added_us"),
-    ("qemu-cdp, on", "variant: qemu-cdp, on; value: added_us"),
-    ("blklogwrites, local", "variant: blklogwrites, local; value: added_us"),
-    ("quorum of 2, local", "variant: quorum of 2, local; value: added_us"),
+const ADDED_BY_REMOTE: &[Line] = &[
     ("blklogwrites, NBD", "variant: blklogwrites, NBD; value: added_us"),
     ("quorum of 2, NBD", "variant: quorum of 2, NBD; value: added_us"),
     ("copy-before-write, NBD", "variant: copy-before-write, NBD; value: added_us"),
+];
+
+const ADDED_TIME: &[Line] = &[
     ("qemu-cdp on, processor time added in QEMU, µs", "variant: qemu-cdp, on; value: added_cpu_us"),
     (
         "qemu-cdp on, of what blklogwrites adds to it",
@@ -66,36 +61,44 @@ const UNPAUSED: &[Line] = &[
     ),
     ("qemu-cdp on, µs of the agent", "variant: qemu-cdp, on; value: cpu_agent_us"),
     ("qemu-cdp on, µs of the server", "variant: qemu-cdp, on; value: cpu_server_us"),
-    ("qemu-cdp on: captured", "variant: qemu-cdp, on; value: captured"),
 ];
 
-const EXPORTED: &[Line] = &[
-    ("plain, writes/s", "variant: plain; value: iops"),
+const CAPTURED: &[Line] = &[("qemu-cdp on: captured", "variant: qemu-cdp, on; value: captured")];
+
+const IN_BURSTS: &[&[Line]] = &[WRITE, BESIDE, ADDED, ADDED_TIME];
+
+const PLAIN_RATE: &[Line] = &[("plain, writes/s", "variant: plain; value: iops")];
+
+const OFF: &[Line] = &[
     ("throttle, no limit", "variant: throttle, no limit; times: iops"),
     ("qemu-cdp, off", "variant: qemu-cdp, off; times: iops"),
-    ("qemu-cdp, on", "variant: qemu-cdp, on; times: iops"),
+];
+
+const ON: &[Line] = &[("qemu-cdp, on", "variant: qemu-cdp, on; times: iops")];
+
+const LOCAL: &[Line] = &[
     ("blklogwrites, local", "variant: blklogwrites, local; times: iops"),
     ("quorum of 2, local", "variant: quorum of 2, local; times: iops"),
+];
+
+const REMOTE: &[Line] = &[
     ("blklogwrites, NBD", "variant: blklogwrites, NBD; times: iops"),
     ("quorum of 2, NBD", "variant: quorum of 2, NBD; times: iops"),
     ("mirror, write-blocking", "variant: mirror, write-blocking; times: iops"),
     ("mirror, background", "variant: mirror, background; times: iops"),
     ("backup, sync=none", "variant: backup, sync=none; times: iops"),
+];
+
+const TAILS: &[Line] = &[
     ("plain, p99 in µs", "variant: plain; value: p99_us"),
     ("qemu-cdp, on, p99 in µs", "variant: qemu-cdp, on; value: p99_us"),
     ("qemu-cdp, on, p99 to plain", "variant: qemu-cdp, on; times: p99_us"),
-    ("qemu-cdp, on: captured", "variant: qemu-cdp, on; value: captured"),
 ];
 
-const SAME_CORE: &[Line] = &[
-    ("qemu-cdp, on", "variant: qemu-cdp, on; times: iops"),
-    ("blklogwrites, NBD", "variant: blklogwrites, NBD; times: iops"),
-    ("quorum of 2, NBD", "variant: quorum of 2, NBD; times: iops"),
-    ("mirror, write-blocking", "variant: mirror, write-blocking; times: iops"),
-    ("mirror, background", "variant: mirror, background; times: iops"),
-    ("backup, sync=none", "variant: backup, sync=none; times: iops"),
-    ("qemu-cdp, on, all on one core", "variant: qemu-cdp, on, all on one core; times: iops"),
-];
+const ONE_CORE: &[Line] =
+    &[("qemu-cdp, on, all on one core", "variant: qemu-cdp, on, all on one core; times: iops")];
+
+const EXPORTED: &[&[Line]] = &[PLAIN_RATE, OFF, ON, LOCAL, REMOTE, TAILS, CAPTURED];
 
 const FILTER: &[Line] = &[
     ("a copy within the cache", "variant: a copy within the cache"),
@@ -250,7 +253,7 @@ const TABLES: &[Table] = &[
         head: "",
         choice: "report: capture; section: in process; medium: disk",
         columns: PATTERNS,
-        rows: UNPAUSED,
+        rows: &[WRITE, ADDED, ADDED_BY_REMOTE, ADDED_TIME, CAPTURED],
     },
     Table {
         name: "export, tmpfs",
@@ -271,35 +274,35 @@ const TABLES: &[Table] = &[
         head: "",
         choice: "report: capture; section: through an export, peers' NBD server on the guest's core; medium: tmpfs",
         columns: PATTERNS.split_at(2).0,
-        rows: SAME_CORE,
+        rows: &[ON, REMOTE, ONE_CORE],
     },
     Table {
         name: "filter",
         head: "",
         choice: "report: filter; section: the filter alone; medium: memory; value: ns_per_write",
         columns: PATTERNS.split_at(3).0,
-        rows: FILTER,
+        rows: &[FILTER],
     },
     Table {
         name: "stall",
         head: "",
         choice: "report: stall; section: stall; pattern: 4 KiB, depth 8",
         columns: STALLS,
-        rows: STALLED,
+        rows: &[STALLED],
     },
     Table {
         name: "ingest",
         head: "",
         choice: "report: ingest; section: one core of the server; medium: disk",
         columns: LOADS,
-        rows: SERVERS,
+        rows: &[SERVERS],
     },
     Table {
         name: "parts of ingest",
         head: "",
         choice: "report: ingest; section: parts of ingest; medium: disk; value: cpu_s_per_gb",
         columns: LOADS,
-        rows: PARTS,
+        rows: &[PARTS],
     },
     Table {
         name: "many disks",
@@ -311,20 +314,20 @@ const TABLES: &[Table] = &[
             ("durable p50, ms", "value: durable_p50_ms"),
             ("durable p99, ms", "value: durable_p99_ms"),
         ],
-        rows: MANY_DISKS,
+        rows: &[MANY_DISKS],
     },
     Table {
         name: "durable",
         head: "",
         choice: "report: rpo; section: from completion to durable; medium: disk",
         columns: RATES,
-        rows: &[
+        rows: &[&[
             ("write + fdatasync of 64 KiB, p50, ms", "variant: write + fdatasync of 64 KiB; value: p50_ms"),
             ("write + fdatasync of 64 KiB, p99, ms", "variant: write + fdatasync of 64 KiB; value: p99_ms"),
             ("qemu-cdp, p50, ms", "variant: qemu-cdp; value: p50_ms"),
             ("qemu-cdp, p99, ms", "variant: qemu-cdp; value: p99_ms"),
             ("qemu-cdp, writes/s", "variant: qemu-cdp; value: writes_per_s"),
-        ],
+        ]],
     },
     Table {
         name: "space",
@@ -337,7 +340,7 @@ const TABLES: &[Table] = &[
             ("metadata", "variant: qemu-cdp; value: metadata"),
             ("metadata bytes a record", "variant: qemu-cdp; value: metadata_bytes_per_record"),
         ],
-        rows: PROGRAMS,
+        rows: &[PROGRAMS],
     },
     Table {
         name: "restore",
@@ -348,7 +351,7 @@ const TABLES: &[Table] = &[
             ("to `dd`", "times: mb_per_s"),
             ("s/GB", "value: cpu_s_per_gb"),
         ],
-        rows: RESTORED,
+        rows: &[RESTORED],
     },
     Table {
         name: "history, from the files",
@@ -359,7 +362,7 @@ const TABLES: &[Table] = &[
             ("p50, µs", "value: read_p50_us"),
             ("p99, µs", "value: read_p99_us"),
         ],
-        rows: CHAINS,
+        rows: &[CHAINS],
     },
     Table {
         name: "history, through the server",
@@ -373,7 +376,7 @@ const TABLES: &[Table] = &[
             ("memory, MiB", "value: rss_mib"),
             ("of it not mapped files", "value: of_it_not_mapped_files_mib"),
         ],
-        rows: CHAINS.split_at(4).1,
+        rows: &[CHAINS.split_at(4).1],
     },
     Table {
         name: "what changed",
@@ -385,7 +388,7 @@ const TABLES: &[Table] = &[
             ("a tenth of them all, ms", "value: a_tenth_ms"),
             ("the same by reading and comparing both points, ms", "value: scan_ms"),
         ],
-        rows: CHAINS.split_at(4).1,
+        rows: &[CHAINS.split_at(4).1],
     },
     Table {
         name: "restart",
@@ -396,7 +399,7 @@ const TABLES: &[Table] = &[
             ("journal: data, MiB", "value: journal_data_mib"),
             ("metadata, MiB", "value: journal_metadata_mib"),
         ],
-        rows: CHAINS.split_at(4).1,
+        rows: &[CHAINS.split_at(4).1],
     },
 ];
 
@@ -445,7 +448,7 @@ impl Table {
         let mut measured: Vec<(&str, &str)> = Vec::new();
         let mut text =
             format!("{} {} |\n| --- |{}\n", self.begin(), heads.join(" | "), " --- |".repeat(heads.len()));
-        for (label, row) in self.rows {
+        for (label, row) in self.rows.iter().copied().flatten() {
             text += &format!("| {label} |");
             for (head, column) in self.columns {
                 let choice = Choice::of(&[self.choice, row, column]);
@@ -462,7 +465,12 @@ impl Table {
             }
             text.push('\n');
         }
-        let rows = self.rows.iter().find(|(label, _)| !measured.iter().any(|(row, _)| row == label));
+        let rows = self
+            .rows
+            .iter()
+            .copied()
+            .flatten()
+            .find(|(label, _)| !measured.iter().any(|(row, _)| row == label));
         let columns =
             self.columns.iter().find(|(head, _)| !measured.iter().any(|(_, column)| column == head));
         match rows.or(columns) {
