@@ -1,6 +1,7 @@
 //! The consuming end. Whatever the memory holds, it returns records that keep every rule of `journal_format`, or an
 //! error; it never panics, never reads outside the mapping and never loops without bound.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use journal_format::limits::{MAX_BOOKMARK_BYTES, MAX_DISK_BYTES, MAX_RECORD_DATA_BYTES};
@@ -9,7 +10,7 @@ use journal_format::{ByteRange, DataSpan, GapReason, ImageTag, Lsn, Op, Record, 
 use crate::clock::HostClock;
 use crate::error::{RingError, RingErrorKind};
 use crate::layout::{STATE_FILL, STATE_FREE, flag, kind};
-use crate::limits::{CREDIT_BATCH, MAX_PIECES, MAX_STAMP, SLAB_UNITS, UNIT_BYTES};
+use crate::limits::{CREDIT_BATCH, HOLD_BYTES, MAX_PIECES, MAX_STAMP, SLAB_UNITS, UNIT_BYTES};
 use crate::ring::Ring;
 use crate::slots::{Entry, Look};
 use crate::sync::Ordering;
@@ -30,44 +31,45 @@ pub enum Next {
 struct Checked {
     entry: Entry,
     op: Op,
-    /// Block and bytes of each piece.
-    pieces: [(u32, u32); MAX_PIECES as usize],
-    count: usize,
+    chain: Chain,
     data_bytes: u32,
 }
 
-/// The pieces of a record that was copied out.
-#[derive(Clone, Copy, Debug)]
-struct Copied {
-    blocks: [u32; MAX_PIECES as usize],
-    count: usize,
-}
+/// Unit and units of each piece of a record.
+type Chain = ([(u32, u32); MAX_PIECES as usize], usize);
 
-impl Copied {
-    fn blocks(&self) -> &[u32] {
-        self.blocks.get(..self.count).unwrap_or(&[])
-    }
+/// The pieces of records that were copied out and are still in the ring, in order.
+#[derive(Debug, Default)]
+struct Held {
+    /// Number of the first.
+    first: u64,
+    /// How many pieces each has.
+    counts: VecDeque<u8>,
+    pieces: VecDeque<(u32, u32)>,
+    /// Arena units of all of them.
+    units: u64,
 }
 
 /// The consuming end of a ring. There is one per ring, used by one thread.
 ///
 /// A record is taken in two steps, so that whoever must not lose it can put it into a safe place in between:
-/// [`Consumer::copy`] leaves it where it is, [`Consumer::free`] gives its room back. [`Consumer::next`] is both.
+/// [`Consumer::copy`] leaves it where it is, [`Consumer::free`] gives the room of all up to one back.
+/// [`Consumer::next`] is both.
 #[derive(Debug)]
 pub struct Consumer {
     ring: Arc<Ring>,
     clock: HostClock,
     /// Number of the next record.
     head: u64,
-    /// Records taken whose credits are not given back yet.
+    /// Records freed whose credits are not given back yet.
     unreturned: u64,
     last_stamp: Stamp,
     /// The clock when last looked at: saves touching its cache line for every record.
     clock_seen: Stamp,
     /// The record at `head`, when it was looked at but there was no room for it.
     looked: Option<Checked>,
-    /// The record at `head`, when its data was copied out and its room is not given back yet.
-    copied: Option<Copied>,
+    /// Those before `head` whose room is not given back yet.
+    held: Held,
     /// Once the producers are dead: how many slots they had reserved.
     closed_at: Option<u64>,
     failed: Option<(RingErrorKind, &'static str, Lsn)>,
@@ -85,15 +87,15 @@ impl Consumer {
             last_stamp: Stamp::ZERO,
             clock_seen: Stamp::ZERO,
             looked: None,
-            copied: None,
+            held: Held { first: 0, counts: VecDeque::new(), pieces: VecDeque::new(), units: 0 },
             closed_at: None,
             failed: None,
         }
     }
 
     /// Goes on where the consumer of a process that died has stopped. `next` is the first record that it had not put
-    /// into a safe place, `stamp` that of the last one that it had; `left` are the pieces of that last one which it
-    /// had not begun to free: nobody else will, so it is done now, and told to `before` as [`Consumer::free`] does.
+    /// into a safe place, `stamp` that of the last one that it had; `freed` is what [`Consumer::free`] said last. What
+    /// it had not begun to free nobody else will, so it is done now, and said to `before`.
     ///
     /// # Errors
     /// `Corrupt` when the ring cannot have been left there by such a consumer; then nothing was changed.
@@ -102,8 +104,8 @@ impl Consumer {
         clock: HostClock,
         next: Lsn,
         stamp: Stamp,
-        left: &[u32],
-        mut before: impl FnMut(u8),
+        freed: (Lsn, u8),
+        before: impl FnMut(Lsn, u8),
     ) -> Result<Self, RingError> {
         let slots = ring.geometry().slots;
         // ORDERING: Acquire pairs with the Release in `return_credits`; its writer is dead.
@@ -118,9 +120,13 @@ impl Consumer {
         if stamp > clock.last() {
             return Err(RingError::corrupt("the last record is later than the host's clock"));
         }
-        free_pieces(&ring, left, &mut before);
-        let unreturned = head.saturating_sub(given_back);
-        let mut consumer = Self { head, unreturned, last_stamp: stamp, ..Self::new(ring, clock) };
+        let mut held = Held { first: given_back, ..Held::default() };
+        for number in given_back..head {
+            let lsn = ring.slots().lsn(number);
+            held.push(&left_of(&ring, number, freed).map_err(|error| error.at(lsn))?);
+        }
+        let mut consumer = Self { head, last_stamp: stamp, held, ..Self::new(ring, clock) };
+        consumer.free(next.prev(), before);
         consumer.return_credits();
         consumer.disarm_sleep();
         Ok(consumer)
@@ -146,17 +152,15 @@ impl Consumer {
     /// is final: every later call returns it again, and nothing behind it may be used.
     pub fn next(&mut self, data: &mut Vec<u8>, max_bytes: u32) -> Result<Next, RingError> {
         let next = self.copy(data, max_bytes)?;
-        self.free(|_| {});
+        self.free(Lsn::MAX, |_, _| {});
         Ok(next)
     }
 
-    /// The first half of [`Consumer::next`]: copies the record and its data and leaves both in the ring. A record
-    /// that was copied before and not freed is freed now.
+    /// The first half of [`Consumer::next`]: copies the record and its data and leaves both in the ring.
     ///
     /// # Errors
     /// As [`Consumer::next`].
     pub fn copy(&mut self, data: &mut Vec<u8>, max_bytes: u32) -> Result<Next, RingError> {
-        self.free(|_| {});
         if let Some((kind, what, lsn)) = self.failed {
             return Err(RingError::new(kind, what).at(lsn));
         }
@@ -187,24 +191,41 @@ impl Consumer {
             return Ok(Next::NoRoom(checked.data_bytes));
         }
         let op = self.copy_data(&checked, data)?;
-        let blocks = checked.pieces.map(|(block, _)| block);
-        Ok(Next::Record(self.record(checked.entry.stamp, op, Copied { blocks, count: checked.count })))
+        Ok(Next::Record(self.record(checked.entry.stamp, op, &checked.chain)))
     }
 
-    /// The first units of the pieces of the record that was copied and not freed.
+    /// The second half of [`Consumer::next`]: gives the room of the records up to `to` back that were copied.
+    ///
+    /// A record's last piece is freed first, so that its chain leads to all that are left. `before(lsn, n)` is called
+    /// before piece `n` of a record is freed: a consumer that takes over must free those that were not begun, and leave
+    /// the one at which this process died alone (it may be in use again).
+    pub fn free(&mut self, to: Lsn, mut before: impl FnMut(Lsn, u8)) {
+        while let Some(count) = self.held.counts.front().copied() {
+            let lsn = self.ring.slots().lsn(self.held.first);
+            if lsn > to {
+                break;
+            }
+            let pieces = usize::from(count).min(self.held.pieces.len());
+            for (number, (block, _)) in (0..count).zip(self.held.pieces.range(..pieces)).rev() {
+                before(lsn, number);
+                self.ring.set_state(*block, STATE_FREE, 0);
+                self.ring.arena().free(*block);
+            }
+            self.held.pop(pieces);
+            self.unreturned = self.unreturned.saturating_add(1);
+            if self.unreturned >= CREDIT_BATCH.min(self.ring.geometry().slots / 4) {
+                self.return_credits();
+            }
+        }
+    }
+
+    /// Whether so much was copied and not freed that producers would feel it: a quarter of the slots or of the arena, or
+    /// more than stays in a core's cache, where the pieces that are used next should be.
     #[must_use]
-    pub fn blocks(&self) -> &[u32] {
-        self.copied.as_ref().map_or(&[], Copied::blocks)
-    }
-
-    /// The second half of [`Consumer::next`]: gives the room of the record that was copied back. `before(n)` is
-    /// called before piece `n` is freed, and once more, with their number, when all are: a consumer that takes over
-    /// must free those that were not begun, and leave the one at which this process died alone (it may be in use
-    /// again).
-    pub fn free(&mut self, mut before: impl FnMut(u8)) {
-        let Some(copied) = self.copied.take() else { return };
-        free_pieces(&self.ring, copied.blocks(), &mut before);
-        self.step();
+    pub fn holds_much(&self) -> bool {
+        let (config, records) = (self.ring.config(), self.held.counts.len() as u64);
+        let bytes = self.held.units.saturating_mul(u64::from(UNIT_BYTES));
+        records >= u64::from(config.slots) / 4 || bytes >= HOLD_BYTES.min(config.arena_bytes / 4)
     }
 
     /// Whether the record at the head comes before the point at which capture stopped; false while that is being
@@ -234,37 +255,29 @@ impl Consumer {
             // has none before it to take the stamp from.
             Some(end) if self.head < end => {
                 let stamp = if self.last_stamp == Stamp::ZERO { self.clock.now() } else { self.last_stamp };
-                let none = Copied { blocks: [0; MAX_PIECES as usize], count: 0 };
-                Ok(Next::Record(self.record(stamp.0, Op::Void, none)))
+                Ok(Next::Record(self.record(stamp.0, Op::Void, &([(0, 0); MAX_PIECES as usize], 0))))
             }
             _ => Ok(Next::Empty),
         }
     }
 
     /// The record at the head, of which everything was copied.
-    fn record(&mut self, stamp: u64, op: Op, copied: Copied) -> Record {
+    fn record(&mut self, stamp: u64, op: Op, chain: &Chain) -> Record {
+        let lsn = self.next_lsn();
         self.last_stamp = self.last_stamp.max(Stamp(stamp));
-        self.copied = Some(copied);
-        Record { lsn: self.next_lsn(), stamp: self.last_stamp, op }
-    }
-
-    /// Counts the record at the head as taken.
-    fn step(&mut self) {
+        self.held.push(chain);
         self.head = self.head.saturating_add(1);
-        self.unreturned = self.unreturned.saturating_add(1);
-        if self.unreturned >= CREDIT_BATCH.min(self.ring.geometry().slots / 4) {
-            self.return_credits();
-        }
+        Record { lsn, stamp: self.last_stamp, op }
     }
 
-    /// Gives the credits of taken records back, so that producers can use their slots.
+    /// Gives the credits of freed records back, so that producers can use their slots.
     ///
-    /// Records that are taken give their credits back in batches. Call it before a pause between records, so that
+    /// Records that are freed give their credits back in batches. Call it before a pause between records, so that
     /// nobody waits for the rest of a batch.
     pub fn return_credits(&mut self) {
         if self.unreturned > 0 {
             // ORDERING: a gauge, and the place to go on for an agent that comes back.
-            self.ring.memory().words().head.store(self.head, Ordering::Release);
+            self.ring.memory().words().head.store(self.held.first, Ordering::Release);
             self.ring.slots().give_back(self.unreturned);
             self.unreturned = 0;
             self.ring.tell_waiters();
@@ -283,8 +296,16 @@ impl Consumer {
             return Err(RingError::corrupt("a record has a flag or reason that its kind does not have"));
         }
         let (op, data_bytes) = op_of(&entry)?;
-        let (pieces, count) = self.walk(&entry, data_bytes)?;
-        Ok(Checked { entry, op, pieces, count, data_bytes })
+        let chain = walk(&self.ring, &entry, entry.pieces)?;
+        let room = pieces_of(&chain).iter().fold(0, |sum: u32, (_, units)| sum.saturating_add(*units));
+        let has_block = matches!(entry.kind, kind::WRITE | kind::BOOKMARK);
+        if has_block && entry.pieces == 0 {
+            Err(RingError::corrupt("a record has an impossible number of pieces"))
+        } else if room.saturating_mul(UNIT_BYTES) < data_bytes {
+            Err(RingError::corrupt("a record's pieces are smaller than its data"))
+        } else {
+            Ok(Checked { entry, op, chain, data_bytes })
+        }
     }
 
     fn check_stamp(&mut self, stamp: u64) -> Result<(), RingError> {
@@ -297,47 +318,17 @@ impl Consumer {
         Ok(())
     }
 
-    /// Copies and checks the headers of a record's pieces. Bounded by [`MAX_PIECES`].
-    fn walk(
-        &self,
-        entry: &Entry,
-        data_bytes: u32,
-    ) -> Result<([(u32, u32); MAX_PIECES as usize], usize), RingError> {
-        let mut pieces = [(0, 0); MAX_PIECES as usize];
-        let count = entry.pieces as usize;
-        let has_block = matches!(entry.kind, kind::WRITE | kind::BOOKMARK);
-        if count > pieces.len() || (has_block && count == 0) {
-            return Err(RingError::corrupt("a record has an impossible number of pieces"));
-        }
-        let (mut block, mut left) = (entry.block, data_bytes);
-        for place in pieces.iter_mut().take(count) {
-            let header = self.ring.memory().blocks().get(block as usize);
-            let header = header.ok_or(RingError::corrupt("a piece lies outside the arena"))?;
-            // ORDERING: Relaxed, made visible by the slot's word. Read once.
-            let link = header.link.load(Ordering::Relaxed);
-            let room = SLAB_UNITS.saturating_sub(block % SLAB_UNITS);
-            let units = u32::try_from(link >> 32).ok().filter(|units| (1..=room).contains(units));
-            let units = units.ok_or(RingError::corrupt("a piece does not lie in one slab"))?;
-            let bytes = left.min(units.saturating_mul(UNIT_BYTES));
-            *place = (block, bytes);
-            left = left.saturating_sub(bytes);
-            block = link as u32;
-        }
-        if left > 0 {
-            Err(RingError::corrupt("a record's pieces are smaller than its data"))
-        } else {
-            Ok((pieces, count))
-        }
-    }
-
     /// Copies a checked record's data out.
     fn copy_data(&self, checked: &Checked, data: &mut Vec<u8>) -> Result<Op, RingError> {
         let pos =
             u32::try_from(data.len()).map_err(|_| RingError::corrupt("the caller's data passes 4 GiB"))?;
-        for &(block, bytes) in checked.pieces.iter().take(checked.count) {
+        let mut left = checked.data_bytes;
+        for &(block, units) in pieces_of(&checked.chain) {
+            let bytes = left.min(units.saturating_mul(UNIT_BYTES));
             if bytes > 0 && !self.ring.memory().copy_out(block, bytes, data) {
                 return Err(RingError::corrupt("a piece lies outside the arena"));
             }
+            left = left.saturating_sub(bytes);
         }
         let span = DataSpan { pos, len: checked.data_bytes };
         match checked.op {
@@ -391,7 +382,7 @@ impl Consumer {
         }
     }
 
-    /// After [`Consumer::close_dead`], when [`Consumer::next`] says `Empty`: the ranges of all requests that were
+    /// After [`Consumer::close_dead`], when [`Consumer::next`] says `Empty` and everything is freed: the ranges of all requests that were
     /// begun and have no record, sorted and merged. What the disk holds there is unknown.
     ///
     /// # Errors
@@ -415,15 +406,66 @@ impl Consumer {
     }
 }
 
-fn free_pieces(ring: &Ring, blocks: &[u32], before: &mut impl FnMut(u8)) {
-    let mut number = 0_u8;
-    for block in blocks {
-        before(number);
-        ring.set_state(*block, STATE_FREE, 0);
-        ring.arena().free(*block);
-        number = number.saturating_add(1);
+impl Held {
+    fn push(&mut self, chain: &Chain) {
+        let pieces = pieces_of(chain);
+        self.counts.push_back(u8::try_from(pieces.len()).unwrap_or(u8::MAX));
+        for piece in pieces {
+            self.pieces.push_back(*piece);
+            self.units = self.units.saturating_add(u64::from(piece.1));
+        }
     }
-    before(number);
+
+    /// Lets go of the first record, which has so many pieces.
+    fn pop(&mut self, pieces: usize) {
+        let units =
+            self.pieces.drain(..pieces).fold(0, |sum: u64, (_, units)| sum.saturating_add(u64::from(units)));
+        self.units = self.units.saturating_sub(units);
+        self.counts.pop_front();
+        self.first = self.first.saturating_add(1);
+    }
+}
+
+fn pieces_of((pieces, count): &Chain) -> &[(u32, u32)] {
+    pieces.get(..*count).unwrap_or(&[])
+}
+
+/// Copies and checks the headers of the first `most` of a record's pieces. Bounded by [`MAX_PIECES`].
+fn walk(ring: &Ring, entry: &Entry, most: u32) -> Result<Chain, RingError> {
+    let mut pieces = [(0, 0); MAX_PIECES as usize];
+    let count = entry.pieces.min(most) as usize;
+    if entry.pieces > MAX_PIECES {
+        return Err(RingError::corrupt("a record has an impossible number of pieces"));
+    }
+    let mut block = entry.block;
+    for place in pieces.iter_mut().take(count) {
+        let header = ring.memory().blocks().get(block as usize);
+        let header = header.ok_or(RingError::corrupt("a piece lies outside the arena"))?;
+        // ORDERING: Relaxed, made visible by the slot's word. Read once.
+        let link = header.link.load(Ordering::Relaxed);
+        let room = SLAB_UNITS.saturating_sub(block % SLAB_UNITS);
+        let units = u32::try_from(link >> 32).ok().filter(|units| (1..=room).contains(units));
+        let units = units.ok_or(RingError::corrupt("a piece does not lie in one slab"))?;
+        *place = (block, units);
+        block = link as u32;
+    }
+    Ok((pieces, count))
+}
+
+/// The pieces of a record that was taken which a consumer that died had not begun to free, where `freed` is the last of
+/// which it said that it would.
+fn left_of(ring: &Ring, number: u64, (lsn, piece): (Lsn, u8)) -> Result<Chain, RingError> {
+    let most = match ring.slots().lsn(number).cmp(&lsn) {
+        core::cmp::Ordering::Less => 0,
+        core::cmp::Ordering::Equal => u32::from(piece),
+        core::cmp::Ordering::Greater => MAX_PIECES,
+    };
+    match ring.slots().look(number) {
+        Look::Published(entry) => walk(ring, &entry, most),
+        // It was given up as void.
+        Look::Pending => Ok(([(0, 0); MAX_PIECES as usize], 0)),
+        Look::Corrupt => Err(RingError::corrupt("a slot's word is one that no producer writes")),
+    }
 }
 
 /// The record that a slot's copy means, with an empty span for its data, and how many bytes of data it has.

@@ -339,3 +339,92 @@ fn a_ring_whose_memory_was_provided_is_mapped_in_huge_pages() {
         "{huge} page faults, {cold} before; needs Linux 6.1 and memory for huge pages"
     );
 }
+
+#[test]
+fn a_consumer_holds_much_by_slots_by_memory_and_in_large_rings() {
+    // A quarter of the slots; a quarter of the arena; a mebibyte.
+    for (slots, arena_bytes, most) in [(256, 8 * MIB, 64), (4096, MIB, 64), (4096, 8 * MIB, 256)] {
+        let (producer, mut consumer) = pair(&RingConfig { slots, arena_bytes, ..config() });
+        for number in 0..most {
+            assert!(!consumer.holds_much(), "{number} records of 4 KiB are held");
+            write(&producer, 0, &[1; 512]);
+            assert!(matches!(consumer.copy(&mut Vec::new(), u32::MAX), Ok(Next::Record(_))));
+        }
+        assert!(consumer.holds_much());
+        consumer.free(consumer.next_lsn().prev().prev(), |_, _| {});
+        assert!(!consumer.holds_much(), "one is left");
+        assert_eq!(producer.ring().backlog(), 1 + (most - 1) % 64);
+        consumer.free(Lsn::MAX, |_, _| {});
+        consumer.return_credits();
+        assert_eq!(producer.ring().backlog(), 0);
+    }
+}
+
+/// Stops a consumer at the piece of that number that it frees, before it `noted` which or after, and has another take
+/// over: how many writes of 64 KiB the arena takes then. `None` when it did not stop.
+fn taken_over(stop_at: u32, noted: bool) -> Option<u64> {
+    let (ring, fd) = Ring::create(&config()).expect("create");
+    let (clock, _clock_fd) = HostClock::create().expect("clock");
+    let far = Ring::open(fd.as_fd()).expect("open");
+    let producer = Producer::new(far, clock.clone(), Bell::create().expect("bell"));
+    let mut consumer = Consumer::new(Arc::clone(&ring), clock.clone());
+    let lengths = [512, 4 << 20, 4096, 300_000, 300_000, 70_000];
+    for (number, length) in lengths.into_iter().enumerate() {
+        write(&producer, number as u64 * 8192, &vec![number as u8; length]);
+    }
+    producer.flush_record().expect("room");
+    let (mut data, mut taken) = (Vec::new(), Lsn(0));
+    for _ in 0..5 {
+        let Next::Record(record) = consumer.copy(&mut data, u32::MAX).expect("a healthy ring") else {
+            panic!("five records are there");
+        };
+        (taken, data) = (record.lsn, Vec::new());
+    }
+    let (mut calls, mut last) = (0, (Lsn(0), 0));
+    let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        consumer.free(taken, |lsn, piece| {
+            let stops = calls == stop_at;
+            if noted || !stops {
+                last = (lsn, piece);
+            }
+            if stops {
+                std::panic::resume_unwind(Box::new("stopped"));
+            }
+            calls += 1;
+        });
+    }));
+    drop(consumer);
+    let mut consumer =
+        Consumer::adopt(ring, clock, taken.next(), Stamp(1), last, |_, _| {}).expect("its ring");
+    // What was not taken out is there; what is free is so once.
+    assert_eq!(consumer.next(&mut data, u32::MAX).map(|_| data.clone()).expect("healthy"), vec![5; 70_000]);
+    assert_eq!(drain(&mut consumer).len(), 1, "the flush");
+    let mut written = 0;
+    while let Ok(ticket) = producer.begin_write(range(0, 64 << 10), false) {
+        assert!(producer.copy_in(&ticket, &[written as u8; 64 << 10]));
+        producer.complete(ticket);
+        written += 1;
+    }
+    for number in 0..written {
+        data.clear();
+        take(&mut consumer, &mut data);
+        assert!(data == vec![number as u8; 64 << 10], "write {number}: its memory belongs to another, too");
+    }
+    ended.err().map(|_| written)
+}
+
+/// A consumer may be stopped before it says which piece it frees next, and after.
+#[test]
+fn stopped_while_freeing_another_frees_the_rest_and_nothing_twice() {
+    let all = 8 * MIB / (64 << 10);
+    let mut stops = 0;
+    while let Some(written) = taken_over(stops, false) {
+        // (One slab is begun.)
+        assert!(written + 4 >= all, "stopped before {stops}: room for {written} of {all}");
+        // The piece in doubt is left alone, and its slab with it.
+        let written = taken_over(stops, true).expect("it stops there, too");
+        assert!(written + 8 >= all, "stopped at {stops}: room for {written} of {all}");
+        stops += 1;
+    }
+    assert!(stops > 20, "the largest write alone has 17 pieces");
+}

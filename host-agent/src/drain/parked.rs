@@ -7,7 +7,7 @@ use std::io;
 use std::sync::Arc;
 
 use capture_ring::{Consumer, HostClock, Ring, RingError};
-use journal_format::{DiskId, Epoch, Lsn, Op};
+use journal_format::{DiskId, Epoch, Lsn};
 
 use super::worker::Worker;
 use crate::outbox::adopt::Adopted;
@@ -20,42 +20,25 @@ use crate::spool::Spool;
 pub struct Parked {
     of: (DiskId, Epoch),
     writer: OutboxWriter,
-    packer: Packer,
     spool: Spool,
     consumer: Option<Consumer>,
-    /// The last record taken out of the ring.
-    taken: Packed,
-    left: Vec<u32>,
+    packed: Packed,
+    freed: (Lsn, u8),
     last: Lsn,
 }
 
 impl Parked {
-    /// Stages what the old outbox had staged, in the new one.
+    /// Reads what the spool has behind the outbox.
     ///
     /// # Errors
     /// When a file of the spool cannot be read, or the spool does not go on where the outbox ends.
     pub fn new(adopted: Adopted, mut spool: Spool, of: (DiskId, Epoch)) -> io::Result<Self> {
-        let Adopted { outbox: _, mut writer, packed, last, staged, data, left } = adopted;
+        let Adopted { outbox: _, writer, packed, last, freed } = adopted;
         spool.pass(last)?;
         if spool.peek()?.is_some_and(|frame| frame.first_lsn != last.next()) {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "the first frames in the spool are gone"));
         }
-        let mut packer = Packer::new(of.0, of.1, packed.disk_bytes);
-        let mut taken = packed;
-        for (number, record) in staged.iter().enumerate() {
-            let span = match record.op {
-                Op::Write { data, .. } | Op::Bookmark { name: data } => {
-                    data.pos as usize..data.end() as usize
-                }
-                _ => 0..0,
-            };
-            packer.data().extend_from_slice(data.get(span).unwrap_or_default());
-            packer.add(std::time::Duration::ZERO, *record);
-            let is_last = number.saturating_add(1) == staged.len();
-            writer.stage(record, packer.data_of(record), if is_last { &left } else { &[] });
-            (taken.lsn, taken.stamp) = (record.lsn, record.stamp);
-        }
-        Ok(Self { of, writer, packer, spool, consumer: None, taken, left, last })
+        Ok(Self { of, writer, spool, consumer: None, packed, freed, last })
     }
 
     /// The new outbox, for the filter to hold.
@@ -76,16 +59,17 @@ impl Parked {
     /// `Corrupt` when the ring does not go on where the outbox ends; it is unchanged then.
     pub fn resume(&mut self, ring: Option<(Arc<Ring>, HostClock)>) -> Result<(), RingError> {
         let Some((ring, clock)) = ring else { return Ok(()) };
-        let (writer, taken) = (&mut self.writer, self.taken);
-        let before = |piece| writer.freeing(taken.lsn, piece);
+        let (writer, packed) = (&mut self.writer, self.packed);
+        let before = |lsn, piece| writer.freeing(lsn, piece);
         self.consumer =
-            Some(Consumer::adopt(ring, clock, taken.lsn.next(), taken.stamp, &self.left, before)?);
+            Some(Consumer::adopt(ring, clock, packed.lsn.next(), packed.stamp, self.freed, before)?);
         Ok(())
     }
 
     /// The worker.
     #[must_use]
     pub fn into_worker(self) -> Worker {
-        Worker::new(self.of, self.consumer, self.writer, self.packer, self.spool, self.last)
+        let packer = Packer::new(self.of.0, self.of.1, self.packed.disk_bytes);
+        Worker::new(self.of, self.consumer, self.writer, packer, self.spool, self.last)
     }
 }

@@ -76,7 +76,13 @@ impl Bench {
 
     /// What an agent does that finds ring and outbox.
     fn adopt(&mut self) -> Worker {
-        let adopted = self.load();
+        self.adopt_and_die(u64::MAX)
+    }
+
+    /// The same, dying before a store of that number in the ring's take-over.
+    fn adopt_and_die(&mut self, die_after: u64) -> Worker {
+        let mut adopted = self.load();
+        adopted.writer.die_after(die_after);
         let mut parked = crate::drain::parked::Parked::new(adopted, self.spool(), (DISK, EPOCH)).unwrap();
         self.kept = keep(parked.outbox());
         parked.resume(Some((Arc::clone(&self.ring), self.clock.clone()))).unwrap();
@@ -173,7 +179,7 @@ fn killed_at_any_store_an_adopting_agent_loses_and_repeats_nothing() {
             eprintln!("{info}");
         }
     }));
-    let (mut deaths, mut slabs_lost) = (0, 0);
+    let (mut deaths, mut deaths_again, mut slabs_lost) = (0, 0, 0);
     for die_after in 0.. {
         let (mut bench, worker) = Bench::new(MIN_OUTBOX_BYTES, 0, die_after);
         let total = bench.ring.geometry().slabs;
@@ -192,6 +198,12 @@ fn killed_at_any_store_an_adopting_agent_loses_and_repeats_nothing() {
         let died = lived.is_err();
         let before = seen.len();
         drop(lived);
+        // Every second time the one that takes over dies, too, while it frees what was left.
+        if die_after % 2 == 1 {
+            let die_again = die_after / 2 % 12;
+            deaths_again +=
+                u64::from(catch_unwind(AssertUnwindSafe(|| drop(bench.adopt_and_die(die_again)))).is_err());
+        }
         let mut worker = bench.adopt();
         bench.scribble(written, 30);
         run(&mut worker, &mut now, None);
@@ -211,8 +223,18 @@ fn killed_at_any_store_an_adopting_agent_loses_and_repeats_nothing() {
         deaths += 1;
     }
     let _ = std::panic::take_hook();
-    assert!(deaths > 150, "only {deaths} places to die");
+    assert!(deaths > 70 && deaths_again > 10, "only {deaths} places to die, and {deaths_again} again");
     assert!(slabs_lost < deaths / 2, "{slabs_lost} slabs were lost in {deaths} deaths");
+}
+
+/// A frame that is neither full nor old is closed when the ring wants its room back: a guest must not wait for its age.
+#[test]
+fn a_frame_holds_no_more_of_the_ring_than_the_guest_can_spare() {
+    let (bench, mut worker) = Bench::new(MIN_OUTBOX_BYTES, 0, u64::MAX);
+    assert!((0..100).all(|number| bench.write(number, 512)), "the ring has room");
+    while worker.step(Duration::ZERO, None).unwrap().pace == Pace::Busy {}
+    let held = bench.ring.backlog();
+    assert!((1..64).contains(&held), "{held} of 256 slots are held");
 }
 
 /// Writes that do not compress, so that the outbox fills.

@@ -102,7 +102,7 @@ pub struct Worker {
     writer: OutboxWriter,
     packer: Packer,
     spool: Spool,
-    /// A finished frame that has found no room yet. Its records are still staged.
+    /// A finished frame that has found no room yet. Its records are still in the ring.
     closed: Option<PackedFrame>,
     /// Last LSN in the outbox.
     packed: Lsn,
@@ -119,7 +119,7 @@ pub struct Worker {
 }
 
 impl Worker {
-    /// A worker for an epoch whose frames in the outbox end at `packed`, and whose staged records are in `packer`.
+    /// A worker for an epoch whose frames in the outbox end at `packed`.
     #[must_use]
     pub fn new(
         (disk, epoch): (DiskId, Epoch),
@@ -238,14 +238,12 @@ impl Worker {
 
     fn go_on(&mut self, now: Duration, ending: Option<Ending>, refilled: bool) -> Result<Pace, Stop> {
         if !self.place(now) {
-            // Nobody is to wait in the filter for the rest of a batch meanwhile.
-            self.consumer.iter_mut().for_each(Consumer::return_credits);
-            // What found no room stays staged, for the agent that comes next.
+            // What found no room stays in the ring, for the agent that comes next.
             return Ok(if ending == Some(Ending::AgentStops) { Pace::Ended } else { Pace::Blocked });
         }
         if ending == Some(Ending::AgentStops) {
             if self.close()? && !self.place(now) {
-                tracing::info!(disk = %self.disk, "stopping with a full outbox; the last records stay staged");
+                tracing::info!(disk = %self.disk, "stopping with a full outbox; the last records stay in the ring");
             }
             return Ok(Pace::Ended);
         }
@@ -266,9 +264,10 @@ impl Worker {
     }
 
     fn pace(&mut self, now: Duration, ending: Option<Ending>, moved: bool) -> Result<Pace, Stop> {
-        // A flush that waits for the server needs no fuller frame.
-        let hurry = !moved && self.consumer.as_ref().is_some_and(|consumer| consumer.ring().waiting() > 0);
-        if (hurry || self.packer.is_due(now)) && self.close()? && !self.place(now) {
+        // What waits for room or for the server needs no fuller frame, nor does an end.
+        let waits = self.consumer.as_ref().is_some_and(|consumer| consumer.ring().waiting() > 0);
+        let hurry = !moved && (waits || ending.is_some());
+        if (hurry || self.is_due(now)) && self.close()? && !self.place(now) {
             return Ok(Pace::Blocked);
         }
         if moved {
@@ -279,9 +278,6 @@ impl Worker {
             return Ok(Pace::Poll);
         }
         if self.is_finished(now, ending)? {
-            if self.close()? && !self.place(now) {
-                return Ok(Pace::Blocked);
-            }
             // Spooled frames go out through the outbox; it wakes us when it has room.
             return Ok(if self.spool.is_read() { Pace::Ended } else { Pace::Blocked });
         }
@@ -306,7 +302,7 @@ impl Worker {
             self.admit(now, moved(record, pos));
         }
         for taken in 0..BATCH {
-            if self.packer.is_due(now) {
+            if self.is_due(now) {
                 return Ok(true);
             }
             let room = self.packer.room();
@@ -329,16 +325,24 @@ impl Worker {
         Ok(true)
     }
 
-    /// Takes the record that was copied last out of the ring, or what the comparison leaves of it.
+    /// Takes the record that was copied last into the frame, or what the comparison leaves of it. It stays in the ring.
     fn admit(&mut self, now: Duration, record: Record) {
         self.captured = record.stamp;
         let record = self.comparer.admit(record, self.packer.data());
         self.packer.add(now, record);
+    }
+
+    /// Whether the frame should be closed now: it is full or old, or the ring wants its room back.
+    fn is_due(&self, now: Duration) -> bool {
+        self.packer.is_due(now) || self.consumer.as_ref().is_some_and(Consumer::holds_much)
+    }
+
+    /// Gives the ring the room of the records up to `to` back: they are in a safe place.
+    fn free(&mut self, to: Lsn) {
         let Some(consumer) = &mut self.consumer else { return };
-        // Into safety first; only then is its room in the ring given back.
-        self.writer.stage(&record, self.packer.data_of(&record), consumer.blocks());
         let writer = &mut self.writer;
-        consumer.free(|piece| writer.freeing(record.lsn, piece));
+        consumer.free(to, |lsn, piece| writer.freeing(lsn, piece));
+        consumer.return_credits();
     }
 
     /// Fills leave a quarter of the ring to the guest; when it needs that, there is no time to wait.
@@ -373,8 +377,9 @@ impl Worker {
     fn place(&mut self, now: Duration) -> bool {
         let Some(frame) = self.closed.take() else { return true };
         if self.discard {
-            self.writer.unstage(&frame);
+            self.writer.note(frame.packed());
             self.packed = frame.last_lsn;
+            self.free(frame.last_lsn);
             self.packer.recycle(frame);
             return true;
         }
@@ -386,6 +391,7 @@ impl Worker {
             false => self.put_in_outbox(&frame) || self.put_in_spool(now, &frame),
         };
         if is_placed {
+            self.free(frame.last_lsn);
             self.packer.recycle(frame);
         } else {
             self.closed = Some(frame);
@@ -406,7 +412,7 @@ impl Worker {
     fn put_in_spool(&mut self, now: Duration, frame: &PackedFrame) -> bool {
         let is_there = self.spool.append(now, frame);
         if is_there {
-            self.writer.unstage(frame);
+            self.writer.note(frame.packed());
         }
         is_there
     }

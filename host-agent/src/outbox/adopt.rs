@@ -12,16 +12,16 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use journal_format::wire::{MESSAGE_HEADER_BYTES, MessageHeader, MessageType};
-use journal_format::{DiskId, Epoch, Frame, Lsn, Op, Record, Stamp};
+use journal_format::{DiskId, Epoch, Frame, Lsn, Stamp};
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use zerocopy::FromBytes;
 
 use super::layout::{
-    AREA_START, DATA_AT, DATA_BYTES, ENTRY_HEADER_BYTES, ENTRY_MAGIC, HEADER_MAGIC, Header, KIND_FRAME,
-    KIND_SKIP, RECORDS_AT, RawEntry, RawStaged, SEGMENT_BYTES, STAGED_BYTES, VERSION, crc_of, entry_bytes,
+    AREA_START, ENTRY_HEADER_BYTES, ENTRY_MAGIC, HEADER_MAGIC, Header, KIND_FRAME, KIND_SKIP, RawEntry,
+    SEGMENT_BYTES, VERSION, crc_of, entry_bytes,
 };
 use super::{Outbox, OutboxWriter, Packed, PackedFrame};
-use crate::limits::{FRAME_MAX_RECORDS, MAX_OUTBOX_BYTES};
+use crate::limits::MAX_OUTBOX_BYTES;
 
 /// What an outbox of before held.
 #[derive(Debug)]
@@ -34,12 +34,8 @@ pub struct Adopted {
     pub packed: Packed,
     /// The last LSN of all frames that were in the outbox; what is behind it and packed is in the spool.
     pub last: Lsn,
-    /// Records that were taken out of the ring and are in no frame of the outbox, in order.
-    pub staged: Vec<Record>,
-    /// Their data, at the places that the records say.
-    pub data: Vec<u8>,
-    /// The pieces of the last record taken out of the ring that nobody has begun to free.
-    pub left: Vec<u32>,
+    /// The record and the piece of it that was being freed in the ring last.
+    pub freed: (Lsn, u8),
 }
 
 /// Reads an outbox that was kept for the disk and epoch, and makes a new one of at least `bytes`. `spooled` says how
@@ -77,8 +73,10 @@ pub fn adopt(
     if last < packed.lsn && spooled.is_none_or(|spooled| spooled.lsn < packed.lsn) {
         return Err(bad("frames that were in the spool are gone"));
     }
-    let (staged, data, left) = read_staged(kept, &header, packed)?;
-    Ok(Adopted { outbox, writer, packed, last, staged, data, left })
+    let [piece, lsn @ ..] = header.freed.get().to_le_bytes();
+    let freed = (Lsn(lsn.iter().rev().fold(0, |lsn, byte| lsn << 8 | u64::from(*byte))), piece);
+    writer.freeing(freed.0, freed.1);
+    Ok(Adopted { outbox, writer, packed, last, freed })
 }
 
 fn bad(what: &'static str) -> io::Error {
@@ -110,7 +108,8 @@ fn read_header(kept: &File, disk: DiskId, epoch: Epoch) -> io::Result<Header> {
     {
         return Err(bad("its size is impossible"));
     }
-    if header.packed_lsn.get().max(header.last_lsn.get()) >= u64::MAX / 2 {
+    // The word of what was freed has room for so many.
+    if header.packed_lsn.get().max(header.last_lsn.get()) >= 1 << 56 {
         return Err(bad("its last LSN is impossible"));
     }
     Ok(header)
@@ -228,67 +227,4 @@ pub fn packed_frame(encoded: Vec<u8>, disk: DiskId, epoch: Epoch) -> io::Result<
         data: Vec::new(),
         head: encoded,
     })
-}
-
-type Stage = (Vec<Record>, Vec<u8>, Vec<u32>);
-
-fn read_staged(kept: &File, header: &Header, packed: Packed) -> io::Result<Stage> {
-    let count = usize::try_from(header.staged.get()).ok().filter(|count| *count <= FRAME_MAX_RECORDS);
-    let count = count.ok_or(bad("more is staged than a frame takes"))?;
-    let mut bytes = vec![0; count.saturating_mul(STAGED_BYTES)];
-    kept.read_exact_at(&mut bytes, RECORDS_AT as u64)?;
-    let (mut records, mut used) = (Vec::with_capacity(count), 0_usize);
-    let mut left = Vec::new();
-    let (mut lsn, mut stamp) = (None, Stamp::ZERO);
-    for raw in bytes.chunks_exact(STAGED_BYTES) {
-        let staged = RawStaged::read_from_bytes(raw).map_err(|_| bad("a staged record is cut"))?;
-        let follows = lsn.is_none_or(|last: Lsn| last.next().0 == staged.lsn.get());
-        if staged.crc.get() != crc_of(raw) || !follows || staged.reserved != [0; 12] {
-            return Err(bad("a staged record is corrupt"));
-        }
-        let record =
-            staged.record.decode(Lsn(staged.lsn.get())).map_err(|_| bad("a staged record is corrupt"))?;
-        if let Op::Write { data, .. } | Op::Bookmark { name: data } = record.op {
-            let end = used.checked_add(data.len as usize).filter(|end| *end <= DATA_BYTES);
-            if data.pos as usize != used || end.is_none() {
-                return Err(bad("a staged record's data is not where it must be"));
-            }
-            used = end.unwrap_or(used);
-        }
-        if record.stamp < stamp {
-            return Err(bad("the staged records' stamps run backwards"));
-        }
-        (lsn, stamp) = (Some(record.lsn), record.stamp);
-        left = left_pieces(&staged, header.freed.get())?;
-        records.push(record);
-    }
-    match records.first() {
-        // Its frame was finished, but the stage was not emptied any more.
-        Some(first) if first.lsn <= packed.lsn => {
-            if lsn.is_some_and(|last| last > packed.lsn) {
-                return Err(bad("what is staged is partly in a frame"));
-            }
-            // Then its records' pieces were all freed before.
-            return Ok((Vec::new(), Vec::new(), Vec::new()));
-        }
-        Some(first) if first.lsn != packed.lsn.next() || first.stamp < packed.stamp => {
-            return Err(bad("what is staged does not follow the last frame"));
-        }
-        _ => {}
-    }
-    let mut data = vec![0; used];
-    kept.read_exact_at(&mut data, DATA_AT as u64)?;
-    Ok((records, data, left))
-}
-
-/// The pieces of a staged record behind the one that was being freed.
-fn left_pieces(staged: &RawStaged, freed: u64) -> io::Result<Vec<u32>> {
-    let pieces = staged.blocks.get(..staged.pieces.get() as usize);
-    let pieces = pieces.ok_or(bad("a staged record has an impossible number of pieces"))?;
-    let begun = if freed >> 8 == staged.lsn.get().wrapping_shl(8) >> 8 {
-        usize::from(u8::try_from(freed & 0xff).unwrap_or(u8::MAX)).saturating_add(1)
-    } else {
-        0
-    };
-    Ok(pieces.iter().skip(begun).map(|block| block.get()).collect())
 }

@@ -1,14 +1,12 @@
 //! The bytes of the outbox memfd. Authority: `docs/formats/outbox.md`; a test compares it with this module.
 
-use journal_format::limits::{MAX_FRAME_BYTES, MAX_RECORD_DATA_BYTES};
-use journal_format::record::RawRecord;
+use journal_format::limits::MAX_FRAME_BYTES;
 use journal_format::wire::MESSAGE_HEADER_BYTES;
 use journal_format::{DiskId, Epoch, Lsn};
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::PackedFrame;
-use crate::limits::{FRAME_MAX_RECORDS, FRAME_TARGET_BYTES};
 
 /// First eight bytes of an outbox.
 pub const HEADER_MAGIC: [u8; 8] = *b"CDPOUTBX";
@@ -17,7 +15,7 @@ pub const ENTRY_MAGIC: [u8; 4] = *b"OENT";
 /// First eight bytes of a spool file.
 pub const SPOOL_MAGIC: [u8; 8] = *b"CDPSPOOL";
 /// The version that this code writes, and the only one it adopts.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 /// That of spool files.
 pub const SPOOL_VERSION: u32 = 1;
 /// An entry that holds a frame.
@@ -31,21 +29,8 @@ pub const ENTRY_ALIGN: u64 = 64;
 pub const SEGMENT_BYTES: u64 = 5 << 20;
 /// Bytes in front of a message.
 pub const ENTRY_HEADER_BYTES: usize = size_of::<RawEntry>();
-/// Bytes of one staged record.
-pub const STAGED_BYTES: usize = size_of::<RawStaged>();
-/// Most pieces of one record's data in the ring.
-pub const MAX_BLOCKS: usize = capture_ring::limits::MAX_PIECES as usize;
-
-/// Where the staged records begin.
-pub const RECORDS_AT: usize = 4096;
-/// Where the staged records' data begins.
-pub const DATA_AT: usize = RECORDS_AT + FRAME_MAX_RECORDS * STAGED_BYTES;
-/// Room for staged data: one frame's, or one record's, whichever is larger.
-pub const DATA_BYTES: usize = MAX_RECORD_DATA_BYTES as usize;
 /// Where the entries begin.
-pub const AREA_START: usize = DATA_AT + DATA_BYTES;
-
-const _: () = assert!(DATA_BYTES >= FRAME_TARGET_BYTES && AREA_START.is_multiple_of(4096));
+pub const AREA_START: usize = 4096;
 
 /// The header: written once, but for its words.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
@@ -64,7 +49,6 @@ pub struct Header {
     pub(super) packed_lsn: U64,
     pub(super) packed_stamp: U64,
     pub(super) packed_disk_bytes: U64,
-    pub(super) staged: U64,
     pub(super) freed: U64,
     pub(super) last_lsn: U64,
 }
@@ -88,18 +72,6 @@ pub struct RawEntry {
     pub(super) raw_bytes: U32,
     pub(super) position: U64,
     pub(super) reserved: [u8; 20],
-    pub(super) crc: U32,
-}
-
-/// A record that is in no frame yet.
-#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
-#[repr(C)]
-pub struct RawStaged {
-    pub(super) lsn: U64,
-    pub(super) record: RawRecord,
-    pub(super) pieces: U32,
-    pub(super) blocks: [U32; MAX_BLOCKS],
-    pub(super) reserved: [u8; 12],
     pub(super) crc: U32,
 }
 
@@ -141,7 +113,7 @@ impl SpoolHeader {
 }
 
 const _: () = assert!(size_of::<SpoolHeader>() as u64 == ENTRY_ALIGN);
-const _: () = assert!(ENTRY_HEADER_BYTES == 64 && STAGED_BYTES == 128);
+const _: () = assert!(ENTRY_HEADER_BYTES == 64 && size_of::<Header>() <= AREA_START);
 const _: () = assert!(SEGMENT_BYTES.is_multiple_of(4096));
 const _: () = assert!(MAX_FRAME_BYTES + MESSAGE_HEADER_BYTES + ENTRY_HEADER_BYTES < SEGMENT_BYTES as usize);
 
@@ -219,7 +191,6 @@ mod tests {
                 packed_lsn,
                 packed_stamp,
                 packed_disk_bytes,
-                staged,
                 freed,
                 last_lsn
             ),
@@ -235,7 +206,6 @@ mod tests {
                 reserved,
                 crc
             ),
-            rows!(RawStaged, lsn, record, pieces, blocks, reserved, crc),
             rows!(SpoolHeader, magic, version, reserved, disk, epoch, first_lsn, reserved2, crc),
         ];
         let documented = page.lines().filter(|line| line.starts_with("### `")).count();
@@ -253,8 +223,6 @@ mod tests {
             assert_eq!(table.iter().map(first).collect::<Vec<_>>(), rows, "{name}");
             assert!(table.iter().all(|row| row.len() == 5 && row.iter().all(|cell| !cell.is_empty())));
         }
-        for (what, at) in [("records", RECORDS_AT), ("data", DATA_AT), ("entries", AREA_START)] {
-            assert!(page.contains(&format!("| {at} | {what} |")), "{what} begin at {at}");
-        }
+        assert!(page.contains(&format!("| {AREA_START} | entries |")), "entries begin at {AREA_START}");
     }
 }

@@ -1,9 +1,9 @@
 //! The outbox: encoded frames of one disk's epoch, kept in a memfd until the server has made them durable.
 //!
 //! A frame is copied in once, ready to be sent: its wire message lies in one run of bytes. It is dropped when its LSN
-//! is acknowledged. Before that, each record is *staged* in it as soon as it is copied out of the ring: so at every
-//! moment a record is in the ring, in the outbox, or durable, and an agent that takes over from one that was killed
-//! ([`adopt`]) loses none. Bytes and argument: `docs/formats/outbox.md`.
+//! is acknowledged. A record stays in the ring until its frame is here: so at every moment it is in the ring, in the
+//! outbox, or durable, and an agent that takes over from one that was killed ([`adopt`]) loses none. Bytes and argument:
+//! `docs/formats/outbox.md`.
 //!
 //! The area is used in *segments*, and the one that became free last is the next: while the server keeps up, frames go
 //! through the same few MiB, however large the outbox is, and the rest of its memory is never touched.
@@ -21,15 +21,14 @@ use std::mem::offset_of;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use journal_format::record::RawRecord;
 use journal_format::wire::{MESSAGE_HEADER_BYTES, MessageHeader, MessageType};
-use journal_format::{DiskId, Epoch, FormatError, Lsn, Record, Stamp};
+use journal_format::{DiskId, Epoch, FormatError, Lsn, Stamp};
 use zerocopy::IntoBytes;
 use zerocopy::little_endian::{U32, U64};
 
 use self::layout::{
-    AREA_START, DATA_AT, ENTRY_HEADER_BYTES, HEADER_MAGIC, Header, KIND_FRAME, KIND_SKIP, MAX_BLOCKS,
-    RECORDS_AT, RawEntry, RawStaged, SEGMENT_BYTES, STAGED_BYTES, VERSION, crc_of, entry_bytes,
+    AREA_START, ENTRY_HEADER_BYTES, HEADER_MAGIC, Header, KIND_FRAME, KIND_SKIP, RawEntry, SEGMENT_BYTES,
+    VERSION, entry_bytes,
 };
 use crate::seam::memory::{Memory, MemoryWriter};
 
@@ -144,8 +143,6 @@ pub struct Outbox {
 pub struct OutboxWriter {
     outbox: Arc<Outbox>,
     memory: MemoryWriter,
-    /// Records staged now.
-    staged: usize,
 }
 
 impl Outbox {
@@ -179,7 +176,6 @@ impl Outbox {
             packed_lsn: U64::new(packed.lsn.0),
             packed_stamp: U64::new(packed.stamp.0),
             packed_disk_bytes: U64::new(packed.disk_bytes),
-            staged: U64::new(0),
             freed: U64::new(0),
             last_lsn: U64::new(last.0),
         };
@@ -188,7 +184,7 @@ impl Outbox {
         let (entries, segments) = (VecDeque::new(), Segments::new(segments));
         let state = State { entries, head: 0, tail: 0, segments, raw_bytes: 0, durable: Lsn::ZERO };
         let outbox = Arc::new(Self { memory, area, state: Mutex::new(state), room: Condvar::new() });
-        Ok((Arc::clone(&outbox), OutboxWriter { outbox, memory: writer, staged: 0 }))
+        Ok((Arc::clone(&outbox), OutboxWriter { outbox, memory: writer }))
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -271,44 +267,12 @@ impl OutboxWriter {
         &self.outbox
     }
 
-    /// Puts a record that was copied out of the ring, whose pieces there are `blocks` and not freed yet, into
-    /// safety. A frame's records are staged one after the other; `data` is this record's part of the frame's data,
-    /// at the place that the record's span says.
-    ///
-    /// # Panics
-    /// When the frame has no room for it: the packer closes the frame first.
-    pub fn stage(&mut self, record: &Record, data: &[u8], blocks: &[u32]) {
-        let raw = RawRecord::encode(record);
-        assert!(blocks.len() <= MAX_BLOCKS, "a record has more pieces than the ring allows");
-        let mut staged = RawStaged {
-            lsn: U64::new(record.lsn.0),
-            record: raw,
-            pieces: U32::new(u32::try_from(blocks.len()).unwrap_or(u32::MAX)),
-            blocks: [U32::new(0); MAX_BLOCKS],
-            reserved: [0; 12],
-            crc: U32::new(0),
-        };
-        for (place, block) in staged.blocks.iter_mut().zip(blocks) {
-            *place = U32::new(*block);
-        }
-        staged.crc = U32::new(crc_of(staged.as_bytes()));
-        let at = RECORDS_AT + self.staged * STAGED_BYTES;
-        let data_at = DATA_AT + raw.data_pos.get() as usize;
-        assert!(at < DATA_AT && data_at + data.len() <= AREA_START, "more is staged than a frame takes");
-        self.memory.copy_in(data_at, data);
-        self.memory.copy_in(at, staged.as_bytes());
-        self.staged += 1;
-        self.memory.store(offset_of!(Header, staged), self.staged as u64);
-    }
-
-    /// Notes that piece `number` of the staged record `lsn` is about to be freed in the ring, or, where it has only
-    /// so many, that all are.
+    /// Notes that piece `number` of the record `lsn`, whose frame is in a safe place, is about to be freed in the ring.
     pub fn freeing(&mut self, lsn: Lsn, number: u8) {
         self.memory.store(offset_of!(Header, freed), lsn.0.wrapping_shl(8) | u64::from(number));
     }
 
-    /// Copies a frame in: `head` (header and records) and `data` as encoded. What is staged is in it, so the stage is
-    /// empty then.
+    /// Copies a frame in that comes from the ring: `head` (header and records) and `data` as encoded.
     ///
     /// # Errors
     /// [`Full`] when there is no room now; nothing has changed then.
@@ -317,11 +281,11 @@ impl OutboxWriter {
     /// When the frame is larger than the format allows: the packer made it.
     pub fn push(&mut self, frame: &PackedFrame) -> Result<(), Full> {
         self.refill(frame)?;
-        self.unstage(frame);
+        self.note(frame.packed());
         Ok(())
     }
 
-    /// As [`OutboxWriter::push`], for a frame whose records are not those that are staged: it was elsewhere before.
+    /// As [`OutboxWriter::push`], for a frame that was elsewhere before: how far records are packed was noted then.
     ///
     /// # Errors
     /// [`Full`] when there is no room now; nothing has changed then.
@@ -361,15 +325,8 @@ impl OutboxWriter {
         Ok(())
     }
 
-    /// Notes that a frame is in a safe place, here or elsewhere, and empties the stage that it was made from.
-    pub fn unstage(&mut self, frame: &PackedFrame) {
-        // Whoever finds the count of before finds the frame, too, and drops what both have.
-        self.note(frame.packed());
-        self.memory.store(offset_of!(Header, staged), 0);
-        self.staged = 0;
-    }
-
-    fn note(&mut self, packed: Packed) {
+    /// Notes how far the records of the ring are in frames, here or elsewhere: what comes before may be freed there.
+    pub fn note(&mut self, packed: Packed) {
         self.memory.store(offset_of!(Header, packed_disk_bytes), packed.disk_bytes);
         self.memory.store(offset_of!(Header, packed_stamp), packed.stamp.0);
         self.memory.store(offset_of!(Header, packed_lsn), packed.lsn.0);

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::os::unix::fs::FileExt;
 
-use journal_format::{ByteRange, DataSpan, Op};
+use journal_format::{ByteRange, DataSpan, Op, Record};
 
 use super::adopt::adopt;
 use super::*;
