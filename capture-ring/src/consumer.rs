@@ -10,7 +10,7 @@ use journal_format::{ByteRange, DataSpan, GapReason, ImageTag, Lsn, Op, Record, 
 use crate::clock::HostClock;
 use crate::error::{RingError, RingErrorKind};
 use crate::layout::{STATE_FILL, STATE_FREE, flag, kind};
-use crate::limits::{CREDIT_BATCH, HOLD_BYTES, MAX_PIECES, MAX_STAMP, SLAB_UNITS, UNIT_BYTES};
+use crate::limits::{CREDIT_BATCH, HOLD_BYTES, HOLD_RECORDS, MAX_PIECES, MAX_STAMP, SLAB_UNITS, UNIT_BYTES};
 use crate::ring::Ring;
 use crate::slots::{Entry, Look};
 use crate::sync::Ordering;
@@ -120,6 +120,11 @@ impl Consumer {
         if stamp > clock.last() {
             return Err(RingError::corrupt("the last record is later than the host's clock"));
         }
+        if head.saturating_sub(given_back) > 2 * HOLD_RECORDS {
+            return Err(RingError::corrupt(
+                "the ring's last agent is said to have held more than any agent does",
+            ));
+        }
         let mut held = Held { first: given_back, ..Held::default() };
         for number in given_back..head {
             let lsn = ring.slots().lsn(number);
@@ -220,12 +225,13 @@ impl Consumer {
     }
 
     /// Whether so much was copied and not freed that producers would feel it: a quarter of the slots or of the arena, or
-    /// more than stays in a core's cache, where the pieces that are used next should be.
+    /// more than stays in the caches, where the pieces that are used next should be.
     #[must_use]
     pub fn holds_much(&self) -> bool {
         let (config, records) = (self.ring.config(), self.held.counts.len() as u64);
         let bytes = self.held.units.saturating_mul(u64::from(UNIT_BYTES));
-        records >= u64::from(config.slots) / 4 || bytes >= HOLD_BYTES.min(config.arena_bytes / 4)
+        records >= HOLD_RECORDS.min(u64::from(config.slots) / 4)
+            || bytes >= HOLD_BYTES.min(config.arena_bytes / 4)
     }
 
     /// Whether the record at the head comes before the point at which capture stopped; false while that is being
@@ -382,8 +388,8 @@ impl Consumer {
         }
     }
 
-    /// After [`Consumer::close_dead`], when [`Consumer::next`] says `Empty` and everything is freed: the ranges of all requests that were
-    /// begun and have no record, sorted and merged. What the disk holds there is unknown.
+    /// After [`Consumer::close_dead`], when [`Consumer::next`] says `Empty` and everything is freed: the ranges of all
+    /// requests that were begun and have no record, sorted and merged. What the disk holds there is unknown.
     ///
     /// # Errors
     /// `Corrupt` when a header is one that no producer writes: then the whole disk is unknown.

@@ -51,9 +51,10 @@ pub const MAX_CAS_TRIES: u32 = 100_000;
 /// Records the consumer frees before it gives their slot credits back in one step.
 pub const CREDIT_BATCH: u64 = 64;
 
-/// Arena bytes that a consumer should hold at most before it frees them: what was taken out stays in a core's second-level
-/// cache, and so does what is cut from it next.
-pub const HOLD_BYTES: u64 = 1 << 20;
+/// Arena bytes that a consumer should hold at most before it frees them: what is cut from them next is still in a cache.
+pub const HOLD_BYTES: u64 = 4 << 20;
+/// The same of records. Whoever takes over from a consumer believes twice as many.
+pub const HOLD_RECORDS: u64 = 4096;
 
 /// A clock that is further than this ahead of 2026 (in nanoseconds since 1970: the year 2262) is corrupt.
 pub const MAX_STAMP: u64 = i64::MAX as u64;

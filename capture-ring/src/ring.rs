@@ -195,7 +195,7 @@ impl Ring {
         self.slots().lsn(self.slots().tail()).prev()
     }
 
-    /// Records reserved and not yet taken out by the consumer (as of its last batch).
+    /// Records reserved and not yet freed by the consumer (as of its last batch).
     #[must_use]
     pub fn backlog(&self) -> u64 {
         // ORDERING: a gauge.

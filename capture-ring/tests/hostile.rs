@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use capture_ring::{Bell, Consumer, HostClock, Next, OpKind, Producer, Ring, RingConfig, RingErrorKind};
 use journal_format::limits::{MAX_BOOKMARK_BYTES, MAX_RECORD_DATA_BYTES};
 use journal_format::record::RawRecord;
-use journal_format::{ByteRange, DiskId, Epoch, GapReason, Lsn, Op};
+use journal_format::{ByteRange, DiskId, Epoch, GapReason, Lsn, Op, Stamp};
 use random::Random;
 
 /// How long each kind of scribbling goes on.
@@ -67,8 +67,11 @@ impl Victim {
         let mut failed = None;
         for step in 0..200 {
             data.clear();
-            match consumer.next(&mut data, if step % 3 == 0 { 5000 } else { u32::MAX }) {
+            match consumer.copy(&mut data, if step % 3 == 0 { 5000 } else { u32::MAX }) {
                 Ok(Next::Record(record)) => {
+                    if step % 5 == 0 || consumer.holds_much() {
+                        consumer.free(record.lsn, |_, _| {});
+                    }
                     let again =
                         RawRecord::encode(&record).decode(record.lsn).expect("a record keeps every rule");
                     assert_eq!(again.op, record.op);
@@ -92,7 +95,24 @@ impl Victim {
         }
         let _ = consumer.close_dead();
         let _ = consumer.issued_ranges();
+        self.take_over();
         failed
+    }
+
+    /// What the next agent does, with an outbox that may be a lie, too.
+    fn take_over(&self) {
+        let dice = self.clock.now().0 / 64;
+        let (next, freed) = (Lsn(1 + dice % 70), (Lsn(dice / 70 % 70), (dice / 4900) as u8 % 20));
+        let (ring, clock) = (Arc::clone(&self.ring), self.clock.clone());
+        let mut said = None;
+        let before = |lsn, piece| {
+            assert!(lsn < next && (lsn, u8::MAX - piece) > (freed.0, u8::MAX - freed.1), "{lsn}, {piece}");
+            assert!(said.is_none_or(|last| last < (lsn, u8::MAX - piece)), "in the order of freeing");
+            said = Some((lsn, u8::MAX - piece));
+        };
+        if let Ok(mut consumer) = Consumer::adopt(ring, clock, next, Stamp(1), freed, before) {
+            let _ = consumer.copy(&mut Vec::new(), u32::MAX);
+        }
     }
 
     /// Everything a filter and the gauges ask of a ring. A producer believes its agent, but must not break memory.

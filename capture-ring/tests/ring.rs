@@ -342,8 +342,10 @@ fn a_ring_whose_memory_was_provided_is_mapped_in_huge_pages() {
 
 #[test]
 fn a_consumer_holds_much_by_slots_by_memory_and_in_large_rings() {
-    // A quarter of the slots; a quarter of the arena; a mebibyte.
-    for (slots, arena_bytes, most) in [(256, 8 * MIB, 64), (4096, MIB, 64), (4096, 8 * MIB, 256)] {
+    // A quarter of the slots; a quarter of the arena; 4 MiB; 4096 records.
+    for (slots, arena_bytes, most) in
+        [(256, 8 * MIB, 64), (4096, MIB, 64), (8192, 64 * MIB, 1024), (16384, 64 * MIB, 1024)]
+    {
         let (producer, mut consumer) = pair(&RingConfig { slots, arena_bytes, ..config() });
         for number in 0..most {
             assert!(!consumer.holds_much(), "{number} records of 4 KiB are held");

@@ -227,6 +227,49 @@ fn killed_at_any_store_an_adopting_agent_loses_and_repeats_nothing() {
     assert!(slabs_lost < deaths / 2, "{slabs_lost} slabs were lost in {deaths} deaths");
 }
 
+/// A fill of zeroes that the resync has read at 512 MiB: it waits for what the server has there, which nobody says.
+fn fill_that_waits(bench: &Bench) {
+    let fill = bench.producer.reserve_fill(64 << 10).unwrap();
+    assert!(bench.producer.copy_in_fill(&fill, &[0; 64 << 10]));
+    let range = ByteRange::new(512 << 20, 64 << 10).unwrap();
+    bench.producer.complete_fill_write(fill, range).unwrap();
+}
+
+/// A finished frame that found no room was dropped when the next reason to finish one came before it had its place: a fill
+/// that waits and much that is held, or an end.
+#[test]
+fn a_frame_that_finds_no_room_is_kept_while_a_fill_waits() {
+    for ending in [None, Some(Ending::Detached)] {
+        let (bench, mut worker) = Bench::new(MIN_OUTBOX_BYTES, 0, u64::MAX);
+        let (mut now, mut seen) = (Duration::ZERO, Vec::new());
+        for (number, bytes) in [(0, 4 << 20), (1, 4 << 20), (2, 4 << 20), (3, 900_000)] {
+            assert!(noisy(&bench, number, bytes), "the ring has room");
+            assert_eq!(run(&mut worker, &mut now, None), Pace::Idle, "and the outbox");
+        }
+        for number in 4..7 {
+            assert!(noisy(&bench, number, 64 << 10), "more than the outbox has room for");
+        }
+        if ending.is_none() {
+            assert!((7..67).all(|number| bench.write(number, 512)));
+        } else {
+            // Then the fill is the first that the step finds.
+            while worker.step(now, None).unwrap().pace == Pace::Busy {}
+        }
+        fill_that_waits(&bench);
+        let packed = worker.packed();
+        assert_eq!(worker.step(now, ending).unwrap().pace, Pace::Blocked);
+        assert_eq!(worker.packed(), packed);
+        for _ in 0..1000 {
+            ship(worker.writer().outbox(), &mut seen);
+            if matches!(run(&mut worker, &mut now, ending), Pace::Idle | Pace::Ended) {
+                break;
+            }
+        }
+        ship(worker.writer().outbox(), &mut seen);
+        assert_eq!(lsns(&seen), (FIRST.0..=bench.ring.captured_lsn().0).collect::<Vec<_>>(), "{ending:?}");
+    }
+}
+
 /// A frame that is neither full nor old is closed when the ring wants its room back: a guest must not wait for its age.
 #[test]
 fn a_frame_holds_no_more_of_the_ring_than_the_guest_can_spare() {

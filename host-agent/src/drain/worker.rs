@@ -242,18 +242,19 @@ impl Worker {
             return Ok(if ending == Some(Ending::AgentStops) { Pace::Ended } else { Pace::Blocked });
         }
         if ending == Some(Ending::AgentStops) {
-            if self.close()? && !self.place(now) {
+            if !self.put_away(now)? {
                 tracing::info!(disk = %self.disk, "stopping with a full outbox; the last records stay in the ring");
             }
             return Ok(Pace::Ended);
         }
         if self.fault.is_none() {
-            match self.take(now) {
-                Ok(taken) => return self.pace(now, ending, taken || refilled),
+            let taken = self.take(now).and_then(|taken| self.pace(now, ending, taken || refilled));
+            match taken {
+                Ok(pace) => return Ok(pace),
                 Err(stop) => self.fault = Some(stop),
             }
             // What was taken before the fault is good.
-            if self.close()? && !self.place(now) {
+            if !self.put_away(now)? {
                 return Ok(Pace::Blocked);
             }
         }
@@ -267,7 +268,7 @@ impl Worker {
         // What waits for room or for the server needs no fuller frame, nor does an end.
         let waits = self.consumer.as_ref().is_some_and(|consumer| consumer.ring().waiting() > 0);
         let hurry = !moved && (waits || ending.is_some());
-        if (hurry || self.is_due(now)) && self.close()? && !self.place(now) {
+        if (hurry || self.is_due(now)) && !self.put_away(now)? {
             return Ok(Pace::Blocked);
         }
         if moved {
@@ -314,9 +315,7 @@ impl Worker {
                 }
                 Next::Record(record) => self.admit(now, record),
                 Next::NoRoom(_) => {
-                    if self.close()? {
-                        self.place(now);
-                    }
+                    self.put_away(now)?;
                     return Ok(true);
                 }
                 Next::Empty => return Ok(taken > 0),
@@ -359,17 +358,18 @@ impl Worker {
         if let Op::Write { data, .. } = record.op {
             self.held = Some((record, self.packer.data().split_off(data.pos as usize)));
         }
-        if self.close()? {
-            self.place(now);
-        }
+        self.put_away(now)?;
         Ok(())
     }
 
-    /// Finishes the frame; false when there is none.
-    fn close(&mut self) -> Result<bool, Stop> {
-        debug_assert!(self.closed.is_none(), "a frame is finished when the one before has its place");
+    /// Finishes the frame, if there is one, and finds a place for it; false when one has none now, which may be one that
+    /// was finished before.
+    fn put_away(&mut self, now: Duration) -> Result<bool, Stop> {
+        if !self.place(now) {
+            return Ok(false);
+        }
         self.closed = self.packer.close()?;
-        Ok(self.closed.is_some())
+        Ok(self.place(now))
     }
 
     /// Finds a place for the finished frame: the outbox, or the spool while frames are there or the outbox is well
