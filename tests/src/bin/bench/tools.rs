@@ -3,6 +3,7 @@
 //! The programs are this machine's own (SQLite, the C compiler, `tar`), and Debian's PostgreSQL (`scripts/postgres`).
 
 use std::collections::BTreeSet;
+use std::ffi::OsStr;
 use std::fmt::Write as _;
 use std::fs;
 use std::os::unix::fs::{MetadataExt, symlink};
@@ -150,33 +151,35 @@ impl Tools<'_> {
             let found = fs::canonicalize(&path).expect("this machine's time zones");
             self.put(&found, Path::new(&path));
         }
-        self.cluster(&server, libraries);
+        self.cluster(&unpacked, &version);
         fs::write(self.root.join("random.sql"), RANDOM_TABLE).expect("a script");
         fs::write(self.root.join("update.sql"), RANDOM_UPDATE).expect("a script");
     }
 
-    fn cluster(&self, server: &Path, libraries: &str) {
-        let cluster = self.root.join("cluster");
-        fs::create_dir(&cluster).expect("a folder");
-        let user = match fs::metadata(&cluster).expect("the folder").uid() {
+    /// Makes the cluster. The server does nothing for root, and who does it instead may not be able to come where this
+    /// repository is (root's own folder, say): so it is made aside.
+    fn cluster(&self, unpacked: &Path, version: &OsStr) {
+        let aside = tempfile::tempdir().expect("a folder");
+        let user = match fs::metadata(aside.path()).expect("the folder").uid() {
             0 => NOBODY,
             user => user,
         };
-        if user == NOBODY {
-            std::os::unix::fs::chown(&cluster, Some(NOBODY), Some(NOBODY)).expect("chown");
-        }
+        run(Command::new("cp").arg("-r").arg(unpacked.join("usr")).arg(aside.path()));
+        let initdb = aside.path().join("usr/lib/postgresql").join(version).join("bin/initdb");
         let mut command = match user {
             NOBODY => {
+                std::os::unix::fs::chown(aside.path(), Some(NOBODY), Some(NOBODY)).expect("chown");
                 let mut command = Command::new("setpriv");
-                command
-                    .args(["--reuid=65534", "--regid=65534", "--clear-groups"])
-                    .arg(server.join("bin/initdb"));
+                command.args(["--reuid=65534", "--regid=65534", "--clear-groups"]).arg(initdb);
                 command
             }
-            _ => Command::new(server.join("bin/initdb")),
+            _ => Command::new(initdb),
         };
-        command.arg("-D").arg(&cluster).args(["-U", "pg", "-A", "trust", "--no-locale", "-E", "UTF8", "-N"]);
+        let (made, cluster) = (aside.path().join("cluster"), self.root.join("cluster"));
+        command.arg("-D").arg(&made).args(["-U", "pg", "-A", "trust", "--no-locale", "-E", "UTF8", "-N"]);
+        let libraries = aside.path().join("usr/lib/x86_64-linux-gnu");
         run(command.env("LD_LIBRARY_PATH", libraries).env("TZ", "UTC").current_dir("/"));
+        run(Command::new("cp").arg("-a").arg(made).arg(&cluster));
         let configuration = cluster.join("postgresql.conf");
         let mut text = fs::read_to_string(&configuration).expect("its configuration");
         text += "listen_addresses = ''\nunix_socket_directories = '/mnt/cluster'\nshared_buffers = 32MB\n\
