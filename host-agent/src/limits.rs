@@ -17,6 +17,7 @@ pub const FRAME_TARGET_BYTES: usize = TARGET_FRAME_RAW_BYTES as usize;
 /// Most records the agent puts into one frame, though the format takes more: a frame of flushes and small
 /// zeroes must not hold back its first record for long.
 pub const FRAME_MAX_RECORDS: usize = 4096;
+const _: () = assert!(FRAME_MAX_RECORDS as u64 <= capture_ring::limits::HOLD_RECORDS);
 
 /// Age of its first record at which a frame is closed, unless it has few records.
 pub const FRAME_MAX_AGE: Duration = Duration::from_micros(1500);

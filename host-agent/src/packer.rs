@@ -89,17 +89,6 @@ impl Packer {
         self.records.push(record);
     }
 
-    /// The data of a record that was added.
-    #[must_use]
-    pub fn data_of(&self, record: &Record) -> &[u8] {
-        let span = match record.op {
-            Op::Write { data, .. } => data,
-            Op::Bookmark { name } => name,
-            _ => return &[],
-        };
-        self.data.get(span.pos as usize..span.end() as usize).unwrap_or_default()
-    }
-
     /// Whether the frame should be closed now. The record that begins an epoch goes alone: its frame says the disk's size
     /// at the beginning, which a resize behind it in the same frame would hide.
     #[must_use]

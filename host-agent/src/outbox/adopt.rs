@@ -73,8 +73,9 @@ pub fn adopt(
     if last < packed.lsn && spooled.is_none_or(|spooled| spooled.lsn < packed.lsn) {
         return Err(bad("frames that were in the spool are gone"));
     }
-    let [piece, lsn @ ..] = header.freed.get().to_le_bytes();
-    let freed = (Lsn(lsn.iter().rev().fold(0, |lsn, byte| lsn << 8 | u64::from(*byte))), piece);
+    let word = header.freed.get();
+    let [piece, ..] = word.to_le_bytes();
+    let freed = (Lsn(word >> 8), piece);
     writer.freeing(freed.0, freed.1);
     Ok(Adopted { outbox, writer, packed, last, freed })
 }
