@@ -13,8 +13,10 @@ pub struct Holdings {
     pub fds: usize,
     /// Memory mappings.
     pub mappings: usize,
-    /// Private resident memory in bytes.
-    pub private_bytes: u64,
+    /// Resident memory in bytes that was written to: anonymous memory and touched memfds. What is only read from a
+    /// file (programs and their libraries) is left out: whether it counts as this process's own depends on which
+    /// others run the same program at the moment.
+    pub dirty_bytes: u64,
 }
 
 /// Counts what `pid` holds now.
@@ -25,14 +27,10 @@ pub struct Holdings {
 pub fn holdings(pid: u32) -> Holdings {
     let count = |what: &str| fs::read_dir(format!("/proc/{pid}/{what}")).expect("a running process").count();
     let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).expect("a running process");
-    let private = rollup.lines().filter(|line| line.starts_with("Private_"));
-    let kib = private.filter_map(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok()).sum::<u64>();
-    Holdings {
-        threads: count("task"),
-        fds: count("fd"),
-        mappings: maps(pid).len(),
-        private_bytes: kib * 1024,
-    }
+    let dirty =
+        rollup.lines().filter(|line| line.starts_with("Private_Dirty") || line.starts_with("Shared_Dirty"));
+    let kib = dirty.filter_map(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok()).sum::<u64>();
+    Holdings { threads: count("task"), fds: count("fd"), mappings: maps(pid).len(), dirty_bytes: kib * 1024 }
 }
 
 struct Mapping {

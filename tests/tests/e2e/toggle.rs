@@ -1,21 +1,26 @@
 //! Switching protection on and off, again and again, under load.
 
 use std::fs::{self, File};
+use std::time::{Duration, Instant};
 
 use cdp_api::PointSpec;
+use cdp_tests::PATIENCE;
 use cdp_tests::load::{Busy, Load};
 use cdp_tests::procfs::{Holdings, holdings};
 use cdp_tests::qemu::{Qemu, raw_file};
 use cdp_tests::site::{Site, Via};
-use cdp_tests::wait_for;
 
 const DISK_BYTES: u64 = 4 << 20;
 const TOGGLES: usize = 100;
-/// Toggles before the first measurement: caches, pools and the allocator's arenas have then been filled.
-const WARM_UP: usize = 10;
-/// How much private memory may differ between two measurements without meaning a leak. A leak of one mapped ring
-/// structure per toggle (64 KiB of touched slots and more) would show as several times this after 90 toggles.
-const SLACK_BYTES: u64 = 8 << 20;
+/// Toggles before the first measurement: caches, pools and most of the allocator's arenas have then been filled.
+const WARM_UP: usize = 30;
+/// How many mappings may come without meaning a leak: one leaked per toggle would be twice this. QEMU's worker threads
+/// come and go, each new one may bring a stack and an arena of the allocator that stay (up to 18 were seen, ever more
+/// slowly over thousands of toggles).
+const SLACK_MAPPINGS: usize = TOGGLES / 2;
+/// How much memory may come without meaning a leak: half of what the smallest thing that a toggle makes would be, were
+/// it leaked each time (64 KiB of touched slots). Arenas still grow by up to 1.5 MiB.
+const SLACK_BYTES: u64 = (TOGGLES as u64 / 2) << 16;
 
 /// Toggles `count` times while requests flow; each time some are let through in either state.
 fn toggle(site: &Site, disk: &str, busy: &Busy, count: usize) {
@@ -27,19 +32,21 @@ fn toggle(site: &Site, disk: &str, busy: &Busy, count: usize) {
     }
 }
 
-/// Threads and descriptors are waited for: QEMU's worker threads live on for some seconds, and connections close when
-/// the other side gets to it.
+/// This is waited for: QEMU's worker threads live on for some seconds, and connections close when the other side gets to
+/// it.
 fn assert_no_leak(what: &str, pid: u32, before: Holdings) {
-    let after = wait_for(&format!("{what} to hold no more than {before:?}"), || {
-        let now = holdings(pid);
-        (now.threads <= before.threads && now.fds <= before.fds).then_some(now)
-    });
-    // The allocator may keep a mapping or two more; a leaked one per toggle would be 90.
-    assert!(after.mappings < before.mappings + 20, "{what}: mappings {before:?} → {after:?}");
-    assert!(
-        after.private_bytes < before.private_bytes + SLACK_BYTES,
-        "{what}: memory {before:?} → {after:?}"
-    );
+    let holds_no_more = |now: &Holdings| {
+        now.threads <= before.threads
+            && now.fds <= before.fds
+            && now.mappings < before.mappings + SLACK_MAPPINGS
+            && now.dirty_bytes < before.dirty_bytes + SLACK_BYTES
+    };
+    let (begin, mut after) = (Instant::now(), holdings(pid));
+    while !holds_no_more(&after) && begin.elapsed() < PATIENCE {
+        std::thread::sleep(Duration::from_millis(10));
+        after = holdings(pid);
+    }
+    assert!(holds_no_more(&after), "{what} holds more: {before:?} → {after:?}");
 }
 
 #[test]
@@ -59,7 +66,7 @@ fn a_hundred_toggles_under_load_fail_nothing_and_leak_nothing() {
     };
     load(10, WARM_UP);
     let before = pids.map(holdings);
-    load(11, TOGGLES - WARM_UP);
+    load(11, TOGGLES);
     assert_no_leak("QEMU", pids[0], before[0]);
     assert_no_leak("agent", pids[1], before[1]);
 
