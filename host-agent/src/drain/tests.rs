@@ -394,6 +394,30 @@ fn what_is_spooled_after_a_while_without_survives_the_agent() {
     assert_eq!(lsns(&seen), (FIRST.0..=bench.ring.captured_lsn().0).collect::<Vec<_>>());
 }
 
+/// What a dead process left open was looked for, and warned of, every 50 ms for as long as frames waited in the spool.
+#[test]
+fn an_ended_ring_is_let_go_while_its_frames_wait_in_the_spool() {
+    for ending in [Ending::Dead, Ending::Detached] {
+        let (bench, mut worker) = Bench::new(MIN_OUTBOX_BYTES, 64 << 20, u64::MAX);
+        let (mut now, mut seen, mut number) = (Duration::ZERO, Vec::new(), 0);
+        while worker.spool().used_bytes() < 1 << 20 {
+            assert!(noisy(&bench, number, 64 << 10), "the ring has room");
+            number += 1;
+            run(&mut worker, &mut now, None);
+        }
+        let _never_completed = bench.producer.begin_write(ByteRange::new(0, 4096).unwrap(), false).unwrap();
+        let holders = Arc::strong_count(&bench.ring);
+        assert_eq!(run(&mut worker, &mut now, Some(ending)), Pace::Blocked);
+        assert!(!worker.spool().is_read(), "the server has acknowledged nothing");
+        assert_eq!(Arc::strong_count(&bench.ring), holders - 1, "{ending:?}: nobody reads it any more");
+        while run(&mut worker, &mut now, Some(ending)) == Pace::Blocked {
+            ship(worker.writer().outbox(), &mut seen);
+        }
+        ship(worker.writer().outbox(), &mut seen);
+        assert_eq!(lsns(&seen), (FIRST.0..=bench.ring.captured_lsn().0).collect::<Vec<_>>(), "{ending:?}");
+    }
+}
+
 #[test]
 fn stopping_with_everything_full_loses_nothing() {
     for spool_bytes in [0, 64 << 20] {

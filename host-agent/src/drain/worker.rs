@@ -93,7 +93,7 @@ impl From<journal_format::FormatError> for Stop {
 pub struct Worker {
     disk: DiskId,
     epoch: Epoch,
-    /// `None` when only what was spooled is left of the epoch.
+    /// `None` when only what was spooled is left of the epoch, and from when all of an ended ring is in a safe place.
     consumer: Option<Consumer>,
     comparer: Comparer,
     hashes: Arc<HashBox>,
@@ -279,6 +279,7 @@ impl Worker {
             return Ok(Pace::Poll);
         }
         if self.is_finished(now, ending)? {
+            self.consumer = None;
             // Spooled frames go out through the outbox; it wakes us when it has room.
             return Ok(if self.spool.is_read() { Pace::Ended } else { Pace::Blocked });
         }
