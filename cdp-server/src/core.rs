@@ -1,7 +1,8 @@
 //! What all parts of the server share: catalog, store, live state, counters.
 
 use std::fs::File;
-use std::path::PathBuf;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -50,6 +51,7 @@ impl Core {
     pub(crate) fn open(config: &Config) -> Result<Self, ServerError> {
         let io = |e| ServerError::io("create the store", config.store.display().to_string(), e);
         std::fs::create_dir_all(&config.store).map_err(io)?;
+        warn_of_readers(&config.store);
         let storage = drill::storage(Arc::new(RealStorage), config.drill.as_ref());
         let store = Store::open_with(&config.store, storage, StoreConfig::default())?;
         let catalog_lock = catalog::lock(&config.catalog)?;
@@ -121,6 +123,18 @@ impl Core {
         if let Err(error) = written {
             tracing::warn!(disk = %id, error, "cannot write the disk's name.json");
         }
+    }
+}
+
+/// A store whose folders are open to everybody is left as it is, since somebody may want it so, and the operator told.
+fn warn_of_readers(store: &Path) {
+    let is_open = |folder: &Path| folder.metadata().is_ok_and(|found| found.permissions().mode() & 0o7 != 0);
+    if is_open(store) && is_open(&store.join("disks")) {
+        tracing::warn!(
+            store = %store.display(),
+            "other users of this host may read the store's files, which hold what the protected disks hold; \
+             `chmod -R go= STORE` closes them"
+        );
     }
 }
 

@@ -6,9 +6,12 @@ use std::process::ExitCode;
 
 use cdp_server::{Args, Config, Server, ServerError};
 use clap::Parser;
+use nix::sys::stat::{Mode, umask};
 
 fn main() -> ExitCode {
     let args = Args::parse();
+    // All that the server writes is what guests wrote: nobody else on this host may read it.
+    umask(Mode::S_IRWXG | Mode::S_IRWXO);
     match daemon::start("cdp-server") {
         Ok(()) => daemon::exit_code("cdp-server", run(args)),
         Err(code) => code,

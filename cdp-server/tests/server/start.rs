@@ -3,13 +3,13 @@
 use std::fs::{self, File};
 use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use cdp_api::FaultKind;
-use journal_format::DiskId;
+use cdp_api::{FaultKind, PointSpec};
 use journal_format::wire::{self, MessageType};
+use journal_format::{DiskId, Lsn};
 
 use crate::agent::{Agent, Capture, inventory};
 use crate::program::{Program, arguments, command, is_root, start, start_as};
@@ -107,6 +107,66 @@ fn a_catalog_that_cannot_be_used_says_why_and_what_to_do() {
     first.args(["--catalog", &shared]);
     let (_program, _, _) = start_as(first, &dir.path().join("first"));
     assert_ends(with(&store, &["--catalog", &shared]), 1, "another cdp-server", "another --catalog");
+}
+
+/// All entries of a folder, itself too, with their modes.
+fn modes(folder: &Path) -> Vec<(u32, PathBuf)> {
+    let mut found = vec![folder.to_owned()];
+    let mut at = 0;
+    while let Some(path) = found.get(at) {
+        if path.is_dir() {
+            let below: Vec<_> =
+                fs::read_dir(path).expect("a folder").map(|e| e.expect("an entry").path()).collect();
+            found.extend(below);
+        }
+        at += 1;
+    }
+    // What is renamed meanwhile is left out.
+    let mode = |path: PathBuf| Some((fs::symlink_metadata(&path).ok()?.permissions().mode() & 0o777, path));
+    found.into_iter().filter_map(mode).collect()
+}
+
+/// Whoever had an account on the host could read every protected disk.
+#[test]
+fn what_the_server_writes_is_for_its_own_user_alone() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let (above, store) = (dir.path().join("above"), dir.path().join("above/store"));
+    let mut open_handed = Command::new("sh");
+    open_handed.args(["-c", "umask 0; exec \"$@\"", "sh", env!("CARGO_BIN_EXE_cdp-server")]);
+    let (_program, http, data) = start_as(open_handed, &store);
+    let mut agent = Agent::with_disk(data);
+    let mut capture = Capture::new(&agent.open(None), now_ns() - 1_000_000_000);
+    let frame = capture.begin().write(0, &[3; 512]).frame();
+    agent.ship(&frame, Lsn(3));
+    let client = cdp_api::Client::new(&http).expect("a client");
+    client.create_bookmark("vm/disk0", "kept", Some(&PointSpec::Lsn(3))).expect("a bookmark");
+    let found = modes(&above);
+    assert!(found.len() > 10, "{found:?}");
+    let open: Vec<_> = found.iter().filter(|(mode, _)| mode & 0o077 != 0).collect();
+    assert!(open.is_empty(), "others may use {open:?}");
+}
+
+#[test]
+fn a_store_that_everybody_can_read_is_said() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let store = dir.path().join("store");
+    drop(start(&store));
+    for (folder_of_store, folder_of_disks, is_said) in
+        [(0o755, 0o755, true), (0o755, 0o700, false), (0o700, 0o755, false)]
+    {
+        fs::set_permissions(&store, fs::Permissions::from_mode(folder_of_store)).expect("mode");
+        fs::set_permissions(store.join("disks"), fs::Permissions::from_mode(folder_of_disks)).expect("mode");
+        let log = dir.path().join("log");
+        let mut command = command(&store);
+        let mut child = command.stderr(File::create(&log).expect("a log")).spawn().expect("starts");
+        let mut line = String::new();
+        let mut out = std::io::BufReader::new(child.stdout.take().expect("piped"));
+        std::io::BufRead::read_line(&mut out, &mut line).expect("a line");
+        child.kill().expect("it runs");
+        child.wait().expect("ends");
+        let said = fs::read_to_string(&log).expect("a log");
+        assert_eq!(said.contains("chmod -R go="), is_said, "{folder_of_store:o} {folder_of_disks:o}: {said}");
+    }
 }
 
 /// It once panicked in the async runtime.
