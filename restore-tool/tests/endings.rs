@@ -215,22 +215,37 @@ fn filesystems_that_take_nothing_say_what_to_do() {
     }
 }
 
+/// Root reads and writes everywhere, unless it gives that up.
+fn unprivileged(inner: Command) -> Command {
+    if !nix::unistd::geteuid().is_root() {
+        return inner;
+    }
+    let mut command = Command::new("setpriv");
+    command.args(["--bounding-set", "-dac_override,-dac_read_search"]);
+    command.arg(inner.get_program()).args(inner.get_args());
+    command
+}
+
+#[test]
+fn a_store_of_somebody_else_says_who_may_read_it() {
+    let journal = example();
+    let target = journal.path("image");
+    let command = command(&journal, &target);
+    fs::set_permissions(journal.path("store"), fs::Permissions::from_mode(0o000)).expect("mode");
+    let output = unprivileged(command).output().expect("runs");
+    fs::set_permissions(journal.path("store"), fs::Permissions::from_mode(0o700)).expect("mode");
+    assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+    assert!(stderr(&output).contains("the user of the cdp-server and root"), "{}", stderr(&output));
+    assert!(!target.exists());
+}
+
 #[test]
 fn a_folder_of_somebody_else_says_who_may_write_there() {
     let journal = example();
     let folder = journal.path("theirs");
     fs::create_dir(&folder).expect("a folder");
     fs::set_permissions(&folder, fs::Permissions::from_mode(0o555)).expect("mode");
-    let inner = command(&journal, &folder.join("image"));
-    // Root writes everywhere, unless it gives that up.
-    let mut command = if nix::unistd::geteuid().is_root() {
-        let mut command = Command::new("setpriv");
-        command.args(["--bounding-set", "-dac_override"]).arg(inner.get_program()).args(inner.get_args());
-        command
-    } else {
-        inner
-    };
-    let output = command.output().expect("runs");
+    let output = unprivileged(command(&journal, &folder.join("image"))).output().expect("runs");
     assert_eq!(output.status.code(), Some(4), "{}", stderr(&output));
     assert!(stderr(&output).contains("run cdp-restore as a user that may"), "{}", stderr(&output));
 }

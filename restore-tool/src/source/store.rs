@@ -1,6 +1,7 @@
 //! History from a store's files, with or without a server running.
 
 use std::fs;
+use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -119,11 +120,14 @@ fn no_such_disk(wanted: &str) -> RestoreError {
 }
 
 fn failed(error: StoreError) -> RestoreError {
-    RestoreError::Source {
-        what: "the store".to_owned(),
-        detail: error.to_string(),
-        hint: "check --store; 'cdp-restore list --store DIR' shows what can be read".to_owned(),
-    }
+    let hint = match &error {
+        StoreError::Io { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => {
+            "only the user of the cdp-server and root may read its store; run cdp-restore as one of them, or read \
+             through the server, with --server"
+        }
+        _ => "check --store; 'cdp-restore list --store DIR' shows what can be read",
+    };
+    RestoreError::Source { what: "the store".to_owned(), detail: error.to_string(), hint: hint.to_owned() }
 }
 
 fn listing(disk: &DiskStore, name: DiskName) -> Listing {
