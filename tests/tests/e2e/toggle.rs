@@ -1,14 +1,13 @@
 //! Switching protection on and off, again and again, under load.
 
 use std::fs::{self, File};
-use std::time::{Duration, Instant};
 
 use cdp_api::PointSpec;
-use cdp_tests::PATIENCE;
 use cdp_tests::load::{Busy, Load};
 use cdp_tests::procfs::{Holdings, holdings};
 use cdp_tests::qemu::{Qemu, raw_file};
 use cdp_tests::site::{Site, Via};
+use cdp_tests::wait_for;
 
 const DISK_BYTES: u64 = 4 << 20;
 const TOGGLES: usize = 100;
@@ -41,12 +40,14 @@ fn assert_no_leak(what: &str, pid: u32, before: Holdings) {
             && now.mappings < before.mappings + SLACK_MAPPINGS
             && now.dirty_bytes < before.dirty_bytes + SLACK_BYTES
     };
-    let (begin, mut after) = (Instant::now(), holdings(pid));
-    while !holds_no_more(&after) && begin.elapsed() < PATIENCE {
-        std::thread::sleep(Duration::from_millis(10));
-        after = holdings(pid);
-    }
-    assert!(holds_no_more(&after), "{what} holds more: {before:?} → {after:?}");
+    let mut last = None;
+    wait_for(&format!("{what} to hold hardly more than {before:?}"), || {
+        let now = holdings(pid);
+        if last.replace(now) != Some(now) {
+            eprintln!("{what} holds {now:?}");
+        }
+        holds_no_more(&now).then_some(())
+    });
 }
 
 #[test]
